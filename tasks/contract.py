@@ -1,0 +1,331 @@
+"""What client and machine say to each other: task.json in, progress and result.json out. Standard library only.
+
+Every value is frozen. `from_json` refuses unknown keys and unknown schema numbers, so that a client and a machine of
+different versions never guess what the other meant.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import IntEnum
+from typing import Any, TypeVar
+
+SCHEMA = 1
+
+# File names inside <bucket>/<run>/<stage>/ (a directory counts only once its COMMIT is there).
+TASK_FILE = "task.json"
+RESULT_FILE = "result.json"
+PROGRESS_FILE = "progress.json"
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "log.txt"
+ENDED_FILE = "ended.json"
+COMMIT_FILE = "COMMIT"
+STAGE_PREFIX = "stage:"
+
+
+class Exit(IntEnum):
+    """Exit status of the supervisor: why a stage's process ended."""
+
+    DONE = 0
+    BUG = 1
+    BAD_INPUT = 2
+    DEADLINE = 10
+    STALLED = 11
+    CLIENT_GONE = 12
+    TERMINATED = 13
+    FENCED = 14
+    REBOOTED = 15
+
+
+class TaskError(Exception):
+    """Something the user can mend: one sentence of what happened, one of what to do. Not a bug."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A small decoder made from scratch instead of downloaded (a transformers config, random weights)."""
+
+    model_type: str = "qwen2"
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    tie_word_embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: exactly one of `path` (hub id or folder), `stage` (an earlier stage of this run) or
+    `architecture` (made from scratch, with the tokenizer of the teacher)."""
+
+    path: str | None = None
+    stage: str | None = None
+    architecture: Architecture | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Rows of prompts: a jsonl file in the bucket (`{"input": ..., "answer": ...}`, key relative to the run) or a
+    generated set (`builtin:NAME`)."""
+
+    source: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Next-token training of a model made from scratch on a generated corpus."""
+
+    model: Architecture
+    corpus: str
+    examples: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int = 0
+    checkpoint_every_s: float = 60.0
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """Generate with the teacher, verify, keep, score what was kept with top-k soft labels."""
+
+    teacher: ModelSource
+    prompts: DataSource
+    verify: str  # math | exact | text | none
+    samples: int  # prompts taken
+    samples_per_prompt: int = 1
+    keep: str = "correct"  # correct | shortest | all
+    max_new_tokens: int = 8192
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 64  # ids kept a token; 0 = hard labels only
+    label_temperature: float = 1.0  # T at which log mass of the k ids is stored, besides T = 1
+    engine: str = "auto"  # auto | vllm | transformers
+    batch_size: int = 64
+    shard_size: int = 256
+    max_cut_share: float = 0.3
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Distil labels into a student; with `compare_hard`, train the hard-label arms on the same data beside it."""
+
+    student: ModelSource
+    labels: str  # name of the label stage
+    method: str = "lora"  # lora | full
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    alpha: float = 0.7
+    temperature: float = 2.0
+    steps: int | None = None  # optimizer steps; else epochs
+    epochs: float | None = 1.0
+    batch_size: int = 8  # samples an optimizer step
+    micro_batch: int = 8  # samples a forward pass; accumulation = batch_size / micro_batch
+    max_seq_len: int = 8192
+    learning_rate: float = 2e-4
+    warmup_share: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: str = "auto"  # auto | bf16 | fp32
+    checkpointing: bool = False
+    checkpoint_every_s: float = 300.0
+    checkpoint_every_steps: int | None = None
+    optimizer: str = "adamw"
+    seed: int = 0
+    compare_hard: bool = False
+    compare_seeds: int = 1
+    learning_rates: tuple[float, ...] = ()  # the same small search for each arm; empty = learning_rate as given
+    search_steps: int | None = None  # steps of a search run; None = steps / 4
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Answers to the held-out prompts by teacher, student before and after: accuracy, speed, latency, memory."""
+
+    student: str  # name of the train stage
+    teacher: ModelSource | None
+    held_out: DataSource
+    verify: str
+    max_new_tokens: int = 8192
+    batch_size: int = 64
+    limit: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The student as files to take home."""
+
+    student: str
+    formats: tuple[str, ...] = ("hf",)
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class RehearseSettings:
+    """Counted steps with checkpoints and no model: tries machine, bucket, cap and teardown for little money."""
+
+    steps: int
+    seconds_per_step: float
+    checkpoint_every_steps: int = 10
+    payload_bytes: int = 65536
+
+
+Settings = (
+    PretrainSettings | LabelSettings | TrainSettings | EvaluateSettings | ExportSettings | RehearseSettings
+)
+SETTINGS: dict[str, type[Any]] = {
+    "pretrain": PretrainSettings,
+    "label": LabelSettings,
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+    "export": ExportSettings,
+    "rehearse": RehearseSettings,
+}
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the supervisor enforces, in seconds. `remaining_s` is not here: it is sent with the job, since it shrinks."""
+
+    idle_s: float = 3600.0  # no progress for this long ends the stage, whatever it is doing
+    stall_floor_s: float = 300.0  # never call a stall earlier than this
+    tick_s: float = 1.0
+    flush_s: float = 60.0  # the last upload may take this long
+    client_lease_s: float | None = None  # end the stage when the client's lease has not moved for so long; None = outlive it
+
+
+@dataclass(frozen=True)
+class Task:
+    """task.json: data only, never commands."""
+
+    run: str
+    stage: str
+    kind: str
+    attempt: int
+    fence: int  # fencing number of the client's lease; a higher one in the bucket stops every write
+    bucket: str  # url of the run's own prefix, <bucket>/<run-id>
+    settings: Settings
+    watch: Watch = field(default_factory=Watch)
+    code_sha256: str | None = None
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Task:
+        """Raises TaskError for another schema, an unknown kind or an unknown key."""
+        raw = json.loads(text)
+        if raw.get("schema") != SCHEMA:
+            raise TaskError(
+                f"task.json has schema {raw.get('schema')}, this kdcloud reads {SCHEMA}",
+                hint="resume the run with the kdcloud version that started it",
+            )
+        kind = raw.get("kind")
+        if kind not in SETTINGS:
+            raise TaskError(f"task.json asks for an unknown kind of stage: {kind!r}")
+        raw["settings"] = build(SETTINGS[kind], raw["settings"])
+        raw["watch"] = build(Watch, raw["watch"])
+        return build(Task, raw)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """progress.json: written by the working loop itself. `count` must move while work is done."""
+
+    phase: str = "start"
+    count: int = 0  # monotone over the whole stage; steps, samples, bytes: whatever moves
+    done: float = 0.0  # of `total`, for the bar
+    total: float | None = None
+    unit: str = "steps"
+    declared: bool = False  # a phase (download, tokenise, upload) in which CPU, disk or network count as work
+    step_s: float | None = None  # median seconds of a step lately
+    numbers: dict[str, float] = field(default_factory=dict)  # loss, tokens_per_s ...
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Progress:
+        return build(Progress, json.loads(text))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """ended.json: why the supervisor ended the stage, and what was saved."""
+
+    reason: str  # done | bug | bad_input | deadline | stalled | client_gone | terminated | fenced | rebooted
+    rc: int
+    message: str = ""
+    hint: str = ""
+    seconds: float = 0.0  # from the supervisor's start
+    peak_gib: float | None = None  # largest resident memory of the process tree, or of the GPU
+    last_checkpoint: str | None = None
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Ended:
+        return build(Ended, json.loads(text))
+
+
+T = TypeVar("T")
+
+_NESTED: dict[tuple[str, str], type[Any]] = {
+    ("PretrainSettings", "model"): Architecture,
+    ("ModelSource", "architecture"): Architecture,
+    ("LabelSettings", "teacher"): ModelSource,
+    ("LabelSettings", "prompts"): DataSource,
+    ("TrainSettings", "student"): ModelSource,
+    ("TrainSettings", "lora"): LoraSettings,
+    ("EvaluateSettings", "teacher"): ModelSource,
+    ("EvaluateSettings", "held_out"): DataSource,
+}
+
+
+def build(cls: type[T], raw: Any) -> T:
+    """The dataclass from plain JSON data, nested ones too; lists become tuples. Raises TaskError on unknown keys."""
+    if is_dataclass(raw) and isinstance(raw, cls):
+        return raw
+    if not isinstance(raw, dict):
+        raise TaskError(f"{cls.__name__} must be an object, not {type(raw).__name__}")
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(raw) - known)
+    if unknown:
+        raise TaskError(
+            f"{cls.__name__} has unknown keys: {', '.join(unknown)}",
+            hint="client and machine run different versions of kdcloud",
+        )
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        nested = _NESTED.get((cls.__name__, key))
+        if nested is not None and value is not None:
+            value = build(nested, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[key] = value
+    return cls(**values)
