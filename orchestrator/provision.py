@@ -112,6 +112,7 @@ class Observation:
     created_at: datetime | None
     job: Job
     read_at: datetime
+    ended_at: datetime | None = None  # when billing stopped, where the provider can tell; settles less than "until now"
 
 
 class ProvisionError(Exception):

@@ -1,0 +1,43 @@
+# kdcloud: `make` lists what can be asked for. Everything happens in .venv, which `make demo` and `make test` fill.
+
+PYTHON ?= python3
+RECIPE ?= recipes/quickstart.yaml
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test unit integration lint lock wheel clean install install-dev
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: install  ## plan, run and report a whole distillation on this machine's CPU
+	$(BIN)/kdcloud run $(RECIPE) --yes
+	@$(BIN)/python scripts/where_is_the_report.py
+
+test: install-dev  ## ruff, mypy, unit and integration tests, each with its time
+	@$(BIN)/python scripts/parts.py lint unit integration
+
+unit: install-dev  ## the quick tests only
+	@$(BIN)/python scripts/parts.py unit
+
+integration: install-dev  ## the slow tests only: real training, whole runs, kills
+	@$(BIN)/python scripts/parts.py integration
+
+lint: install-dev  ## ruff and mypy
+	@$(BIN)/python scripts/parts.py lint
+
+lock: install-dev  ## write requirements/*.txt anew (UPGRADE=1: with the newest versions)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)
+
+wheel: install-dev  ## dist/kdcloud-VERSION-py3-none-any.whl
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:  ## remove what the other targets made
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+install:
+	@$(PYTHON) scripts/install.py local
+
+install-dev:
+	@$(PYTHON) scripts/install.py local,dev

@@ -1,0 +1,104 @@
+"""What follows from how a stage's attempts ended: try again, move to the next offer, or end the run? Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tasks.contract import Exit
+
+STALLS_ALLOWED = 1  # a stall is tried again once: a second one is the work's own fault
+FRUITLESS_ALLOWED = 8  # attempts in a row that ended without a new checkpoint, when money sets no bound
+BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 30.0, 60.0)
+
+
+class Fate(StrEnum):
+    TRY = "try"
+    CAP = "cap"
+    DEADLINE = "deadline"
+    FAILED = "failed"
+    NO_CAPACITY = "no_capacity"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How one machine of the stage ended. `rc` None: its job never reported. `came_up` False: never got a machine."""
+
+    offer_index: int
+    came_up: bool
+    rc: int | None
+    reason: str
+    message: str = ""
+    hint: str = ""
+    bound: str = "cap"  # what limited its lifetime: cap | deadline | limit
+    time_used_up: bool = False
+    checkpoint: str | None = None
+    user_stop: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    fate: Fate
+    offer_index: int = 0
+    wait_s: float = 0.0
+    message: str = ""
+    hint: str = ""
+
+
+def verdict(attempts: Sequence[Attempt], *, offers: int) -> Verdict:
+    """What to do after these attempts (oldest first) of a stage that has `offers` ranked candidates."""
+    if not attempts:
+        return Verdict(Fate.TRY)
+    last = attempts[-1]
+    if last.rc == Exit.DEADLINE or last.time_used_up:
+        return _out_of_time(last)
+    if last.rc in (Exit.BUG, Exit.BAD_INPUT):
+        return Verdict(Fate.FAILED, message=last.message or last.reason, hint=last.hint)
+    if last.rc == Exit.DONE:
+        return Verdict(
+            Fate.FAILED, message="its job ended well but left no committed result",
+            hint="look at `kdcloud logs`; the bucket may have lost an upload",
+        )
+    if last.rc == Exit.STALLED and sum(a.rc == Exit.STALLED for a in attempts) > STALLS_ALLOWED:
+        return Verdict(
+            Fate.FAILED, message=f"it stalled {STALLS_ALLOWED + 1} times: {last.message or 'no progress'}",
+            hint="look at `kdcloud logs`; a longer `idle` helps only if the work is honestly slow",
+        )
+    refused = sum(1 for a in attempts if not a.came_up and not a.user_stop)
+    if refused >= offers:
+        return Verdict(
+            Fate.NO_CAPACITY, message=f"none of {offers} offers could be had ({last.reason})",
+            hint="try again later, or allow more gpus or infra in the recipe",
+        )
+    fruitless = _fruitless(attempts)
+    if fruitless >= FRUITLESS_ALLOWED:
+        return Verdict(
+            Fate.FAILED, message=f"{fruitless} attempts in a row ended without a new checkpoint ({last.reason})",
+            hint="look at `kdcloud logs`; checkpoint more often on machines that are taken away",
+        )
+    return Verdict(Fate.TRY, offer_index=refused, wait_s=BACKOFF_S[min(fruitless, len(BACKOFF_S) - 1)] if not last.user_stop else 0.0)
+
+
+def _out_of_time(last: Attempt) -> Verdict:
+    match last.bound:
+        case "deadline":
+            return Verdict(Fate.DEADLINE, message="the deadline was reached", hint="resume it with a later --deadline; its checkpoint is kept")
+        case "cap":
+            return Verdict(Fate.CAP, message="the cap was reached", hint="resume it with a larger --budget; its checkpoint is kept")
+        case _:
+            return Verdict(Fate.FAILED, message="it ran longer than any machine may", hint="split the stage, or use a faster GPU")
+
+
+def _fruitless(attempts: Sequence[Attempt]) -> int:
+    """Attempts at the end of the list that left no checkpoint newer than the one before them."""
+    count = 0
+    best = None
+    for attempt in attempts:
+        if attempt.user_stop:
+            count = 0
+        elif attempt.checkpoint is not None and attempt.checkpoint != best:
+            best, count = attempt.checkpoint, 0
+        else:
+            count += 1
+    return count

@@ -1,0 +1,475 @@
+"""The command line: parses, calls one function, prints. stdout is data, stderr is talk; only here errors become exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from orchestrator import __version__
+from orchestrator.errors import BudgetExceeded, KdcloudError, NotOwner, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.ledger import Ledger
+    from orchestrator.plan import Plan
+    from orchestrator.provision import Provisioner
+    from orchestrator.runner import Outcome
+    from orchestrator.session import Session
+
+EXIT_CODES = {"done": 0, "cap": 3, "no_capacity": 4, "failed": 5, "deadline": 5, "unconfirmed": 6, "stopped": 130}
+F = TypeVar("F", bound=Callable[..., Any])
+
+SECTIONS = {
+    "Plan": ["plan", "recipe-schema"],
+    "Run": ["run", "attach", "status", "logs", "down"],
+    "Look": ["report"],
+}
+
+
+class Sections(click.Group):
+    """Commands in the order a person needs them, in groups."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(80)) for name in names])
+
+
+@click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="kdcloud")
+def kdcloud() -> None:
+    """Distil a reasoning model on rented GPUs, under a hard cap.
+
+    \b
+    kdcloud plan quickstart        what it needs and costs, before a cent is spent
+    kdcloud run quickstart         does it; on your own CPU, in three minutes
+
+    Exit codes: 0 done, 1 a bug, 2 wrong recipe or usage, 3 the cap (or the plan does not fit it), 4 no machine
+    fits or can be had, 5 a stage failed or missed its deadline, 6 a teardown is not confirmed, 7 the run belongs to
+    another client, 130 stopped by you.
+    """
+
+
+def json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(function)
+
+
+def money_options(function: F) -> F:
+    function = click.option("--deadline", metavar="TIME", help="Everything done within, like 8h.")(function)
+    return click.option("--budget", metavar="AMOUNT", help="The hard cap, like 50CNY or $7; overrides the recipe's.")(function)
+
+
+@kdcloud.command()
+@click.argument("recipe")
+@money_options
+@json_option
+def plan(recipe: str, budget: str | None, deadline: str | None, as_json: bool) -> None:
+    """What every stage needs and costs: memory, hours, machine, price; the total against the cap.
+
+    \b
+    kdcloud plan quickstart
+    kdcloud plan recipe.yaml --budget 30CNY
+    """
+    made, _, _ = _plan(recipe, budget, deadline)
+    if as_json:
+        from orchestrator.plan import plan_to_json
+
+        _print_json(plan_to_json(made))
+    else:
+        from orchestrator.plan import render_plan
+
+        render_plan(made, _console())
+    if not made.fits:
+        raise _too_dear(made)
+
+
+@kdcloud.command()
+@click.argument("recipe", required=False)
+@money_options
+@click.option("--resume", metavar="RUN", help="Go on with a run that was stopped, killed or out of money ('last': the newest).")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask before money is spent.")
+def run(recipe: str | None, budget: str | None, deadline: str | None, resume: str | None, yes: bool) -> None:
+    """Plan, ask, then rent, label, train, evaluate and tear down, never over the cap.
+
+    \b
+    kdcloud run quickstart
+    kdcloud run recipe.yaml --budget 50CNY --yes
+    kdcloud run --resume last --budget 60CNY
+    """
+    if (recipe is None) == (resume is None):
+        raise UsageError("run needs a recipe, or --resume RUN", hint="try `kdcloud run quickstart`")
+    with _ledger() as ledger:
+        if resume is not None:
+            _resume(ledger, resume, budget, deadline)
+        else:
+            assert recipe is not None
+            _start(ledger, recipe, budget, deadline, yes)
+
+
+@kdcloud.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+def attach(run_id: str | None) -> None:
+    """Watch a run that another client owns; Ctrl-C leaves it running.
+
+    \b
+    kdcloud attach
+    """
+    from orchestrator.live import view_for
+    from orchestrator.runner import read_progress, spending_micros  # noqa: F401
+    from orchestrator.session import newest, plan_of, watch_run
+
+    with _ledger() as ledger:
+        name = newest(ledger, run_id)
+        made = plan_of(ledger.run(name))
+        view = view_for(made)
+        try:
+            with view:
+                outcome = watch_run(name, ledger=ledger, plan=made, on_turn=view.update)
+        except KeyboardInterrupt:
+            _talk(f"left {name} running; `kdcloud down {name}` ends it")
+            return
+        _finish(ledger, name, outcome)
+
+
+@kdcloud.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@json_option
+def status(run_id: str | None, as_json: bool) -> None:
+    """Runs, their state and money, and every machine that may still bill.
+
+    \b
+    kdcloud status
+    kdcloud status --json
+    """
+    from orchestrator.status import build_status, render_status
+
+    with _ledger() as ledger:
+        runs = [ledger.find(run_id)] if run_id else ledger.runs()
+        document = build_status([ledger.run(name) for name in runs], _provider_of)
+    if as_json:
+        _print_json(document)
+    else:
+        render_status(document, _console())
+
+
+@kdcloud.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@click.option("--stage", help="Only this stage (default: the newest that has a log).")
+@click.option("--lines", "-n", default=0, help="Only the last N lines.")
+def logs(run_id: str | None, stage: str | None, lines: int) -> None:
+    """What a stage printed.
+
+    \b
+    kdcloud logs --stage train -n 50
+    """
+    from orchestrator.session import newest, read_log
+
+    with _ledger() as ledger:
+        text = read_log(ledger.run(newest(ledger, run_id)), stage)
+    for line in text.splitlines()[-lines:] if lines else text.splitlines():
+        click.echo(line)
+
+
+@kdcloud.command()
+@click.argument("run_id", metavar="RUN", required=False)
+@click.option("--all", "every", is_flag=True, help="Every run that may still bill, and machines the ledger does not know.")
+def down(run_id: str | None, every: bool) -> None:
+    """End every machine of a run, now; checkpoints and results stay in the bucket.
+
+    \b
+    kdcloud down last
+    kdcloud down --all
+    """
+    from orchestrator.session import end_local_strangers, end_run, newest
+
+    if (run_id is None) != every:
+        raise UsageError("down needs a RUN, or --all", hint="`kdcloud status` lists them")
+    home, _ = _home()
+    outcomes = []
+    with _ledger() as ledger:
+        if every:
+            names = [name for name in ledger.runs() if any(m.open_micros or m.state != "GONE" for m in ledger.run(name).machines)]
+        else:
+            names = [newest(ledger, None if run_id == "last" else run_id)]
+        for name in names:
+            outcomes.append((name, end_run(name, ledger=ledger, home=home, say=_say)))
+        strangers = end_local_strangers(ledger, home, say=_say) if every else 0
+        for name, outcome in outcomes:
+            if outcome.state == "unconfirmed":
+                _finish(ledger, name, outcome)
+    _talk(f"{len(outcomes)} run{'s' if len(outcomes) != 1 else ''} ended; nothing of {'yours' if every else 'it'} is running"
+          if outcomes or strangers else "nothing was running")
+
+
+@kdcloud.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@json_option
+def report(run_id: str | None, as_json: bool) -> None:
+    """What came out: money against plan and cap, predicted against actual, student against teacher.
+
+    \b
+    kdcloud report
+    kdcloud report --json
+    """
+    from orchestrator.session import newest
+
+    with _ledger() as ledger:
+        _report(ledger, newest(ledger, run_id), as_json)
+
+
+@kdcloud.command("recipe-schema")
+def recipe_schema_command() -> None:
+    """JSON schema of a recipe, for editors that complete and check.
+
+    \b
+    kdcloud recipe-schema > recipe.schema.json
+    """
+    from orchestrator.recipe import recipe_schema
+
+    _print_json(recipe_schema())
+
+
+# -- what the commands share -------------------------------------------------------------------------------------------
+
+
+def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None, yes: bool) -> None:
+    from orchestrator.plan import render_plan
+    from orchestrator.session import start_run
+
+    made, provider, text = _plan(recipe, budget, deadline)
+    render_plan(made, _console(stderr=True))
+    if not made.fits:
+        raise _too_dear(made)
+    if not yes:
+        _ask("Run it?")
+    home, config = _home()
+    session = start_run(made, ledger=ledger, home=home, config=config, provider=provider, recipe_text=text)
+    _talk(f"run {session.run_id}, artefacts in {session.bucket.url}")
+    _go(session)
+
+
+def _resume(ledger: Ledger, resume: str, budget: str | None, deadline: str | None) -> None:
+    from orchestrator import money
+    from orchestrator.plan import plan_from_dict
+    from orchestrator.session import newest, resume_run
+
+    home, _ = _home()
+    name = newest(ledger, None if resume == "last" else resume)
+    known = ledger.run(name)
+    made = plan_from_dict(known.data["plan"])
+    if len(known.done) == len(made.stages) and not known.live:
+        _talk(f"{name} is done already")
+        _report(ledger, name, as_json=False)
+        return
+    cap = money.cap_micros(_amount(budget), made.rate) if budget else None
+    seconds = _duration(deadline) if deadline else None
+    session = resume_run(name, ledger=ledger, home=home, cap_micros=cap, deadline_s=seconds)
+    _talk(f"going on with {name}: {len(known.done)} of {len(made.stages)} stages are done")
+    _go(session)
+
+
+def _go(session: Session) -> None:
+    """Runs a session under a live view; the first Ctrl-C saves and tears down, and says so."""
+    from orchestrator.live import view_for
+
+    asked: list[int] = []
+    view = view_for(session.plan)
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(number)
+        if len(asked) == 1:
+            view.say("stop", None, "stopping: the stage saves a checkpoint, then its machine is ended; this takes up to a minute")
+        else:
+            view.say("stop", None, f"still ending the machine; if this terminal dies, `kdcloud down {session.run_id}` does it")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with view:
+            outcome = session.go(say=view.say, stop=lambda: bool(asked), on_turn=view.update)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    _finish(session.ledger, session.run_id, outcome)
+
+
+def _finish(ledger: Ledger, name: str, outcome: Outcome) -> None:
+    """Prints the report and leaves with the outcome's exit code."""
+    _report(ledger, name, as_json=False)
+    sys.exit(EXIT_CODES[outcome.state])
+
+
+def _report(ledger: Ledger, name: str, as_json: bool) -> None:
+    from orchestrator.report import build_report, render_report
+    from orchestrator.session import live_machines, plan_of
+
+    known = ledger.run(name)
+    made = plan_of(known)
+    document = build_report(known, made, live_machines(known, _provider_of(known) if known.live else None))
+    if as_json:
+        _print_json(document)
+    else:
+        render_report(document, made, _console())
+
+
+def _plan(recipe: str, budget: str | None, deadline: str | None) -> tuple[Plan, Provisioner | None, str]:
+    """(plan, provider named by KDCLOUD_PROVIDER or None, the recipe's text). Raises UsageError, NothingFits."""
+    import os
+    from datetime import UTC, datetime
+    from functools import partial
+
+    from orchestrator import money
+    from orchestrator.offers import offers_for
+    from orchestrator.planner import make_plan
+    from orchestrator.recipe import load_recipe
+    from orchestrator.session import named_provider
+
+    home, config = _home()
+    loaded = load_recipe(recipe)
+    named = os.environ.get("KDCLOUD_PROVIDER")
+    provider = named_provider(named) if named else None
+    made = make_plan(
+        loaded, config=config, offers_for=partial(offers_for, recipe=loaded, provider=provider), now=datetime.now(UTC),
+        cap_micros=money.cap_micros(_amount(budget), config.rate) if budget else None,
+        deadline_s=_duration(deadline) if deadline else None,
+    )
+    return made, provider, loaded.text
+
+
+def _too_dear(made: Plan) -> BudgetExceeded:
+    from orchestrator.money import both
+
+    return BudgetExceeded(
+        f"the plan needs {both(made.needed_micros, made.rate, made.currency)} with its reserves, the cap is "
+        f"{both(made.cap_micros, made.rate, made.currency)}; nothing was started",
+        hint="raise --budget, take fewer samples, or choose a smaller student",
+    )
+
+
+def _provider_of(known: Any) -> Provisioner | None:
+    from orchestrator.session import infra_of, local_price, plan_of, provider_for
+
+    home, _ = _home()
+    try:
+        made = plan_of(known)
+        return provider_for(infra_of(made), home, local_price_micros=local_price(made))
+    except UsageError:
+        return None
+
+
+def _home() -> tuple[Any, Any]:
+    from orchestrator.config import Home, load_config
+
+    home = Home.from_env()
+    return home, load_config(home)
+
+
+def _ledger() -> AbstractContextManager[Ledger]:
+    from orchestrator.session import opened_ledger
+
+    return opened_ledger(_home()[0], say=_talk)
+
+
+def _amount(text: str) -> Any:
+    from orchestrator import money
+
+    try:
+        amount = money.parse_amount(text)
+    except ValueError as error:
+        raise UsageError(f"--budget: {error}", hint="write it like --budget 50CNY or --budget '$7'") from error
+    if amount.value <= 0:
+        raise UsageError(f"--budget must be above 0, not {text}", hint="write it like --budget 50CNY")
+    return amount
+
+
+def _duration(text: str) -> float:
+    from orchestrator import money
+
+    try:
+        seconds = money.parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"--deadline: {error}", hint="write it like --deadline 8h") from error
+    if seconds <= 0:
+        raise UsageError("--deadline must be above 0", hint="write it like --deadline 8h")
+    return seconds
+
+
+def _ask(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise UsageError("there is no terminal to ask on", hint="add --yes to start without being asked")
+    if not click.confirm(question, err=True):
+        _talk("nothing was started")
+        sys.exit(0)
+
+
+def _say(kind: str, stage: str | None, text: str) -> None:
+    _talk(f"{stage}: {text}" if stage else text)
+
+
+def _talk(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def main() -> NoReturn:
+    """Entry point: user errors become one sentence, a hint and an exit code; bugs keep their traceback."""
+    try:
+        kdcloud.main(standalone_mode=False)
+        sys.exit(0)
+    except click.exceptions.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except click.Abort:
+        _talk("\nstopped; nothing was started")
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except KdcloudError as error:
+        _explain(error.message, error.hint)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _talk("\nstopped")
+        sys.exit(130)
+    except Exception as error:
+        _explain_edge(error)
+        raise
+
+
+def _explain_edge(error: Exception) -> None:
+    """Errors of bucket and provider carry a message and a hint too; everything else is a bug and goes on."""
+    from orchestrator.provision import ProvisionError
+    from tasks.bucket import BucketError
+    from tasks.contract import TaskError
+
+    if isinstance(error, (BucketError, TaskError, ProvisionError)):
+        _explain(error.message, error.hint)
+        sys.exit(2)
+
+
+def _explain(message: str, hint: str) -> None:
+    red, off = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in __import__("os").environ else ("", "")
+    _talk(f"{red}error:{off} {message}")
+    if hint:
+        _talk(f"  -> {hint}")
+
+
+_ = (NotOwner, Path)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""What was promised, reserved and spent: an append-only SQLite file, integer micro-USD. The only truth about money.
+
+A reservation is checked against the cap and written in one transaction, so two processes cannot reserve the same
+dollar. Nothing is ever updated or deleted (triggers refuse it); state is what the entries add up to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import BudgetExceeded, UsageError
+from orchestrator.states import Event, State, after
+
+SCHEMA = 1
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS run (
+    id TEXT PRIMARY KEY, created_at TEXT NOT NULL, name TEXT NOT NULL, bucket TEXT NOT NULL,
+    data TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS entry (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT NOT NULL REFERENCES run(id), stage TEXT, machine TEXT,
+    kind TEXT NOT NULL, micros INTEGER NOT NULL DEFAULT 0, at TEXT NOT NULL, data TEXT NOT NULL) STRICT;
+CREATE INDEX IF NOT EXISTS entry_run ON entry(run, seq);
+CREATE INDEX IF NOT EXISTS entry_machine ON entry(machine);
+CREATE UNIQUE INDEX IF NOT EXISTS one_reserve ON entry(machine) WHERE kind = 'reserve';
+CREATE UNIQUE INDEX IF NOT EXISTS one_gone ON entry(machine) WHERE kind IN ('gone', 'dropped');
+CREATE TRIGGER IF NOT EXISTS entry_keeps BEFORE UPDATE ON entry BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS entry_stays BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS run_keeps BEFORE UPDATE ON run BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS run_stays BEFORE DELETE ON run BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+"""
+
+_EVENTS = frozenset(str(event) for event in Event)
+_NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb", "smb3", "smbfs", "lustre", "fuse.sshfs", "afs", "beegfs", "9p"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger. `kind`: reserve, a states.Event, or a run-level word (see Run)."""
+
+    seq: int
+    run: str
+    stage: str | None
+    machine: str | None
+    kind: str
+    micros: int
+    at: datetime
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class MachineRow:
+    """A machine as its entries tell it. `reserved_micros` is open until it is settled."""
+
+    name: str
+    run: str
+    stage: str
+    state: State
+    reserved_micros: int
+    settled_micros: int
+    order: Mapping[str, Any]  # data of the reserve entry: offer, lifetime, attempt ...
+    facts: Mapping[str, Any]  # latest value of every key in later entries' data
+    reasons: tuple[str, ...]
+    reserved_at: datetime
+    absent_seen: bool
+    job_rc: int | None
+
+    @property
+    def open_micros(self) -> int:
+        return 0 if self.state is State.GONE else self.reserved_micros
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its entries tell it."""
+
+    id: str
+    name: str
+    created_at: datetime
+    bucket: str
+    data: Mapping[str, Any]  # plan, recipe text, versions, owner ...
+    cap_micros: int
+    deadline_s: float | None  # counted from `deadline_from`, a clock mark
+    deadline_from: Mapping[str, Any]
+    machines: tuple[MachineRow, ...]
+    done: Mapping[str, Mapping[str, Any]]  # stage -> its result
+    ends: tuple[Entry, ...]  # 'ended' entries, oldest first
+    entries: tuple[Entry, ...] = field(repr=False, default=())
+
+    @property
+    def spent_micros(self) -> int:
+        return sum(m.settled_micros for m in self.machines)
+
+    @property
+    def open_micros(self) -> int:
+        return sum(m.open_micros for m in self.machines)
+
+    @property
+    def live(self) -> tuple[MachineRow, ...]:
+        """Machines that may bill: everything that was sent and is not seen gone."""
+        return tuple(m for m in self.machines if m.state not in (State.GONE, State.INTENT))
+
+
+class Ledger:
+    """Open it with a path; `say` gets one sentence when the file system forces a slower journal."""
+
+    def __init__(self, path: Path, *, say: Callable[[str], None] = lambda text: None) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            os.chmod(path, 0o600)
+            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._db.execute(f"PRAGMA journal_mode={self._journal(say)}")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA foreign_keys=ON")
+            if self._db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("quick_check failed")
+            self._open_tables()
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise UsageError(f"the ledger {path} cannot be used: {error}", hint=_ledger_hint(path, error)) from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def create_run(
+        self, run: str, *, name: str, bucket: str, cap_micros: int, deadline_s: float | None, mark: Mapping[str, Any],
+        at: datetime, data: Mapping[str, Any],
+    ) -> None:
+        with self._write():
+            self._db.execute(
+                "INSERT INTO run(id, created_at, name, bucket, data) VALUES (?, ?, ?, ?, ?)",
+                (run, _iso(at), name, bucket, _dump(data)),
+            )
+            self._append(run, None, None, "cap", cap_micros, at, {"deadline_s": deadline_s, "mark": mark})
+
+    def set_cap(self, run: str, cap_micros: int, deadline_s: float | None, mark: Mapping[str, Any], at: datetime) -> None:
+        """A new cap and deadline for what is left; the deadline counts from `mark`."""
+        with self._write():
+            self._append(run, None, None, "cap", cap_micros, at, {"deadline_s": deadline_s, "mark": mark})
+
+    def note(
+        self, run: str, kind: str, at: datetime, *, stage: str | None = None, machine: str | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A fact that moves no machine and no money: job_sent, launched, stage_done, ended, warning ..."""
+        with self._write():
+            self._append(run, stage, machine, kind, 0, at, data or {})
+
+    def reserve(
+        self, run: str, stage: str, machine: str, micros: int, at: datetime, *, later_floor: int, order: Mapping[str, Any]
+    ) -> None:
+        """Reserves before a create, checked and written in one transaction. Raises BudgetExceeded."""
+        with self._write():
+            now = self._fold(run)
+            available = now.cap_micros - now.spent_micros - now.open_micros - later_floor
+            if micros < 0 or micros > available:
+                raise BudgetExceeded(
+                    f"stage {stage} would reserve {micros} micro-USD and only {max(0, available)} are left under the cap",
+                    hint="raise --budget, or make the stage smaller",
+                )
+            self._append(run, stage, machine, "reserve", micros, at, order)
+
+    def move(self, machine: str, event: Event, at: datetime, *, micros: int = 0, data: Mapping[str, Any] | None = None) -> None:
+        """Moves a machine along states.TRANSITIONS; `micros` is what GONE settles. Raises ValueError off the table."""
+        with self._write():
+            row = self._db.execute("SELECT run, stage FROM entry WHERE machine=? AND kind='reserve'", (machine,)).fetchone()
+            if row is None:
+                raise ValueError(f"no reservation for {machine}")
+            state = next(m.state for m in self._fold(row[0]).machines if m.name == machine)
+            after(state, event)
+            self._append(row[0], row[1], machine, str(event), micros, at, data or {})
+
+    def run(self, run: str) -> Run:
+        """Raises UsageError naming the nearest run."""
+        try:
+            return self._fold(run)
+        except KeyError:
+            raise UsageError(f"no run {run!r} in {self.path}", hint=self._nearest(run)) from None
+
+    def runs(self) -> list[str]:
+        """Run ids, newest first."""
+        return [row[0] for row in self._db.execute("SELECT id FROM run ORDER BY created_at DESC, rowid DESC")]
+
+    def machine_known(self, machine: str) -> bool:
+        return self._db.execute("SELECT 1 FROM entry WHERE machine=? LIMIT 1", (machine,)).fetchone() is not None
+
+    def find(self, text: str) -> str:
+        """The run id for what a person typed: the id, its last six characters, or a unique beginning."""
+        ids = self.runs()
+        hits = [r for r in ids if r == text] or [r for r in ids if r.endswith(f"-{text}")] or [r for r in ids if r.startswith(text)]
+        if len(hits) == 1:
+            return hits[0]
+        if hits:
+            raise UsageError(f"{text!r} may be {', '.join(hits)}", hint="give more of the name")
+        raise UsageError(f"no run {text!r} in {self.path}", hint=self._nearest(text))
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _fold(self, run: str) -> Run:
+        head = self._db.execute("SELECT id, created_at, name, bucket, data FROM run WHERE id=?", (run,)).fetchone()
+        if head is None:
+            raise KeyError(run)
+        rows = self._db.execute(
+            "SELECT seq, run, stage, machine, kind, micros, at, data FROM entry WHERE run=? ORDER BY seq", (run,)
+        )
+        entries = tuple(Entry(*row[:6], datetime.fromisoformat(row[6]), json.loads(row[7])) for row in rows)
+        caps = [e for e in entries if e.kind == "cap"]
+        return Run(
+            id=head[0], created_at=datetime.fromisoformat(head[1]), name=head[2], bucket=head[3], data=json.loads(head[4]),
+            cap_micros=caps[-1].micros, deadline_s=caps[-1].data["deadline_s"], deadline_from=caps[-1].data["mark"],
+            machines=tuple(fold_machines(entries)),
+            done={e.stage: e.data for e in entries if e.kind == "stage_done" and e.stage is not None},
+            ends=tuple(e for e in entries if e.kind == "ended"),
+            entries=entries,
+        )
+
+    def _append(
+        self, run: str, stage: str | None, machine: str | None, kind: str, micros: int, at: datetime, data: Mapping[str, Any]
+    ) -> None:
+        self._db.execute(
+            "INSERT INTO entry(run, stage, machine, kind, micros, at, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (run, stage, machine, kind, micros, _iso(at), _dump(data)),
+        )
+
+    @contextmanager
+    def _write(self) -> Iterator[None]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            raise UsageError(f"the ledger {self.path} cannot be written: {error}", hint=_ledger_hint(self.path, error)) from error
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def _open_tables(self) -> None:
+        version = self._db.execute("SELECT 1 FROM sqlite_master WHERE name='meta'").fetchone()
+        if version is None:
+            with self._write():
+                for statement in _statements(_TABLES):
+                    self._db.execute(statement)
+                self._db.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (str(SCHEMA),))
+        found = self._db.execute("SELECT value FROM meta WHERE key='schema'").fetchone()
+        if found is None or int(found[0]) != SCHEMA:
+            raise UsageError(
+                f"the ledger {self.path} was written by another kdcloud (schema {found and found[0]}, this one reads {SCHEMA})",
+                hint="use the kdcloud version that wrote it, or set KDCLOUD_HOME to a new folder",
+            )
+
+    def _journal(self, say: Callable[[str], None]) -> str:
+        if file_system(self.path) in _NETWORK_FILE_SYSTEMS:
+            say(f"{self.path} lies on a network file system: the ledger uses journal_mode=DELETE (slower, safe)")
+            return "DELETE"
+        return "WAL"
+
+    def _nearest(self, text: str) -> str:
+        import difflib
+
+        ids = self.runs()
+        near = difflib.get_close_matches(text, ids, n=3, cutoff=0.4) or ids[:3]
+        return f"known runs: {', '.join(near)}" if near else "nothing has run yet: kdcloud run quickstart"
+
+
+def fold_machines(entries: tuple[Entry, ...]) -> list[MachineRow]:
+    """Machines in the order they were reserved."""
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if entry.machine is None:
+            continue
+        if entry.kind == "reserve":
+            rows[entry.machine] = {
+                "name": entry.machine, "run": entry.run, "stage": entry.stage, "state": State.INTENT,
+                "reserved_micros": entry.micros, "settled_micros": 0, "order": entry.data, "facts": {}, "reasons": (),
+                "reserved_at": entry.at, "absent_seen": False, "job_rc": None,
+            }
+            continue
+        row = rows[entry.machine]
+        row["facts"] = {**row["facts"], **entry.data, f"{entry.kind}_at": entry.at.isoformat()}
+        if entry.kind in _EVENTS:
+            event = Event(entry.kind)
+            row["state"] = after(row["state"], event)
+            row["settled_micros"] += entry.micros
+            if event in (Event.ABSENT, Event.PRESENT):
+                row["absent_seen"] = event is Event.ABSENT
+            if event is Event.JOB_ENDED:
+                row["job_rc"] = entry.data.get("rc")
+            if entry.data.get("why"):
+                row["reasons"] = (*row["reasons"], entry.data["why"])
+    return [MachineRow(**row) for row in rows.values()]
+
+
+def file_system(path: Path) -> str:
+    """Type of the file system `path` lies on ('ext4', 'nfs4', ...), '' when it cannot be told."""
+    import psutil
+
+    best = ("", "")
+    resolved = str(path.resolve())
+    for part in psutil.disk_partitions(all=True):
+        mount = part.mountpoint.rstrip("/") + "/"
+        if resolved.startswith(mount) and len(mount) > len(best[0]):
+            best = (mount, part.fstype)
+    return best[1]
+
+
+def _ledger_hint(path: Path, error: Exception) -> str:
+    text = str(error).lower()
+    if "locked" in text:
+        return "another kdcloud is writing; try again in a moment"
+    if "full" in text or getattr(error, "errno", None) == 28:
+        return "the disk is full: free some space and run the command again"
+    if isinstance(error, PermissionError) or "readonly" in text or "permission" in text:
+        return "check the rights of the folder, or set KDCLOUD_HOME to one you can write"
+    return (
+        f"move {path} aside (keep it: it lists machines that may still bill) and check with `kdcloud down --all` "
+        "that nothing is left running"
+    )
+
+
+def _statements(script: str) -> list[str]:
+    """Statements of a script whose triggers hold semicolons of their own: one that ends in `;` at a line's end."""
+    found, current = [], ""
+    for line in script.strip().splitlines():
+        current += line + "\n"
+        if sqlite3.complete_statement(current):
+            found.append(current)
+            current = ""
+    return found
+
+
+def _iso(at: datetime) -> str:
+    return at.isoformat()
+
+
+def _dump(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} does not belong into the ledger")

@@ -1,0 +1,273 @@
+"""What will be done, where, and what may it cost? The approved plan as a value, as JSON, and as a table people read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.money import Rate, both, human_seconds, shown, usd
+from orchestrator.provision import Latencies, Offer
+from tasks.contract import SETTINGS, Settings, build
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """An estimate: about one run in ten should end below `low`, one in ten above `high`."""
+
+    low: float
+    expected: float
+    high: float
+
+    def __add__(self, other: Range) -> Range:
+        return Range(self.low + other.low, self.expected + other.expected, self.high + other.high)
+
+    def times(self, factor: float) -> Range:
+        return Range(self.low * factor, self.expected * factor, self.high * factor)
+
+
+@dataclass(frozen=True)
+class Micros:
+    """A cost as a range, integer micro-USD."""
+
+    low: int
+    expected: int
+    high: int
+
+    def __add__(self, other: Micros) -> Micros:
+        return Micros(self.low + other.low, self.expected + other.expected, self.high + other.high)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A machine that was looked at and not taken."""
+
+    gpu: str
+    why: str
+    infra: str = ""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its settings in full, the machines to try in order, and what it should take."""
+
+    name: str
+    kind: str
+    settings: Settings
+    after: tuple[str, ...]  # stages whose results it needs
+    vram_gib: Range
+    vram_breakdown_gib: Mapping[str, float]
+    hours: Range  # of the chosen machine, its start included
+    startup_hours: Range  # part of `hours`: until the stage's own work begins
+    candidates: tuple[Offer, ...]  # the first is chosen; the others in the order to try them
+    candidate_hours: tuple[Range, ...]  # of each candidate
+    cost_micros: Micros  # of the chosen machine
+    reserve_micros: int  # held back for latencies while the machine lives; comes back when it ends in time
+    rejected: tuple[Rejected, ...]
+    notes: tuple[str, ...]
+    uses: Mapping[str, float]  # what the estimate rests on: expected lengths, counts, shares
+    chosen: tuple[str, ...] = ()  # names of the settings that the recipe left to the planner
+
+    @property
+    def offer(self) -> Offer:
+        return self.candidates[0]
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """A cost beside the machines: storage, traffic."""
+
+    what: str
+    cost_micros: Micros
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the user approves, by its digest."""
+
+    name: str
+    recipe: str  # path of the recipe
+    digest: str
+    currency: str
+    rate: Rate
+    made_at: datetime
+    stages: tuple[StagePlan, ...]
+    overhead: tuple[Overhead, ...]
+    cap_micros: int
+    deadline_s: float | None
+    idle_s: float
+    bucket: str
+    on_shortfall: str
+    infra: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def hours(self) -> Range:
+        return sum((stage.hours for stage in self.stages), Range(0.0, 0.0, 0.0))
+
+    @property
+    def cost_micros(self) -> Micros:
+        costs = [stage.cost_micros for stage in self.stages] + [item.cost_micros for item in self.overhead]
+        return sum(costs, Micros(0, 0, 0))
+
+    @property
+    def reserve_micros(self) -> int:
+        return sum(stage.reserve_micros for stage in self.stages)
+
+    @property
+    def needed_micros(self) -> int:
+        """The smallest cap this plan fits under."""
+        return self.cost_micros.expected + self.reserve_micros
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_micros <= self.cap_micros
+
+    @property
+    def tight(self) -> bool:
+        return self.cost_micros.high > self.cap_micros
+
+    @property
+    def in_time(self) -> bool:
+        return self.deadline_s is None or self.hours.expected * 3600 <= self.deadline_s
+
+    @property
+    def offers_as_of(self) -> datetime | None:
+        """Date of the oldest price that is used; None when every machine is the user's own."""
+        return min((stage.offer.as_of for stage in self.stages if stage.offer.infra != "local"), default=None)
+
+
+def digest_of(recipe: Any, stages: tuple[StagePlan, ...], cap_micros: int, deadline_s: float | None, rate: Rate) -> str:
+    """sha256 of everything that is approved: the recipe's meaning, chosen settings, machines with prices, cap and rate."""
+    machines = [
+        [[o.infra, o.region, o.instance, o.gpu, o.gpus, o.spot, o.price_micros_per_hour] for o in stage.candidates]
+        for stage in stages
+    ]
+    body = {
+        "recipe": recipe, "settings": [asdict(stage.settings) for stage in stages], "machines": machines,
+        "cap_micros": cap_micros, "deadline_s": deadline_s, "rate": str(rate.usd_to_cny),
+    }
+    return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
+
+
+# --- JSON for programs (`plan --json`)
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The document of `kdcloud plan --json`: money in integer micro-USD, GiB of 2^30, hours, ISO-8601 UTC."""
+    as_of = plan.offers_as_of
+    return {
+        "schema": SCHEMA,
+        "recipe": plan.name,
+        "recipe_path": plan.recipe,
+        "digest": plan.digest,
+        "currency": plan.currency,
+        "rate": {"usd_to_cny": float(plan.rate.usd_to_cny), "as_of": plan.rate.as_of.isoformat()},
+        "made_at": _iso(plan.made_at),
+        "offers_as_of": None if as_of is None else _iso(as_of),
+        "stages": [_stage_to_json(stage) for stage in plan.stages],
+        "overhead": [{"what": item.what, "cost_micros": asdict(item.cost_micros)} for item in plan.overhead],
+        "total": {"hours": asdict(plan.hours), "cost_micros": asdict(plan.cost_micros)},
+        "reserve_micros": plan.reserve_micros,
+        "needed_micros": plan.needed_micros,
+        "cap_micros": plan.cap_micros,
+        "fits": plan.fits,
+        "tight": plan.tight,
+        "deadline_s": plan.deadline_s,
+        "in_time": plan.in_time,
+        "idle_s": plan.idle_s,
+        "bucket": plan.bucket,
+        "on_shortfall": plan.on_shortfall,
+        "notes": list(plan.notes),
+    }
+
+
+def _stage_to_json(stage: StagePlan) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "kind": stage.kind,
+        "after": list(stage.after),
+        "vram_gib": asdict(stage.vram_gib),
+        "vram_breakdown_gib": dict(stage.vram_breakdown_gib),
+        "hours": asdict(stage.hours),
+        "startup_hours": asdict(stage.startup_hours),
+        "offer": _offer_to_json(stage.offer),
+        "candidates": [_offer_to_json(offer) for offer in stage.candidates],
+        "cost_micros": asdict(stage.cost_micros),
+        "reserve_micros": stage.reserve_micros,
+        "settings": asdict(stage.settings),
+        "chosen": list(stage.chosen),
+        "rejected": [asdict(one) for one in stage.rejected],
+        "uses": dict(stage.uses),
+        "notes": list(stage.notes),
+    }
+
+
+def _offer_to_json(offer: Offer) -> dict[str, Any]:
+    return {
+        "infra": offer.infra, "region": offer.region, "instance": offer.instance, "gpu": offer.gpu, "gpus": offer.gpus,
+        "spot": offer.spot, "price_micros_per_hour": offer.price_micros_per_hour, "as_of": _iso(offer.as_of),
+        "source": offer.source,
+    }
+
+
+def _iso(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+# --- JSON for the ledger: nothing lost
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """The whole plan as plain JSON data; `plan_from_dict` gives the same plan back."""
+    raw = asdict(plan)
+    raw["rate"] = {"usd_to_cny": str(plan.rate.usd_to_cny), "as_of": plan.rate.as_of.isoformat()}
+    raw["made_at"] = plan.made_at.isoformat()
+    for stage in raw["stages"]:
+        for offer in stage["candidates"]:
+            offer["as_of"] = offer["as_of"].isoformat()
+    return {"plan_schema": SCHEMA, **raw}
+
+
+def plan_from_dict(raw: Mapping[str, Any]) -> Plan:
+    """The plan that `plan_to_dict` wrote. Raises ValueError for another schema, KeyError and TypeError for other data."""
+    if raw.get("plan_schema") != SCHEMA:
+        raise ValueError(f"plan has schema {raw.get('plan_schema')}, this kdcloud reads {SCHEMA}")
+    values = {field.name: raw[field.name] for field in fields(Plan)}
+    values["rate"] = Rate(Decimal(raw["rate"]["usd_to_cny"]), date.fromisoformat(raw["rate"]["as_of"]))
+    values["made_at"] = datetime.fromisoformat(raw["made_at"])
+    values["stages"] = tuple(_stage_from_dict(stage) for stage in raw["stages"])
+    values["overhead"] = tuple(Overhead(item["what"], Micros(**item["cost_micros"])) for item in raw["overhead"])
+    values["infra"] = tuple(raw["infra"])
+    values["notes"] = tuple(raw["notes"])
+    return Plan(**values)
+
+
+def _stage_from_dict(raw: Mapping[str, Any]) -> StagePlan:
+    values = {field.name: raw[field.name] for field in fields(StagePlan)}
+    values["settings"] = build(SETTINGS[raw["kind"]], raw["settings"])
+    for name in ("vram_gib", "hours", "startup_hours"):
+        values[name] = Range(**raw[name])
+    values["cost_micros"] = Micros(**raw["cost_micros"])
+    values["candidates"] = tuple(_offer_from_dict(offer) for offer in raw["candidates"])
+    values["candidate_hours"] = tuple(Range(**hours) for hours in raw["candidate_hours"])
+    values["rejected"] = tuple(Rejected(**one) for one in raw["rejected"])
+    for name in ("after", "notes", "chosen"):
+        values[name] = tuple(raw[name])
+    return StagePlan(**values)
+
+
+def _offer_from_dict(raw: Mapping[str, Any]) -> Offer:
+    return Offer(**{**raw, "as_of": datetime.fromisoformat(raw["as_of"]), "latencies": Latencies(**raw["latencies"])})
+
+
+# --- the table

@@ -1,0 +1,478 @@
+"""Runs an approved plan: load -> next_action -> act -> record, until every stage is done and every machine is gone.
+
+Nothing is remembered outside ledger and bucket: killing the runner at any point and starting it again ends in the
+same place. Every intent is written before the provider is called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from orchestrator import spend
+from orchestrator.attempts import Attempt, Fate, verdict
+from orchestrator.clock import Clock, Mark, age_s
+from orchestrator.errors import BudgetExceeded, NotOwner
+from orchestrator.handover import fetch_code, supervisor_argv, supervisor_env
+from orchestrator.lease import LEASE_S, Lease
+from orchestrator.ledger import Ledger, MachineRow, Run
+from orchestrator.names import machine_name
+from orchestrator.plan import Plan, StagePlan
+from orchestrator.planner import later_floor_micros
+from orchestrator.provision import (
+    Job, Latencies, NoCapacity, NotYetGone, Observation, Offer, Order, ProvisionError, Provisioner, Status,
+)
+from orchestrator.states import Do, Event, Machine, State, next_action
+from tasks.bucket import Bucket, BucketError, NotFound, read_commit
+from tasks.contract import COMMIT_FILE, ENDED_FILE, PROGRESS_FILE, RESULT_FILE, TASK_FILE, Ended, Progress, Task, Watch
+
+PROVISION_LIMIT_S = 1200.0
+MIN_WORK_S = 5.0  # a machine that could not work longer than this is not worth its minimum charge
+TEARDOWN_PATIENCE_S = 60.0  # or three times the provider's own delays, whichever is longer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `state`: done | cap | deadline | failed | no_capacity | stopped | unconfirmed."""
+
+    state: str
+    message: str = ""
+    hint: str = ""
+    stage: str | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a person watching may want to see, now."""
+
+    run: Run
+    stage: str | None
+    machine: MachineRow | None
+    machine_age_s: float
+    progress: Progress | None
+    spending_micros: int  # settled plus what open machines have cost until now
+
+
+class Runner:
+    """`say(kind, stage, text)` hears what happens; `stop()` is asked on every turn (Ctrl-C)."""
+
+    def __init__(
+        self, *, ledger: Ledger, provider: Provisioner, bucket: Bucket, clock: Clock, plan: Plan, run_id: str, owner: str,
+        lease: Lease, code_folder: Path, say: Callable[[str, str | None, str], None] = lambda kind, stage, text: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.ledger, self.provider, self.bucket, self.clock = ledger, provider, bucket, clock
+        self.plan, self.run_id, self.owner, self.lease = plan, run_id, owner, lease
+        self.code_folder, self.say, self.stop = code_folder, say, stop
+        self._started = clock.mark()
+        self._ending_since: dict[str, Mark] = {}
+        self._retry: tuple[str, Mark, float] | None = None
+
+    def run(self, *, on_turn: Callable[[Snapshot], None] = lambda snapshot: None, turn_s: float = 0.3) -> Outcome:
+        """Loops until the run has ended. A bug tears everything down before its traceback goes on."""
+        try:
+            while True:
+                self._renew()
+                outcome, moved = self.turn()
+                if outcome is not None:
+                    self.ledger.note(self.run_id, "ended", self._now(), stage=outcome.stage,
+                                     data={"state": outcome.state, "message": outcome.message, "hint": outcome.hint})
+                    return outcome
+                on_turn(self.snapshot())
+                if not moved:
+                    self.clock.sleep(turn_s)
+        except NotOwner:
+            raise  # its machines are somebody else's now: touch nothing
+        except Exception:
+            self._emergency()
+            raise
+
+    def turn(self) -> tuple[Outcome | None, bool]:
+        """One round: every open machine one action further, else the next stage. Returns (outcome, something moved)."""
+        run = self.ledger.run(self.run_id)
+        stopping = self.stop() or stop_requested(run)
+        moved = False
+        for row in run.machines:
+            if row.state is not State.GONE:
+                moved = self._turn_machine(run, row, stopping) or moved
+        run = self.ledger.run(self.run_id)
+        open_ = [row for row in run.machines if row.state is not State.GONE]
+        if open_:
+            return self._unconfirmed(open_), moved
+        return self._next_stage(run, stopping)
+
+    def snapshot(self) -> Snapshot:
+        return snapshot_of(self.ledger.run(self.run_id), self.plan, self.bucket, self.clock)
+
+    # -- machines ----------------------------------------------------------------------------------------------------
+
+    def _turn_machine(self, run: Run, row: MachineRow, stopping: bool) -> bool:
+        seen = None if row.state is State.INTENT else self._observe(row.name)
+        order_offer = offer_from_dict(row.order["offer"])
+        lifetime = float(row.facts.get("lifetime_s", row.order["lifetime_s"]))
+        machine = Machine(
+            state=row.state, age_s=self._age(row), lifetime_s=lifetime, provision_limit_s=PROVISION_LIMIT_S,
+            hard_limit_s=lifetime + order_offer.latencies.tick_s + order_offer.latencies.flush_s + order_offer.latencies.handover_s,
+            job_sent=bool(row.facts.get("job")), absent_seen=row.absent_seen, launched=bool(row.facts.get("launched")),
+        )
+        do, why = next_action(machine, seen, stopping=stopping or self._stage_is_done(run, row))
+        return self._act(run, row, order_offer, machine, seen, do, why)
+
+    def _act(
+        self, run: Run, row: MachineRow, offer: Offer, machine: Machine, seen: Observation | None, do: Do, why: str
+    ) -> bool:
+        match do:
+            case Do.SEND:
+                mark = self.clock.mark()
+                self._move(row, Event.SENT, data={"sent": mark_to_dict(mark)})
+                self._launch(row, offer)
+            case Do.LAUNCH:
+                self._launch(row, offer)
+            case Do.DROP:
+                self._move(row, Event.DROPPED)
+            case Do.MARK_UP:
+                self._mark_up(row, offer, seen)
+            case Do.RUN_JOB:
+                return self._run_job(row, offer, machine)
+            case Do.MARK_ENDED:
+                assert seen is not None
+                self._mark_ended(row, seen)
+            case Do.STOP:
+                data = {"why": why, "came_up": row.state is not State.CREATING, **self._ended_at(seen)}
+                if row.state is State.LIVE:
+                    data["checkpoint"] = self._last_checkpoint(row.stage)
+                if why == "the run stops":
+                    data["user_stop"] = True
+                self._move(row, Event.STOP, data=data)
+                if row.state is not State.DRAINING:
+                    self.say("stop", row.stage, f"ending the machine: {why}")
+            case Do.TERMINATE:
+                return self._terminate(row)
+            case Do.MARK_ABSENT:
+                self._move(row, Event.ABSENT, data={"absent_age_s": self._age(row), **self._ended_at(seen)})
+            case Do.MARK_PRESENT:
+                self._move(row, Event.PRESENT)
+            case Do.MARK_GONE:
+                self._mark_gone(row, offer)
+            case Do.WAIT:
+                return False
+        return True
+
+    def _launch(self, row: MachineRow, offer: Offer) -> None:
+        order = Order(
+            name=row.name, run=self.run_id, stage=row.stage, offer=offer,
+            deadline_at=datetime.fromisoformat(row.order["deadline_at"]), lifetime_s=float(row.order["lifetime_s"]),
+            fence=self.lease.fence,
+        )
+        try:
+            self.provider.launch(order)
+        except (ProvisionError, OSError) as error:
+            why = f"no capacity: {error}" if isinstance(error, NoCapacity) else f"could not create: {error}"
+            self.say("warn", row.stage, why)
+            self._move(row, Event.STOP, data={"why": why, "came_up": False})
+            return
+        self.ledger.note(self.run_id, "launched", self._now(), stage=row.stage, machine=row.name, data={"launched": True})
+
+    def _mark_up(self, row: MachineRow, offer: Offer, seen: Observation | None) -> None:
+        """Re-prices from what really landed; a deadline may only come nearer."""
+        landed = (seen.landed_offer if seen else None) or offer
+        if not landed.price_micros_per_hour and landed.infra != "local":
+            landed = replace(landed, price_micros_per_hour=offer.price_micros_per_hour)
+        landed = replace(landed, latencies=offer.latencies)
+        lifetime = min(float(row.order["lifetime_s"]), spend.lifetime_s(landed, row.reserved_micros))
+        self._move(row, Event.UP, data={"landed": offer_to_dict(landed), "lifetime_s": lifetime})
+        self.say("up", row.stage, f"{landed.infra} {landed.instance} is up after {self._age(row):.0f} s")
+
+    def _run_job(self, row: MachineRow, offer: Offer, machine: Machine) -> bool:
+        stage = self._stage(row.stage)
+        attempt = int(row.order["attempt"])
+        latencies = offer.latencies
+        remaining = spend.supervisor_remaining_s(machine.lifetime_s, machine.age_s, latencies)
+        task = Task(
+            run=self.run_id, stage=stage.name, kind=stage.kind, attempt=attempt, fence=self.lease.fence,
+            bucket=self.bucket.url, settings=stage.settings, code_sha256=self._code_sha256(),
+            watch=Watch(
+                idle_s=self.plan.idle_s, tick_s=latencies.tick_s, flush_s=latencies.flush_s,
+                client_lease_s=LEASE_S if offer.infra == "local" else None,
+            ),
+        )
+        try:
+            self.bucket.put(f"{stage.name}/{TASK_FILE}", task.to_json().encode())
+            wheel = fetch_code(self.bucket, self._code_sha256(), self.code_folder)
+            self.provider.run(
+                row.name, f"{stage.name}-{attempt}", supervisor_argv(self.bucket.url, stage.name, attempt, remaining),
+                supervisor_env(wheel),
+            )
+        except BucketError as error:
+            why = f"the bucket does not take the order: {error.message}"
+            self.say("warn", row.stage, why)
+            self._move(row, Event.STOP, data={"why": why})
+            return True
+        except (ProvisionError, OSError) as error:
+            self.say("warn", row.stage, f"could not start the job yet: {error}")
+            return False
+        self.ledger.note(self.run_id, "job", self._now(), stage=row.stage, machine=row.name, data={"job": f"{stage.name}-{attempt}"})
+        return False
+
+    def _mark_ended(self, row: MachineRow, seen: Observation) -> None:
+        data: dict[str, Any] = {"rc": seen.job.rc, "checkpoint": self._last_checkpoint(row.stage), **self._ended_at(seen)}
+        ended = read_ended(self.bucket, row.stage)
+        if ended is not None and ended.rc == seen.job.rc:
+            data["ended"] = asdict(ended)
+        self._move(row, Event.JOB_ENDED, data=data)
+        self._note_result(row.stage)
+
+    def _terminate(self, row: MachineRow) -> bool:
+        self._ending_since.setdefault(row.name, self.clock.mark())
+        try:
+            self.provider.terminate(row.name)
+        except NotYetGone:
+            return False
+        except (ProvisionError, OSError) as error:
+            self.say("warn", row.stage, f"teardown of {row.name} not accepted yet: {error}")
+            return False
+        return self._observe(row.name).state is Status.ABSENT
+
+    def _mark_gone(self, row: MachineRow, offer: Offer) -> None:
+        """Settles what was observed: from the moment the request was sent until the provider says it ended."""
+        billed = offer_from_dict(row.facts["landed"]) if "landed" in row.facts else offer
+        seconds = float(row.facts.get("absent_age_s") or self._age(row))
+        if row.facts.get("ended_at"):
+            sent = mark_from_dict(row.facts["sent"])
+            seconds = min(seconds, max(0.0, (datetime.fromisoformat(row.facts["ended_at"]) - sent.wall).total_seconds()))
+        micros = spend.cost_micros(billed, seconds)
+        self._move(row, Event.GONE, micros=micros, data={"billed_s": seconds})
+        self.say("gone", row.stage, f"machine is gone after {seconds:.0f} s")
+
+    def _unconfirmed(self, open_: list[MachineRow]) -> Outcome | None:
+        for row in open_:
+            since = self._ending_since.get(row.name)
+            latencies = offer_from_dict(row.order["offer"]).latencies
+            patience = max(TEARDOWN_PATIENCE_S, 3 * (latencies.api_s + latencies.provision_s), 2 * latencies.flush_s)
+            if row.state is State.TEARDOWN_PENDING and since is not None and age_s(since, self.clock.mark()) > patience:
+                return Outcome(
+                    "unconfirmed", f"the teardown of {row.name} is not confirmed: it may still cost money",
+                    f"repeat `kdcloud down {self.run_id}` until it says so, or end it in the provider's console", row.stage,
+                )
+        return None
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    def _next_stage(self, run: Run, stopping: bool) -> tuple[Outcome | None, bool]:
+        stage = next((s for s in self.plan.stages if s.name not in run.done), None)
+        if stage is None:
+            return Outcome("done"), True
+        if self._note_result(stage.name):
+            return None, True
+        if stopping:
+            return Outcome("stopped", "stopped; every machine is gone", f"go on with `kdcloud run --resume {self.run_id}`", stage.name), True
+        rows = [m for m in run.machines if m.stage == stage.name]
+        attempts = [attempt_of(row) for row in rows if row.state is State.GONE and "sent" in row.facts]
+        resumed_at = max((e.seq for e in run.entries if e.kind == "resumed"), default=0)
+        fresh = {e.machine for e in run.entries if e.seq > resumed_at and e.kind == "reserve"}
+        attempts = [a for a, row in zip(attempts, [r for r in rows if r.state is State.GONE and "sent" in r.facts], strict=True)
+                    if row.name in fresh]
+        fate = verdict(attempts, offers=len(stage.candidates))
+        if fate.fate is not Fate.TRY:
+            return Outcome(str(fate.fate), f"stage {stage.name}: {fate.message}", fate.hint, stage.name), True
+        if self._waiting(stage.name, len(rows), fate.wait_s):
+            return None, False
+        return self._reserve(run, stage, rows, fate.offer_index)
+
+    def _reserve(self, run: Run, stage: StagePlan, rows: list[MachineRow], offer_index: int) -> tuple[Outcome | None, bool]:
+        offer = stage.candidates[offer_index]
+        index = self.plan.stages.index(stage)
+        floor = later_floor_micros(self.plan, index)
+        available = spend.available_micros(cap=run.cap_micros, spent=run.spent_micros, open_=run.open_micros, later_floor=floor)
+        lifetime, bound = spend.lifetime_s(offer, available), "cap"
+        if lifetime >= spend.MAX_LIFETIME_S:
+            bound = "limit"
+        if run.deadline_s is not None:
+            left = run.deadline_s - self._run_age_s(run) - offer.latencies.total_s
+            if left < lifetime:
+                lifetime, bound = left, "deadline"
+        if lifetime < MIN_WORK_S:
+            if bound == "deadline":
+                return Outcome("deadline", f"stage {stage.name}: the deadline leaves it no time", "resume it with a later --deadline", stage.name), True
+            return Outcome("cap", f"stage {stage.name}: what is left under the cap pays for no useful machine time",
+                           f"go on with `kdcloud run --resume {self.run_id} --budget MORE`", stage.name), True
+        micros = spend.reserve_micros(offer, lifetime) if offer.price_micros_per_hour else 0
+        micros = min(micros, available)
+        deadline_at = self._now() + timedelta(seconds=int(lifetime + offer.latencies.total_s))
+        name = machine_name(self.owner, self.run_id, stage.name, deadline_at)
+        while self.ledger.machine_known(name):
+            deadline_at -= timedelta(seconds=1)
+            name = machine_name(self.owner, self.run_id, stage.name, deadline_at)
+        order = {
+            "offer": offer_to_dict(offer), "offer_index": offer_index, "attempt": len(rows) + 1, "lifetime_s": lifetime,
+            "bound": bound, "deadline_at": deadline_at, "fence": self.lease.fence,
+        }
+        try:
+            self.ledger.reserve(self.run_id, stage.name, name, micros, self._now(), later_floor=floor, order=order)
+        except BudgetExceeded as error:
+            return Outcome("cap", error.message, error.hint, stage.name), True
+        self.say("start", stage.name, f"attempt {len(rows) + 1} on {offer.infra} {offer.instance}" if rows else f"on {offer.infra} {offer.instance}")
+        return None, True
+
+    def _note_result(self, stage: str) -> bool:
+        """Notes a committed result once. True when the stage is done."""
+        if stage in self.ledger.run(self.run_id).done:
+            return True
+        try:
+            manifest = read_commit(self.bucket, stage)
+            if manifest is None:
+                return False
+            result, _ = self.bucket.get(f"{stage}/{RESULT_FILE}")
+        except BucketError as error:
+            self.say("warn", stage, f"the bucket does not answer: {error.message}")
+            return False
+        files = {name: entry.size for name, entry in manifest.files.items()}
+        self.ledger.note(self.run_id, "stage_done", self._now(), stage=stage, data={"result": json.loads(result), "files": files})
+        self.say("done", stage, "done")
+        return True
+
+    def _stage_is_done(self, run: Run, row: MachineRow) -> bool:
+        """A machine whose stage has its result and whose job was never sent has nothing to do any more."""
+        return row.stage in run.done and row.state in (State.INTENT, State.CREATING)
+
+    def _waiting(self, stage: str, attempt: int, wait_s: float) -> bool:
+        key = f"{stage}-{attempt}"
+        if self._retry is None or self._retry[0] != key:
+            self._retry = (key, self.clock.mark(), wait_s)
+        return age_s(self._retry[1], self.clock.mark()) < self._retry[2]
+
+    # -- small things ------------------------------------------------------------------------------------------------
+
+    def _emergency(self) -> None:
+        """A bug: end every machine that may bill, before the traceback goes on. What fails here stays open in the ledger."""
+        for row in self.ledger.run(self.run_id).live:
+            try:
+                if row.state is not State.TEARDOWN_PENDING:
+                    self._move(row, Event.STOP, data={"why": "kdcloud hit a bug"})
+                for _ in range(60):
+                    try:
+                        self.provider.terminate(row.name)
+                        break
+                    except NotYetGone:
+                        self.clock.sleep(0.5)
+            except Exception as error:
+                self.say("warn", row.stage, f"{row.name} may still run: {error}; `kdcloud down {self.run_id}` ends it")
+
+    def _observe(self, name: str) -> Observation:
+        try:
+            return self.provider.observe(name)
+        except (ProvisionError, OSError):
+            return Observation(name, Status.UNKNOWN, None, None, Job(), self._now())
+
+    def _renew(self) -> None:
+        """A bucket that does not answer for a moment costs nothing; a lease that somebody else took ends this client."""
+        try:
+            self.lease.renew_if_due()
+        except BucketError as error:
+            self.say("warn", None, f"the bucket does not answer: {error.message}")
+
+    def _last_checkpoint(self, stage: str) -> str | None:
+        """Key of the newest committed checkpoint, None when there is none or the bucket does not answer."""
+        prefix, end = f"{stage}/checkpoints/", f"/{COMMIT_FILE}"
+        try:
+            keys = [stat.key.removesuffix(end) for stat in self.bucket.list(prefix) if stat.key.endswith(end)]
+        except BucketError:
+            return None
+        return max(keys, key=lambda key: (len(key), key), default=None)
+
+    def _ended_at(self, seen: Observation | None) -> dict[str, Any]:
+        return {"ended_at": seen.ended_at} if seen is not None and seen.ended_at is not None else {}
+
+    def _move(self, row: MachineRow, event: Event, *, micros: int = 0, data: dict[str, Any] | None = None) -> None:
+        self.ledger.move(row.name, event, self._now(), micros=micros, data=data)
+
+    def _age(self, row: MachineRow) -> float:
+        return machine_age_s(row, self.clock)
+
+    def _run_age_s(self, run: Run) -> float:
+        """Seconds since the deadline was given."""
+        return age_s(mark_from_dict(run.deadline_from), self.clock.mark())
+
+    def _stage(self, name: str) -> StagePlan:
+        return next(s for s in self.plan.stages if s.name == name)
+
+    def _code_sha256(self) -> str:
+        return str(self.ledger.run(self.run_id).data["code_sha256"])
+
+    def _now(self) -> datetime:
+        return self.clock.mark().wall
+
+
+def snapshot_of(run: Run, plan: Plan, bucket: Bucket, clock: Clock) -> Snapshot:
+    """What the run looks like now, for whoever watches; asks the bucket for progress, the provider for nothing."""
+    stage = next((s.name for s in plan.stages if s.name not in run.done), None)
+    machine = next((m for m in run.machines if m.state is not State.GONE), None)
+    progress = read_progress(bucket, stage) if stage and machine else None
+    age = machine_age_s(machine, clock) if machine else 0.0
+    return Snapshot(run, stage, machine, age, progress, spending_micros(run, lambda row: machine_age_s(row, clock)))
+
+
+def machine_age_s(row: MachineRow, clock: Clock) -> float:
+    """Seconds since the create request was sent; 0 before."""
+    sent = row.facts.get("sent")
+    return age_s(mark_from_dict(sent), clock.mark()) if sent else 0.0
+
+
+def stop_requested(run: Run) -> bool:
+    """Whether `kdcloud down` asked this run to stop since it was started or resumed."""
+    words = [e.kind for e in run.entries if e.kind in ("stop_requested", "resumed")]
+    return bool(words) and words[-1] == "stop_requested"
+
+
+def attempt_of(row: MachineRow) -> Attempt:
+    """A machine that is gone, as the attempt it was."""
+    ended = row.facts.get("ended") or {}
+    return Attempt(
+        offer_index=int(row.order["offer_index"]), came_up=bool(row.facts.get("came_up", True)), rc=row.job_rc,
+        reason=row.reasons[-1] if row.reasons else "", message=ended.get("message", ""), hint=ended.get("hint", ""),
+        bound=row.order["bound"], time_used_up="its time is used up" in row.reasons,
+        checkpoint=row.facts.get("checkpoint"), user_stop=bool(row.facts.get("user_stop")),
+    )
+
+
+def spending_micros(run: Run, age: Callable[[MachineRow], float]) -> int:
+    """Settled money plus what open machines have cost until now, each at most its reservation."""
+    total = run.spent_micros
+    for row in run.live:
+        offer = offer_from_dict(row.facts.get("landed") or row.order["offer"])
+        total += min(row.reserved_micros, spend.cost_micros(offer, age(row)))
+    return total
+
+
+def read_progress(bucket: Bucket, stage: str) -> Progress | None:
+    try:
+        return Progress.from_json(bucket.get(f"{stage}/{PROGRESS_FILE}")[0].decode())
+    except BucketError:
+        return None
+
+
+def read_ended(bucket: Bucket, stage: str) -> Ended | None:
+    try:
+        return Ended.from_json(bucket.get(f"{stage}/{ENDED_FILE}")[0].decode())
+    except NotFound:
+        return None
+
+
+def offer_to_dict(offer: Offer) -> dict[str, Any]:
+    return {**asdict(offer), "as_of": offer.as_of.isoformat()}
+
+
+def offer_from_dict(raw: dict[str, Any]) -> Offer:
+    return Offer(**{**raw, "as_of": datetime.fromisoformat(raw["as_of"]), "latencies": Latencies(**raw["latencies"])})
+
+
+def mark_to_dict(mark: Mark) -> dict[str, Any]:
+    return {"wall": mark.wall.isoformat(), "boot_id": mark.boot_id, "boot_s": mark.boot_s}
+
+
+def mark_from_dict(raw: dict[str, Any]) -> Mark:
+    return Mark(datetime.fromisoformat(raw["wall"]), raw["boot_id"], raw["boot_s"])

@@ -1,0 +1,68 @@
+"""How much may be spent, for how long does it last: integer micro-USD in, integer micro-USD or seconds out. Pure.
+
+The bound (one machine): spend <= p * ceil_q(max(m, D + latencies)), so the age D at which its work must stop is
+D = floor_q(B / p) - latencies. A cost is always rounded up, a lifetime always down.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from orchestrator.provision import Latencies, Offer
+
+MAX_LIFETIME_S = 7 * 24 * 3600.0  # no machine is ordered for longer; also the lifetime of one that costs nothing
+
+
+def cost_micros(offer: Offer, seconds: float) -> int:
+    """What `seconds` of the offer cost: billed in steps of its quantum, at least its minimum charge, rounded up.
+
+    Raises ValueError for an unknown price: unknown is never free.
+    """
+    price = _price(offer)
+    quantum = max(1, offer.quantum_s)
+    billed = max(offer.minimum_s, math.ceil(max(0.0, seconds) / quantum) * quantum)
+    return math.ceil(Fraction(price * billed, 3600))
+
+
+def lifetime_s(offer: Offer, reserved_micros: int) -> float:
+    """Largest age D at which work must stop so that the machine ends within its reservation; below 0: do not launch."""
+    price = _price(offer)
+    if price == 0:
+        return MAX_LIFETIME_S
+    if cost_micros(offer, 0) > reserved_micros:
+        return -1.0
+    quantum = max(1, offer.quantum_s)
+    affordable = int(Fraction(reserved_micros * 3600, price)) // quantum * quantum
+    if affordable < offer.minimum_s:
+        return -1.0
+    return min(MAX_LIFETIME_S, affordable - offer.latencies.total_s)
+
+
+def reserve_micros(offer: Offer, work_s: float) -> int:
+    """Reservation that lets work go on until the age `work_s`."""
+    return cost_micros(offer, work_s + offer.latencies.total_s)
+
+
+def latency_reserve_micros(offer: Offer) -> int:
+    """Part of a reservation that pays for latencies only: what the plan adds for every machine."""
+    return cost_micros(offer, offer.latencies.total_s) if _price(offer) else 0
+
+
+def available_micros(*, cap: int, spent: int, open_: int, later_floor: int) -> int:
+    """What the stage at hand may reserve, so that it cannot eat the later ones: cap - spent - open - their floor."""
+    return max(0, cap - spent - open_ - later_floor)
+
+
+def supervisor_remaining_s(lifetime: float, age: float, latencies: Latencies) -> float:
+    """Seconds the supervisor has until it must have ended, its last upload included, when its job is sent at `age`."""
+    return lifetime + latencies.tick_s + latencies.flush_s - age
+
+
+def _price(offer: Offer) -> int:
+    price = offer.price_micros_per_hour
+    if price is None or price < 0:
+        raise ValueError(f"price of {offer.infra}/{offer.instance} is not known")
+    if price == 0 and offer.infra != "local":
+        raise ValueError(f"a price of 0 is only a price on your own machine, not on {offer.infra}/{offer.instance}")
+    return price

@@ -1,0 +1,70 @@
+"""What is going on and what may cost money right now, over all runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.ledger import Run
+from orchestrator.provision import Provisioner
+from orchestrator.session import is_driven, live_machines, state_of
+from tasks.bucket import BucketError, open_bucket
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = 1
+
+
+def build_status(runs: Sequence[Run], provider_of: Callable[[Run], Provisioner | None]) -> dict[str, Any]:
+    """The document of `kdcloud status --json`; providers are asked only about machines that may bill."""
+    return {"schema": SCHEMA, "runs": [_one(run, provider_of) for run in runs]}
+
+
+def _one(run: Run, provider_of: Callable[[Run], Provisioner | None]) -> dict[str, Any]:
+    plan = run.data["plan"]
+    state = state_of(run)
+    if state == "running" and not _driven(run):
+        state = "interrupted"
+    return {
+        "run": run.id, "recipe": run.name, "state": state, "started_at": run.created_at.isoformat(),
+        "stages_done": len(run.done), "stages": len(plan["stages"]), "cap_micros": run.cap_micros,
+        "spend_micros": run.spent_micros, "reserved_micros": run.open_micros, "bucket": run.bucket,
+        "live": live_machines(run, provider_of(run) if run.live else None),
+    }
+
+
+def _driven(run: Run) -> bool:
+    from orchestrator.clock import SystemClock
+
+    try:
+        return is_driven(open_bucket(run.bucket), SystemClock())
+    except BucketError:
+        return False
+
+
+def render_status(document: Mapping[str, Any], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from orchestrator.money import usd
+
+    if not document["runs"]:
+        console.print("nothing has run yet; try `kdcloud run quickstart`")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, justify in (("run", "left"), ("state", "left"), ("stages", "right"), ("spent", "right"), ("cap", "right"), ("machines", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for run in document["runs"]:
+        colour = {"done": "green", "running": "cyan"}.get(run["state"], "yellow")
+        live = ", ".join(f"{m['name']} ({m['state']}, provider says {m['provider']})" for m in run["live"])
+        table.add_row(run["run"], f"[{colour}]{run['state']}[/]", f"{run['stages_done']}/{run['stages']}", usd(run["spend_micros"]),
+                      usd(run["cap_micros"]), live or "none")
+    console.print(table)
+    for run in document["runs"]:
+        if run["state"] == "interrupted":
+            console.print(f"{run['run']}: its client is gone; `kdcloud run --resume {run['run']}` goes on, "
+                          f"`kdcloud down {run['run']}` ends it", soft_wrap=True)
+    total = Decimal(sum(m["reserved_micros"] for run in document["runs"] for m in run["live"]))
+    console.print(f"machines that may bill hold reservations of {usd(int(total))}" if total else "nothing is running, nothing bills")

@@ -1,0 +1,147 @@
+"""What does a checkout need before it runs? Makes .venv and installs kdcloud and its locked versions into it.
+
+    python3 scripts/install.py local        # what `make demo` needs
+    python3 scripts/install.py local,dev    # what `make test` needs
+
+Does nothing when that was done already and neither pyproject.toml nor the lock changed. Standard library only, and
+readable for old Pythons, so that they can be told what is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+LOCK = ROOT / "requirements" / "lock.txt"
+STAMP = VENV / "kdcloud-installed.txt"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's builds without CUDA, for Linux
+PROBE_S = 4.0
+OLDEST = (3, 11)
+CUDA_FREE_MACHINES = ("x86_64", "aarch64")
+
+
+def main() -> None:
+    """Leaves .venv with the extras named on the command line."""
+    extras = set(sys.argv[1].split(",")) if len(sys.argv) > 1 else {"local"}
+    refuse_what_cannot_work(extras)
+    digest = fingerprint()
+    done = installed(digest)
+    if extras <= done and works(VENV):
+        return
+    if not works(VENV):
+        say("making .venv with Python {}.{}".format(*sys.version_info[:2]))
+        call([sys.executable, "-m", "venv", "--clear", str(VENV)], "remove .venv and try again")
+        done = set()
+    if "local" in extras:
+        install_torch_without_cuda()
+    say("installing the locked versions ({})".format(", ".join(sorted(extras))))
+    pip(["install", "-c", str(LOCK), "hatchling"])
+    wanted = "{}[{}]".format(ROOT, ",".join(sorted(extras | done)))
+    pip(["install", "-c", str(LOCK), "--no-build-isolation", "-e", wanted])
+    STAMP.write_text("\n".join([digest, *sorted(extras | done)]) + "\n")
+
+
+def refuse_what_cannot_work(extras: set[str]) -> None:
+    """Ends with one clear sentence where the install could only fail later, in pip's words."""
+    if sys.version_info < OLDEST:
+        found = "{}.{}".format(*sys.version_info[:2])
+        stop("kdcloud needs Python 3.11 or newer, this is " + found, "install one, then: make demo PYTHON=python3.12")
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        stop("this Python cannot make virtual environments", "on Debian and Ubuntu: apt install python3-venv")
+    if "local" in extras and (platform.system(), platform.machine()) == ("Darwin", "x86_64"):
+        stop("PyTorch has no builds for Intel Macs any more", "use a Linux machine or container, or an Apple silicon Mac")
+
+
+def fingerprint() -> str:
+    """Changes whenever an install would come out differently."""
+    digest = hashlib.sha256()
+    for path in (LOCK, ROOT / "pyproject.toml", Path(__file__)):
+        digest.update(path.read_bytes())
+    digest.update(str(ROOT).encode())  # an editable install points at its folder
+    return digest.hexdigest()
+
+
+def installed(digest: str) -> set[str]:
+    """The extras that .venv holds already, as of this fingerprint."""
+    lines = STAMP.read_text().split() if STAMP.is_file() else []
+    return set(lines[1:]) if lines[:1] == [digest] else set()
+
+
+def works(venv: Path) -> bool:
+    """Whether its Python starts: it may have been moved, or its base upgraded away."""
+    python = venv / "bin" / "python"
+    return python.exists() and subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0
+
+
+def install_torch_without_cuda() -> None:
+    """On Linux, PyTorch's CPU build (0.2 GB instead of several) where its index answers; else nothing, and pip decides."""
+    if platform.system() != "Linux" or platform.machine() not in CUDA_FREE_MACHINES:
+        return
+    version = re.search(r"^torch==(\S+)", LOCK.read_text(), re.MULTILINE)
+    if version is None or torch_is_there(version.group(1)) or not answers(CPU_INDEX + "/torch/", version.group(1)):
+        return
+    say("taking PyTorch without CUDA from " + CPU_INDEX)
+    # --no-deps: everything else comes from where pip takes it always. A failure here is no loss: the next step pins torch.
+    subprocess.run(
+        [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+        + ["--index-url", CPU_INDEX, "torch==" + version.group(1)],
+        check=False,
+    )
+
+
+def torch_is_there(version: str) -> bool:
+    show = [str(VENV / "bin" / "python"), "-m", "pip", "show", "torch"]
+    shown = subprocess.run(show, capture_output=True, text=True, check=False).stdout
+    return re.search(r"^Version: {}(\+|$)".format(re.escape(version)), shown, re.MULTILINE) is not None
+
+
+def answers(url: str, version: str) -> bool:
+    """Whether the page lists that version, asked for at most PROBE_S seconds, name look-up included."""
+    found = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(url, timeout=PROBE_S) as page:
+                found.append("torch-{}".format(version) in page.read().decode("utf-8", "replace"))
+        except (urllib.error.URLError, OSError, ValueError):
+            pass  # no network, a proxy, a firewall: the plain pin works too
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_S)
+    return found == [True]
+
+
+def pip(arguments: list[str]) -> None:
+    python = str(VENV / "bin" / "python")
+    hint = "read pip's last lines above; behind a proxy set HTTPS_PROXY, then run the same command again"
+    call([python, "-m", "pip", "--disable-pip-version-check", *arguments], hint)
+
+
+def call(command: list[str], hint: str) -> None:
+    if subprocess.run(command, cwd=str(ROOT), check=False).returncode != 0:
+        stop("this failed: " + " ".join(command), hint)
+
+
+def say(text: str) -> None:
+    print("kdcloud: " + text, flush=True)
+
+
+def stop(message: str, hint: str) -> None:
+    sys.exit("kdcloud: {}\n         {}".format(message, hint))
+
+
+if __name__ == "__main__":
+    main()

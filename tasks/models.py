@@ -1,0 +1,360 @@
+"""Which model and tokenizer does a stage work with, and on which device? Ordinary Hugging Face models, safetensors only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from tasks.contract import Architecture, LoraSettings, ModelSource, TaskError, build
+from tasks.stage import Context
+
+MODEL_FOLDER = "model"  # where pretrain and train put what later stages load
+STUDENT_FILE = "student.json"  # beside an adapter: which base it belongs to
+
+# Opens the thinking in the generation prompt and drops it from past turns, as the R1-Distill templates do.
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{{ '<|assistant|>' + m['content'].split('</think>')[-1] + '<|end|>' }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"
+)
+_PROBES = (
+    "The answer is 42, isn't it?\n\n  x^2 + y_1 = \\frac{3}{4}",
+    "12345678901234567890 + 99 = 1.5e-7",
+    "蒸馏 知识 émigré Ωmega",
+    "def f(a, b):\n\treturn [a, *b]  # done",
+)
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+def set_threads(threads: int | None) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def pick_device() -> torch.device:
+    """cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def working_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
+    """bf16 where the device computes in it (auto), or as asked. Raises TaskError."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "fp32" or (precision == "auto" and not has_bf16):
+        return torch.float32
+    if precision not in ("auto", "bf16"):
+        raise TaskError(f"unknown precision {precision}", hint="use auto, bf16 or fp32")
+    return torch.bfloat16
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts a new measurement of `peak_gib` where the system can (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory, GiB: what torch allocated on the GPU, or the resident size of this process with all it has loaded."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**20  # kB
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """A character-level tokenizer for every character of `texts`, with a chat template that opens `<think>`."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = sorted(set().union({"\n", " "}, *map(set, texts)))
+    vocab = {"<|unk|>": 0} | {char: i for i, char in enumerate(characters, start=1)}
+    core = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<|unk|>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens(["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"])
+    core.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in ("<think>", "</think>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<|unk|>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        chat_template=TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@dataclass(frozen=True)
+class VocabularyHashes:
+    """Two hashes of a tokenizer: labels fit every model with the same `ordinary` one."""
+
+    ordinary: str  # id -> token of all ordinary ids
+    special: str  # added tokens, template, end of sequence
+
+
+def ordinary_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """id -> token without the added ones. In byte-level vocabularies a token spells its bytes one to one."""
+    added = tokenizer.added_tokens_decoder
+    return {i: token for token, i in tokenizer.get_vocab().items() if i not in added}
+
+
+def added_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+
+
+def vocabulary_hashes(tokenizer: PreTrainedTokenizerBase) -> VocabularyHashes:
+    special = [sorted(added_vocabulary(tokenizer).items()), tokenizer.chat_template, tokenizer.eos_token_id]
+    return VocabularyHashes(_sha(sorted(ordinary_vocabulary(tokenizer).items())), _sha(special))
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=True, default=str).encode()).hexdigest()
+
+
+def check_compatible(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, *, teacher_hash: str, head_rows: int
+) -> list[int]:
+    """Ids that mean another special token to the teacher than to the student: their rows have to be trained.
+
+    Labels fit when both map every ordinary id to the same bytes and cut text alike. Special tokens may differ: the
+    student then works with the teacher's tokenizer. A head wider than the vocabulary is fine and never resized.
+    Raises TaskError when the base vocabularies differ or the head is too narrow.
+    """
+    hint = "take a student of the teacher's family (same tokenizer), or label again with a teacher of the student's"
+    # An id that is special to either is compared apart; the rest has to be the same map.
+    specials = set(added_vocabulary(teacher)) | set(added_vocabulary(student))
+    mine, theirs = ordinary_vocabulary(student), ordinary_vocabulary(teacher)
+    if {i: t for i, t in mine.items() if i not in specials} != {i: t for i, t in theirs.items() if i not in specials}:
+        raise TaskError("the labels were made with another base vocabulary than the student's", hint=hint)
+    if teacher_hash != vocabulary_hashes(teacher).ordinary:
+        raise TaskError("the labels do not belong to the tokenizer stored beside them", hint="label again")
+    for text in _PROBES:
+        if teacher.encode(text, add_special_tokens=False) != student.encode(text, add_special_tokens=False):
+            raise TaskError("teacher and student share a vocabulary but cut text differently", hint=hint)
+    needed = 1 + max(teacher.get_vocab().values())
+    if head_rows < needed:
+        raise TaskError(f"the student's head has {head_rows} rows, the teacher's vocabulary needs {needed}", hint=hint)
+    full_student = mine | added_vocabulary(student)
+    return sorted(i for i, token in added_vocabulary(teacher).items() if full_student.get(i) != token)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The generation prompt of one user turn, as token ids; plain text when the tokenizer has no template."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer.encode(text))
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer.encode(rendered, add_special_tokens=False))
+
+
+def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the generation prompt ends inside an opened `<think>`."""
+    text = tokenizer.decode(prompt_ids(tokenizer, "1"), skip_special_tokens=False)
+    return text.rfind("<think>") > text.rfind("</think>")
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Loaded:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def from_architecture(arch: Architecture, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """A model with random weights (the same for the same seed) over `tokenizer`, fp32."""
+    values = asdict(arch)
+    kind = values.pop("model_type")
+    torch.manual_seed(seed)
+    try:
+        config = AutoConfig.for_model(
+            kind, vocab_size=len(tokenizer), max_position_embeddings=4096, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **values,
+        )  # fmt: skip
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        raise TaskError(f"cannot make a {kind} model: {error}", hint="check the sizes under model in the recipe") from error
+
+
+def load(ctx: Context, source: ModelSource, *, dtype: torch.dtype) -> Loaded:
+    """Model and tokenizer of a path or of an earlier stage; adapters are merged. Not for architectures.
+
+    Raises TaskError when it cannot be had, or has no safetensors.
+    """
+    if source.stage is not None:
+        return load_stage(ctx.input(source.stage), ctx, dtype=dtype)
+    if source.path is None:
+        raise TaskError("a model from scratch cannot be loaded", hint="name a path or an earlier stage")
+    return Loaded(_pretrained(source, dtype), load_tokenizer(source))
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or folder. Raises TaskError."""
+    assert source.path is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable("tokenizer", source.path, error) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _pretrained(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code,
+            use_safetensors=True, dtype=dtype,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise _unloadable("model", source.path, error) from error
+
+
+def _unloadable(what: str, path: str | None, error: Exception) -> TaskError:
+    first = str(error).strip().split("\n")[0]
+    return TaskError(
+        f"cannot load the {what} {path}: {first}",
+        hint="check the name and the network; weights must be safetensors, and code of others runs only with "
+        "trust_remote_code: true",
+    )
+
+
+def load_stage(folder: Path, ctx: Context, *, dtype: torch.dtype, name: str = MODEL_FOLDER) -> Loaded:
+    """What an earlier pretrain or train stage left in `folder/name`: a whole model, or an adapter with its base."""
+    place = folder / name
+    if not place.is_dir():
+        raise TaskError(f"the stage left no {name}", hint="name a pretrain or train stage")
+    tokenizer = load_tokenizer(ModelSource(path=str(place)))
+    description = place / STUDENT_FILE
+    if not description.exists():
+        return Loaded(_pretrained(ModelSource(path=str(place)), dtype), tokenizer)
+    from peft import PeftModel
+
+    base = load(ctx, build(ModelSource, json.loads(description.read_text())["base"]), dtype=dtype)
+    model = PeftModel.from_pretrained(base.model, str(place)).merge_and_unload()
+    return Loaded(model, tokenizer)
+
+
+def save(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, base: ModelSource | None = None) -> None:
+    """Writes model (or adapter, which needs its `base`) and tokenizer with save_pretrained, safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if base is not None:
+        # The base is named in student.json; peft would look for it on the hub to compare vocabularies.
+        model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+        (folder / STUDENT_FILE).write_text(json.dumps({"base": asdict(base)}))
+    else:
+        model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def with_lora(model: PreTrainedModel, settings: LoraSettings, *, special_ids: list[int], seed: int) -> nn.Module:
+    """`model` with trainable adapters (fp32), its own weights frozen; rows of `special_ids` are trained too.
+
+    A tied head follows the embedding; an untied one gets trained rows of its own.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    rows: dict[str, list[int]] | None = None
+    if special_ids:
+        names = {module: name for name, module in model.named_modules()}
+        layers = [model.get_input_embeddings()]
+        if not tied(model):
+            layers.append(model.get_output_embeddings())
+        rows = {names[layer].rsplit(".", 1)[-1]: special_ids for layer in layers}
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
+        target_modules=list(settings.targets), trainable_token_indices=rows, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise TaskError(f"LoRA does not fit this model: {error}", hint="check lora.targets in the recipe") from error
+
+
+def tied(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def causal(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
+
+
+def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What the head sees at each place [B, L, H]. Right-padded rows need no mask: attention looks back only."""
+    return causal(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    """The head's weight [V, H], with trained rows of special tokens put in."""
+    head = causal(model).get_output_embeddings()
+    adapter = getattr(head, "token_adapter", None)
+    if adapter is None:
+        return head.weight
+    return adapter.get_merged_weights(adapter.active_adapters)
+
+
+def check_plain_head(model: nn.Module) -> None:
+    """Raises TaskError when the model does more to its logits than head @ hidden (scaling, soft caps, a bias)."""
+    ids = torch.tensor([[1, 2, 3, 4]], device=next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        whole = causal(model)(input_ids=ids).logits.float()
+        ours = (hidden_states(model, ids) @ head_weight(model).T).float()
+    model.train(training)
+    if not torch.allclose(whole, ours, rtol=1e-2, atol=1e-2 * whole.abs().max().item()):
+        raise TaskError(
+            "this model changes its logits after the head (scaling, soft cap or bias)",
+            hint="take a model of the Qwen2 or Llama family",
+        )
+
+
+def quiet() -> None:
+    """No progress bars and no advice of the libraries in the log."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -1,0 +1,74 @@
+"""The arithmetic of the cap: costs round up, lifetimes round down, the bound holds for every offer."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator import spend
+from orchestrator.provision import Latencies
+from orchestrator.testing import fake_offer
+
+# offer price an hour, quantum, minimum, seconds -> cost in micro-USD, and the sum
+COSTS = [
+    (3_600_000, 1, 0, 10.0, 10_000),  # 10 s at 1,000 a second
+    (3_600_000, 1, 0, 10.2, 11_000),  # a begun second is billed
+    (3_600_000, 60, 0, 61.0, 120_000),  # two begun minutes
+    (3_600_000, 1, 60, 10.0, 60_000),  # minimum charge of 60 s
+    (1, 1, 0, 1.0, 1),  # 1/3600 of a micro-dollar is one
+    (500_000, 3600, 0, 1.0, 500_000),  # whole hours
+]
+
+
+@pytest.mark.parametrize(("price", "quantum", "minimum", "seconds", "expected"), COSTS)
+def test_a_cost_is_billed_in_steps_and_rounded_up(price, quantum, minimum, seconds, expected):
+    offer = fake_offer(price, quantum_s=quantum, minimum_s=minimum)
+    assert spend.cost_micros(offer, seconds) == expected
+
+
+@given(
+    price=st.integers(1, 50_000_000), quantum=st.sampled_from([1, 60, 3600]), minimum=st.sampled_from([0, 60, 600]),
+    reserved=st.integers(0, 100_000_000),
+)
+def test_a_machine_that_ends_within_its_lifetime_and_latencies_never_costs_more_than_its_reservation(price, quantum, minimum, reserved):
+    offer = fake_offer(price, quantum_s=quantum, minimum_s=minimum)
+    lifetime = spend.lifetime_s(offer, reserved)
+    if lifetime > 0:
+        assert spend.cost_micros(offer, lifetime + offer.latencies.total_s) <= reserved
+
+
+@given(price=st.integers(1, 50_000_000), quantum=st.sampled_from([1, 60]), reserved=st.integers(1, 100_000_000))
+def test_a_lifetime_wastes_less_than_two_billing_steps_of_its_reservation(price, quantum, reserved):
+    offer = fake_offer(price, quantum_s=quantum)
+    lifetime = spend.lifetime_s(offer, reserved)
+    if 0 < lifetime < spend.MAX_LIFETIME_S:
+        assert Fraction(price) * Fraction(lifetime + offer.latencies.total_s + 2 * quantum) / 3600 > reserved
+
+
+def test_a_reservation_below_the_minimum_charge_buys_nothing():
+    offer = fake_offer(3_600_000, minimum_s=60)
+    assert spend.lifetime_s(offer, 59_999) < 0
+
+
+@pytest.mark.parametrize("price", [None, -1, 0])
+def test_an_unknown_price_is_never_free(price):
+    with pytest.raises(ValueError):
+        spend.cost_micros(fake_offer(price), 10)
+
+
+def test_zero_is_a_price_on_the_own_machine_only():
+    assert spend.cost_micros(fake_offer(0, infra="local"), 1e6) == 0
+    assert spend.lifetime_s(fake_offer(0, infra="local"), 0) == spend.MAX_LIFETIME_S
+
+
+def test_a_stage_may_not_reserve_what_later_stages_need_at_least():
+    assert spend.available_micros(cap=100, spent=20, open_=30, later_floor=40) == 10
+    assert spend.available_micros(cap=100, spent=90, open_=30, later_floor=40) == 0
+
+
+def test_the_supervisor_has_its_last_upload_on_top_of_the_lifetime_and_not_what_is_gone_already():
+    latencies = Latencies(tick_s=5, flush_s=120)
+    assert spend.supervisor_remaining_s(1000, 40, latencies) == 1000 + 5 + 120 - 40
