@@ -57,37 +57,53 @@ def verdict(attempts: Sequence[Attempt], *, offers: int) -> Verdict:
         return Verdict(Fate.FAILED, message=last.message or last.reason, hint=last.hint)
     if last.rc == Exit.DONE:
         return Verdict(
-            Fate.FAILED, message="its job ended well but left no committed result",
+            Fate.FAILED,
+            message="its job ended well but left no committed result",
             hint="look at `kdcloud logs`; the bucket may have lost an upload",
         )
     if last.rc == Exit.STALLED and sum(a.rc == Exit.STALLED for a in attempts) > STALLS_ALLOWED:
         return Verdict(
-            Fate.FAILED, message=f"it stalled {STALLS_ALLOWED + 1} times: {last.message or 'no progress'}",
+            Fate.FAILED,
+            message=f"it stalled {STALLS_ALLOWED + 1} times: {last.message or 'no progress'}",
             hint="look at `kdcloud logs`; a longer `idle` helps only if the work is honestly slow",
         )
     refused = sum(1 for a in attempts if not a.came_up and not a.user_stop)
     if refused >= offers:
         return Verdict(
-            Fate.NO_CAPACITY, message=f"none of {offers} offers could be had ({last.reason})",
+            Fate.NO_CAPACITY,
+            message=f"none of {offers} offers could be had ({last.reason})",
             hint="try again later, or allow more gpus or infra in the recipe",
         )
     fruitless = _fruitless(attempts)
     if fruitless >= FRUITLESS_ALLOWED:
         return Verdict(
-            Fate.FAILED, message=f"{fruitless} attempts in a row ended without a new checkpoint ({last.reason})",
+            Fate.FAILED,
+            message=f"{fruitless} attempts in a row ended without a new checkpoint ({last.reason})",
             hint="look at `kdcloud logs`; checkpoint more often on machines that are taken away",
         )
-    return Verdict(Fate.TRY, offer_index=refused, wait_s=BACKOFF_S[min(fruitless, len(BACKOFF_S) - 1)] if not last.user_stop else 0.0)
+    return Verdict(
+        Fate.TRY,
+        offer_index=refused,
+        wait_s=BACKOFF_S[min(fruitless, len(BACKOFF_S) - 1)] if not last.user_stop else 0.0,
+    )
 
 
 def _out_of_time(last: Attempt) -> Verdict:
     match last.bound:
         case "deadline":
-            return Verdict(Fate.DEADLINE, message="the deadline was reached", hint="resume it with a later --deadline; its checkpoint is kept")
+            return Verdict(
+                Fate.DEADLINE,
+                message="the deadline was reached",
+                hint="resume it with a later --deadline; its checkpoint is kept",
+            )
         case "cap":
-            return Verdict(Fate.CAP, message="the cap was reached", hint="resume it with a larger --budget; its checkpoint is kept")
+            return Verdict(
+                Fate.CAP, message="the cap was reached", hint="resume it with a larger --budget; its checkpoint is kept"
+            )
         case _:
-            return Verdict(Fate.FAILED, message="it ran longer than any machine may", hint="split the stage, or use a faster GPU")
+            return Verdict(
+                Fate.FAILED, message="it ran longer than any machine may", hint="split the stage, or use a faster GPU"
+            )
 
 
 def _fruitless(attempts: Sequence[Attempt]) -> int:

@@ -21,8 +21,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card. `vram_gib`: what PyTorch can use of it; `half_tflops`: dense matrix products in bf16 (fp16 where there is
-    no bf16) with fp32 accumulation, as the vendor states it; `bandwidth_gb_s`: GB of 1e9 bytes a second."""
+    """One card: memory that PyTorch can use of it, speed of dense matrix products, memory bandwidth in 1e9 bytes/s.
+
+    `half_tflops`: in bf16, or fp16 where there is no bf16, with fp32 accumulation, as the vendor states it.
+    """
 
     name: str
     vram_gib: Figure
@@ -37,7 +39,14 @@ _ADA = "NVIDIA Ada architecture white paper"
 
 
 def _gpu(
-    name: str, vram_gib: float, half_tflops: float, bandwidth_gb_s: float, sheet: str, *, vram: str = _OOM, bf16: bool = True
+    name: str,
+    vram_gib: float,
+    half_tflops: float,
+    bandwidth_gb_s: float,
+    sheet: str,
+    *,
+    vram: str = _OOM,
+    bf16: bool = True,
 ) -> Gpu:
     return Gpu(name, Figure(vram_gib, vram), Figure(half_tflops, sheet), Figure(bandwidth_gb_s, sheet), bf16)
 
@@ -107,8 +116,12 @@ class ModelShape:
         """Parameters of LoRA adapters on `targets`: r * (in + out) for each matrix. Unknown names count nothing."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         sides = {
-            "q_proj": self.hidden + q, "k_proj": self.hidden + kv, "v_proj": self.hidden + kv, "o_proj": q + self.hidden,
-            "gate_proj": self.hidden + self.intermediate, "up_proj": self.hidden + self.intermediate,
+            "q_proj": self.hidden + q,
+            "k_proj": self.hidden + kv,
+            "v_proj": self.hidden + kv,
+            "o_proj": q + self.hidden,
+            "gate_proj": self.hidden + self.intermediate,
+            "up_proj": self.hidden + self.intermediate,
             "down_proj": self.intermediate + self.hidden,
         }
         return self.layers * r * sum(sides.get(target, 0) for target in targets)
@@ -121,21 +134,55 @@ class ModelShape:
         return attention + bias + 3 * self.hidden * self.intermediate + norms
 
 
-def _qwen2(name: str, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> ModelShape:
-    return ModelShape(name, hidden, intermediate, layers, heads, kv_heads, hidden // heads, vocab, tied, qkv_bias=True,
-                      source=f"config.json of {name}")
+def _qwen2(
+    name: str, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool
+) -> ModelShape:
+    return ModelShape(
+        name,
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        kv_heads,
+        hidden // heads,
+        vocab,
+        tied,
+        qkv_bias=True,
+        source=f"config.json of {name}",
+    )
 
 
 def _qwen3(name: str, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, tied: bool) -> ModelShape:
-    return ModelShape(name, hidden, intermediate, layers, heads, kv_heads, 128, 151936, tied, qk_norm=True,
-                      source=f"config.json of {name}")
+    return ModelShape(
+        name,
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        kv_heads,
+        128,
+        151936,
+        tied,
+        qk_norm=True,
+        source=f"config.json of {name}",
+    )
 
 
 def _llama(
     name: str, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool = False
 ) -> ModelShape:
-    return ModelShape(name, hidden, intermediate, layers, heads, kv_heads, hidden // heads, vocab, tied,
-                      source=f"config.json of {name}")
+    return ModelShape(
+        name,
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        kv_heads,
+        hidden // heads,
+        vocab,
+        tied,
+        source=f"config.json of {name}",
+    )
 
 
 def _with_variants(shape: ModelShape, *names: str) -> list[ModelShape]:
@@ -160,11 +207,14 @@ _LLAMA3 = [
 _ALL: list[ModelShape] = [
     *(variant for shape in _QWEN25 for variant in _with_variants(shape, f"{shape.name}-Instruct")),
     *_with_variants(
-        _qwen2("Qwen/Qwen2.5-Math-1.5B", 1536, 8960, 28, 12, 2, 151936, True), "Qwen/Qwen2.5-Math-1.5B-Instruct",
-        "Qwen/Qwen2.5-Coder-1.5B", "Qwen/Qwen2.5-Coder-1.5B-Instruct",
+        _qwen2("Qwen/Qwen2.5-Math-1.5B", 1536, 8960, 28, 12, 2, 151936, True),
+        "Qwen/Qwen2.5-Math-1.5B-Instruct",
+        "Qwen/Qwen2.5-Coder-1.5B",
+        "Qwen/Qwen2.5-Coder-1.5B-Instruct",
     ),
     *_with_variants(
-        _qwen2("Qwen/Qwen2.5-Math-7B", 3584, 18944, 28, 28, 4, 152064, False), "Qwen/Qwen2.5-Math-7B-Instruct",
+        _qwen2("Qwen/Qwen2.5-Math-7B", 3584, 18944, 28, 28, 4, 152064, False),
+        "Qwen/Qwen2.5-Math-7B-Instruct",
     ),
     _qwen2("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1536, 8960, 28, 12, 2, 151936, False),
     _qwen2("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 3584, 18944, 28, 28, 4, 152064, False),
@@ -174,14 +224,27 @@ _ALL: list[ModelShape] = [
     _llama("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", 8192, 28672, 80, 64, 8, 128256),
     # Mixture of experts with compressed attention: 61 layers, cache of 512 + 64 values a token and layer in bf16.
     ModelShape(
-        "deepseek-ai/DeepSeek-R1", 7168, 18432, 61, 128, 128, 128, 129280, False, source="model card: 671B, 37B active",
-        fixed_params=671_000_000_000, fixed_active_params=37_000_000_000, kv_bytes_per_token=61 * (512 + 64) * 2,
+        "deepseek-ai/DeepSeek-R1",
+        7168,
+        18432,
+        61,
+        128,
+        128,
+        128,
+        129280,
+        False,
+        source="model card: 671B, 37B active",
+        fixed_params=671_000_000_000,
+        fixed_active_params=37_000_000_000,
+        kv_bytes_per_token=61 * (512 + 64) * 2,
     ),
     *(
         variant
         for shape in (
-            _qwen3("Qwen/Qwen3-0.6B", 1024, 3072, 28, 16, 8, True), _qwen3("Qwen/Qwen3-1.7B", 2048, 6144, 28, 16, 8, True),
-            _qwen3("Qwen/Qwen3-4B", 2560, 9728, 36, 32, 8, True), _qwen3("Qwen/Qwen3-8B", 4096, 12288, 36, 32, 8, False),
+            _qwen3("Qwen/Qwen3-0.6B", 1024, 3072, 28, 16, 8, True),
+            _qwen3("Qwen/Qwen3-1.7B", 2048, 6144, 28, 16, 8, True),
+            _qwen3("Qwen/Qwen3-4B", 2560, 9728, 36, 32, 8, True),
+            _qwen3("Qwen/Qwen3-8B", 4096, 12288, 36, 32, 8, False),
             _qwen3("Qwen/Qwen3-14B", 5120, 17408, 40, 40, 8, False),
         )
         for variant in _with_variants(shape, f"{shape.name}-Base")
@@ -189,8 +252,12 @@ _ALL: list[ModelShape] = [
     _qwen3("Qwen/Qwen3-32B", 5120, 25600, 64, 64, 8, False),
     *(variant for shape in _LLAMA3 for variant in _with_variants(shape, f"{shape.name}-Instruct")),
     *_with_variants(_LLAMA3[3], "meta-llama/Llama-3.3-70B-Instruct"),
-    *_with_variants(_llama("mistralai/Mistral-7B-v0.1", 4096, 14336, 32, 32, 8, 32000), "mistralai/Mistral-7B-Instruct-v0.1"),
-    *_with_variants(_llama("mistralai/Mistral-7B-v0.3", 4096, 14336, 32, 32, 8, 32768), "mistralai/Mistral-7B-Instruct-v0.3"),
+    *_with_variants(
+        _llama("mistralai/Mistral-7B-v0.1", 4096, 14336, 32, 32, 8, 32000), "mistralai/Mistral-7B-Instruct-v0.1"
+    ),
+    *_with_variants(
+        _llama("mistralai/Mistral-7B-v0.3", 4096, 14336, 32, 32, 8, 32768), "mistralai/Mistral-7B-Instruct-v0.3"
+    ),
 ]
 MODELS: dict[str, ModelShape] = {shape.name: shape for shape in _ALL}
 
@@ -208,10 +275,14 @@ def shape_of(model: str) -> ModelShape:
     if config.is_file():
         return shape_from_config(model, _read(config))
     if model.startswith((".", "/", "~")):
-        raise UnknownModel(f"there is no model in {model}", hint="name the folder that holds config.json and the weights")
+        raise UnknownModel(
+            f"there is no model in {model}", hint="name the folder that holds config.json and the weights"
+        )
     short = {name.rpartition("/")[2].lower(): name for name in MODELS}
     close = [known[name] for name in difflib.get_close_matches(model.lower(), known, n=2, cutoff=0.6)]
-    close = close or [short[n] for n in difflib.get_close_matches(model.rpartition("/")[2].lower(), short, n=2, cutoff=0.6)]
+    close = close or [
+        short[n] for n in difflib.get_close_matches(model.rpartition("/")[2].lower(), short, n=2, cutoff=0.6)
+    ]
     nearest = f"did you mean {' or '.join(close)}? " if close else ""
     raise UnknownModel(
         f"the shape of model {model!r} is not known",
@@ -223,7 +294,9 @@ def shape_from_config(name: str, config: Mapping[str, object]) -> ModelShape:
     """Shape from the contents of a transformers config.json (llama, mistral, qwen2, qwen3). Raises UnknownModel."""
     kind = config.get("model_type")
     if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise UnknownModel(f"{name}: models of type {kind!r} are not known", hint="known are llama, mistral, qwen2 and qwen3")
+        raise UnknownModel(
+            f"{name}: models of type {kind!r} are not known", hint="known are llama, mistral, qwen2 and qwen3"
+        )
 
     def number(key: str, default: int | None = None) -> int:
         value = config.get(key, default)
@@ -235,9 +308,17 @@ def shape_from_config(name: str, config: Mapping[str, object]) -> ModelShape:
 
     heads = number("num_attention_heads")
     return ModelShape(
-        name, number("hidden_size"), number("intermediate_size"), number("num_hidden_layers"), heads,
-        number("num_key_value_heads", heads), number("head_dim", number("hidden_size") // heads), number("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)), qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
+        name,
+        number("hidden_size"),
+        number("intermediate_size"),
+        number("num_hidden_layers"),
+        heads,
+        number("num_key_value_heads", heads),
+        number("head_dim", number("hidden_size") // heads),
+        number("vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
         source=f"{name}/config.json",
     )
 

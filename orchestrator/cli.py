@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from orchestrator import __version__
-from orchestrator.errors import BudgetExceeded, KdcloudError, NotOwner, UsageError
+from orchestrator.errors import BudgetExceeded, KdcloudError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +40,7 @@ class Sections(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in SECTIONS.items():
             with formatter.section(title):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(80)) for name in names])
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(200)) for name in names])
 
 
 @click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -64,7 +64,9 @@ def json_option(function: F) -> F:
 
 def money_options(function: F) -> F:
     function = click.option("--deadline", metavar="TIME", help="Everything done within, like 8h.")(function)
-    return click.option("--budget", metavar="AMOUNT", help="The hard cap, like 50CNY or $7; overrides the recipe's.")(function)
+    return click.option("--budget", metavar="AMOUNT", help="The hard cap, like 50CNY or $7; overrides the recipe's.")(
+        function
+    )
 
 
 @kdcloud.command()
@@ -94,7 +96,9 @@ def plan(recipe: str, budget: str | None, deadline: str | None, as_json: bool) -
 @kdcloud.command()
 @click.argument("recipe", required=False)
 @money_options
-@click.option("--resume", metavar="RUN", help="Go on with a run that was stopped, killed or out of money ('last': the newest).")
+@click.option(
+    "--resume", metavar="RUN", help="Go on with a run that was stopped, killed or out of money ('last': the newest)."
+)
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before money is spent.")
 def run(recipe: str | None, budget: str | None, deadline: str | None, resume: str | None, yes: bool) -> None:
     """Plan, ask, then rent, label, train, evaluate and tear down, never over the cap.
@@ -123,7 +127,6 @@ def attach(run_id: str | None) -> None:
     kdcloud attach
     """
     from orchestrator.live import view_for
-    from orchestrator.runner import read_progress, spending_micros  # noqa: F401
     from orchestrator.session import newest, plan_of, watch_run
 
     with _ledger() as ledger:
@@ -149,10 +152,11 @@ def status(run_id: str | None, as_json: bool) -> None:
     kdcloud status
     kdcloud status --json
     """
+    from orchestrator.session import newest
     from orchestrator.status import build_status, render_status
 
     with _ledger() as ledger:
-        runs = [ledger.find(run_id)] if run_id else ledger.runs()
+        runs = [newest(ledger, run_id)] if run_id else ledger.runs()
         document = build_status([ledger.run(name) for name in runs], _provider_of)
     if as_json:
         _print_json(document)
@@ -180,7 +184,9 @@ def logs(run_id: str | None, stage: str | None, lines: int) -> None:
 
 @kdcloud.command()
 @click.argument("run_id", metavar="RUN", required=False)
-@click.option("--all", "every", is_flag=True, help="Every run that may still bill, and machines the ledger does not know.")
+@click.option(
+    "--all", "every", is_flag=True, help="Every run that may still bill, and machines the ledger does not know."
+)
 def down(run_id: str | None, every: bool) -> None:
     """End every machine of a run, now; checkpoints and results stay in the bucket.
 
@@ -196,17 +202,24 @@ def down(run_id: str | None, every: bool) -> None:
     outcomes = []
     with _ledger() as ledger:
         if every:
-            names = [name for name in ledger.runs() if any(m.open_micros or m.state != "GONE" for m in ledger.run(name).machines)]
+            names = [
+                name
+                for name in ledger.runs()
+                if any(m.open_micros or m.state != "GONE" for m in ledger.run(name).machines)
+            ]
         else:
-            names = [newest(ledger, None if run_id == "last" else run_id)]
+            names = [newest(ledger, run_id)]
         for name in names:
             outcomes.append((name, end_run(name, ledger=ledger, home=home, say=_say)))
         strangers = end_local_strangers(ledger, home, say=_say) if every else 0
         for name, outcome in outcomes:
             if outcome.state == "unconfirmed":
                 _finish(ledger, name, outcome)
-    _talk(f"{len(outcomes)} run{'s' if len(outcomes) != 1 else ''} ended; nothing of {'yours' if every else 'it'} is running"
-          if outcomes or strangers else "nothing was running")
+    _talk(
+        f"{len(outcomes)} run{'s' if len(outcomes) != 1 else ''} ended; nothing of {'yours' if every else 'it'} is running"
+        if outcomes or strangers
+        else "nothing was running"
+    )
 
 
 @kdcloud.command()
@@ -242,7 +255,7 @@ def recipe_schema_command() -> None:
 
 def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None, yes: bool) -> None:
     from orchestrator.plan import render_plan
-    from orchestrator.session import start_run
+    from orchestrator.session import infra_of, local_price, provider_for, start_run
 
     made, provider, text = _plan(recipe, budget, deadline)
     render_plan(made, _console(stderr=True))
@@ -251,6 +264,8 @@ def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None
     if not yes:
         _ask("Run it?")
     home, config = _home()
+    if provider is None:
+        provider = provider_for(infra_of(made), home, local_price_micros=local_price(made))
     session = start_run(made, ledger=ledger, home=home, config=config, provider=provider, recipe_text=text)
     _talk(f"run {session.run_id}, artefacts in {session.bucket.url}")
     _go(session)
@@ -262,7 +277,7 @@ def _resume(ledger: Ledger, resume: str, budget: str | None, deadline: str | Non
     from orchestrator.session import newest, resume_run
 
     home, _ = _home()
-    name = newest(ledger, None if resume == "last" else resume)
+    name = newest(ledger, resume)
     known = ledger.run(name)
     made = plan_from_dict(known.data["plan"])
     if len(known.done) == len(made.stages) and not known.live:
@@ -286,9 +301,17 @@ def _go(session: Session) -> None:
     def stop(number: int, frame: object) -> None:
         asked.append(number)
         if len(asked) == 1:
-            view.say("stop", None, "stopping: the stage saves a checkpoint, then its machine is ended; this takes up to a minute")
+            view.say(
+                "stop",
+                None,
+                "stopping: the stage saves a checkpoint, then its machine is ended; this takes up to a minute",
+            )
         else:
-            view.say("stop", None, f"still ending the machine; if this terminal dies, `kdcloud down {session.run_id}` does it")
+            view.say(
+                "stop",
+                None,
+                f"still ending the machine; if this terminal dies, `kdcloud down {session.run_id}` does it",
+            )
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -321,12 +344,10 @@ def _report(ledger: Ledger, name: str, as_json: bool) -> None:
 
 def _plan(recipe: str, budget: str | None, deadline: str | None) -> tuple[Plan, Provisioner | None, str]:
     """(plan, provider named by KDCLOUD_PROVIDER or None, the recipe's text). Raises UsageError, NothingFits."""
-    import os
     from datetime import UTC, datetime
-    from functools import partial
 
     from orchestrator import money
-    from orchestrator.offers import offers_for
+    from orchestrator.offers import offers_source
     from orchestrator.planner import make_plan
     from orchestrator.recipe import load_recipe
     from orchestrator.session import named_provider
@@ -336,7 +357,10 @@ def _plan(recipe: str, budget: str | None, deadline: str | None) -> tuple[Plan, 
     named = os.environ.get("KDCLOUD_PROVIDER")
     provider = named_provider(named) if named else None
     made = make_plan(
-        loaded, config=config, offers_for=partial(offers_for, recipe=loaded, provider=provider), now=datetime.now(UTC),
+        loaded,
+        config=config,
+        offers_for=offers_source(loaded, provider, config),
+        now=datetime.now(UTC),
         cap_micros=money.cap_micros(_amount(budget), config.rate) if budget else None,
         deadline_s=_duration(deadline) if deadline else None,
     )
@@ -430,7 +454,7 @@ def _console(*, stderr: bool = False) -> Console:
 def main() -> NoReturn:
     """Entry point: user errors become one sentence, a hint and an exit code; bugs keep their traceback."""
     try:
-        kdcloud.main(standalone_mode=False)
+        kdcloud.main(prog_name="kdcloud", standalone_mode=False)
         sys.exit(0)
     except click.exceptions.Exit as exit_:
         sys.exit(exit_.exit_code)
@@ -463,13 +487,11 @@ def _explain_edge(error: Exception) -> None:
 
 
 def _explain(message: str, hint: str) -> None:
-    red, off = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in __import__("os").environ else ("", "")
+    red, off = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
     _talk(f"{red}error:{off} {message}")
     if hint:
         _talk(f"  -> {hint}")
 
-
-_ = (NotOwner, Path)
 
 if __name__ == "__main__":
     main()

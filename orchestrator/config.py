@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -82,6 +82,7 @@ class Config:
     currency: str = "CNY"
     rate: Rate = DEFAULT_RATE
     monthly_cap: Amount | None = None
+    bucket: str = ""  # url of the default bucket
 
 
 def load_config(home: Home) -> Config:
@@ -96,8 +97,11 @@ def load_config(home: Home) -> Config:
         raise UsageError(f"cannot read {home.config}: {error}", hint="mend or remove the file") from error
     config, has_owner = _parse(text, home.config)
     if not has_owner:
-        _write(home.config, text.rstrip("\n") + f"\nowner: {config.owner}\n" if text.strip() else f"owner: {config.owner}\n")
-    return config
+        _write(
+            home.config,
+            text.rstrip("\n") + f"\nowner: {config.owner}\n" if text.strip() else f"owner: {config.owner}\n",
+        )
+    return replace(config, bucket=f"file:{home.bucket}")
 
 
 def _parse(text: str, path: Path) -> tuple[Config, bool]:
@@ -108,7 +112,9 @@ def _parse(text: str, path: Path) -> tuple[Config, bool]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UsageError(f"{path}{where}: not YAML: {error.problem}", hint="mend the line, or remove the file") from error
+        raise UsageError(
+            f"{path}{where}: not YAML: {error.problem}", hint="mend the line, or remove the file"
+        ) from error
     if node is None:
         return Config(owner=new_id()), False
     if not isinstance(node, yaml.MappingNode):
@@ -184,4 +190,6 @@ def _write(path: Path, text: str, *, replace: bool = True) -> None:
         making.unlink()
     except OSError as error:
         making.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {error.strerror}", hint="check disk space and rights, or set KDCLOUD_HOME") from error
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}", hint="check disk space and rights, or set KDCLOUD_HOME"
+        ) from error

@@ -1,4 +1,4 @@
-"""How long does a stage work? Hours as low, expected, high, from counted operations and bytes at a stated efficiency. Pure.
+"""How long does a stage work? Low, expected, high, from counted operations and bytes at a stated efficiency. Pure.
 
 A first model. Every constant that was measured or assumed stands at the top of this file, with how.
 """
@@ -71,7 +71,14 @@ def forward_flops_per_token(shape: ModelShape, seq_len: float) -> float:
 
 
 def training_s(
-    speed: Speed, shape: ModelShape, *, steps: float, batch_size: int, micro_batch: int, mean_len: float, full: bool,
+    speed: Speed,
+    shape: ModelShape,
+    *,
+    steps: float,
+    batch_size: int,
+    micro_batch: int,
+    mean_len: float,
+    full: bool,
     checkpointing: bool,
 ) -> Range:
     """Seconds of `steps` optimizer steps over rows of `mean_len` tokens."""
@@ -87,8 +94,15 @@ def training_s(
 
 
 def generation_s(
-    speed: Speed, shape: ModelShape, *, sequences: float, prompt_len: float, answer_len: float, longest: int,
-    batch_size: int, engine: bool,
+    speed: Speed,
+    shape: ModelShape,
+    *,
+    sequences: float,
+    prompt_len: float,
+    answer_len: float,
+    longest: int,
+    batch_size: int,
+    engine: bool,
 ) -> Range:
     """Seconds to write `sequences` answers of `answer_len` tokens on average. `engine`: a paged-cache engine (vLLM);
     else transformers in batches, each as long as its longest answer, at most `longest`.
@@ -98,7 +112,9 @@ def generation_s(
         flops = sequences * (prompt_len + longest) * forward_flops_per_token(shape, prompt_len)
         return _spread(flops / speed.flops_s + rounds * longest * LOCAL_TOKEN_STEP_S)
     if engine:
-        return _engine_s(speed, shape, sequences=sequences, prompt_len=prompt_len, answer_len=answer_len)
+        return _engine_s(
+            speed, shape, sequences=sequences, prompt_len=prompt_len, answer_len=answer_len, batch_size=batch_size
+        )
     rounds = math.ceil(sequences / batch_size)
 
     def at(efficiency: float) -> float:
@@ -119,10 +135,12 @@ def scoring_s(speed: Speed, shape: ModelShape, *, tokens: float, mean_len: float
 
 
 def stage_s(speed: Speed, *, downloads_gb: float, bare: bool = False) -> Range:
-    """Seconds a stage takes beside its own work, its process start included; weights are fetched from the hub on GPUs."""
+    """Seconds a stage takes beside its own work, its process start and fetching of weights included."""
     if not speed.gpu:
         return _spread(LOCAL_BARE_S if bare else LOCAL_STAGE_S)
-    fetch = Range(downloads_gb / DOWNLOAD_GB_S.high, downloads_gb / DOWNLOAD_GB_S.expected, downloads_gb / DOWNLOAD_GB_S.low)
+    fetch = Range(
+        downloads_gb / DOWNLOAD_GB_S.high, downloads_gb / DOWNLOAD_GB_S.expected, downloads_gb / DOWNLOAD_GB_S.low
+    )
     return Range(2.0, 5.0, 15.0) if bare else GPU_STAGE + fetch
 
 
@@ -131,11 +149,13 @@ def hours(seconds: Range, calibration: float | None = None) -> Range:
     return seconds.times((calibration or 1.0) / 3600)
 
 
-def _engine_s(speed: Speed, shape: ModelShape, *, sequences: float, prompt_len: float, answer_len: float) -> Range:
+def _engine_s(
+    speed: Speed, shape: ModelShape, *, sequences: float, prompt_len: float, answer_len: float, batch_size: int
+) -> Range:
     weights = shape.params * 2
     per_sequence = (prompt_len + answer_len) * shape.kv_bytes(2)
     room = speed.vram_bytes * ENGINE_MEMORY_SHARE - weights - 1.5 * 2**30
-    flight = max(1.0, min(room / per_sequence, sequences, ENGINE_MAX_SEQUENCES))
+    flight = max(1.0, min(room / per_sequence, sequences, batch_size, ENGINE_MAX_SEQUENCES))
     tokens = sequences * answer_len
     prefill = sequences * prompt_len * forward_flops_per_token(shape, prompt_len)
 

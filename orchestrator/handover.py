@@ -78,8 +78,17 @@ def _put_data(bucket: Bucket, path: Path) -> DataSource:
 
 def supervisor_argv(bucket_url: str, stage: str, attempt: int, remaining_s: float) -> Sequence[str]:
     return (
-        "python", "-m", "tasks.supervisor", "--bucket", bucket_url, "--stage", stage,
-        "--attempt", str(attempt), "--remaining-s", f"{remaining_s:.3f}",
+        "python",
+        "-m",
+        "tasks.supervisor",
+        "--bucket",
+        bucket_url,
+        "--stage",
+        stage,
+        "--attempt",
+        str(attempt),
+        "--remaining-s",
+        f"{remaining_s:.3f}",
     )
 
 

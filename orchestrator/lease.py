@@ -52,18 +52,18 @@ class Lease:
             try:
                 raw, stat = bucket.get(LEASE_KEY)
             except NotFound:
-                holder, condition = _me(client, clock, fence=1), {"if_none_match": True}
+                old, held = None, None
             else:
-                old, now = _read(raw), bucket.now()
+                old, held, now = _read(raw), stat.etag, bucket.now()
                 if not is_free(old, stat.modified, now=now, clock=clock):
                     wait_s = LEASE_S - (now - stat.modified).total_seconds()
                     raise NotOwner(
                         f"this run belongs to another client (process {old.pid} on {old.host})",
                         hint=f"watch it with `kdcloud attach`, or try again in {max(1, round(wait_s))} s if that client is gone",
                     )
-                holder, condition = _me(client, clock, fence=old.fence + 1), {"if_match": stat.etag}
+            holder = _me(client, clock, fence=old.fence + 1 if old else 1)
             try:
-                etag = bucket.put(LEASE_KEY, _dump(holder), **condition)  # type: ignore[arg-type]
+                etag = bucket.put(LEASE_KEY, _dump(holder), if_none_match=held is None, if_match=held)
             except PreconditionFailed:
                 continue
             return Lease(bucket, holder, etag, clock)
@@ -110,8 +110,12 @@ def _me(client: str, clock: Clock, *, fence: int) -> Holder:
     import psutil
 
     return Holder(
-        client=client, host=socket.gethostname(), boot_id=clock.mark().boot_id, pid=os.getpid(),
-        started=psutil.Process().create_time(), fence=fence,
+        client=client,
+        host=socket.gethostname(),
+        boot_id=clock.mark().boot_id,
+        pid=os.getpid(),
+        started=psutil.Process().create_time(),
+        fence=fence,
     )
 
 
@@ -132,7 +136,9 @@ def _read(raw: bytes) -> Holder:
     try:
         return Holder(**json.loads(raw))
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{LEASE_KEY} of this run cannot be read: {error}", hint="another version of kdcloud wrote it") from error
+        raise UsageError(
+            f"{LEASE_KEY} of this run cannot be read: {error}", hint="another version of kdcloud wrote it"
+        ) from error
 
 
 def _dump(holder: Holder) -> bytes:

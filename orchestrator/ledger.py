@@ -133,8 +133,16 @@ class Ledger:
         self._db.close()
 
     def create_run(
-        self, run: str, *, name: str, bucket: str, cap_micros: int, deadline_s: float | None, mark: Mapping[str, Any],
-        at: datetime, data: Mapping[str, Any],
+        self,
+        run: str,
+        *,
+        name: str,
+        bucket: str,
+        cap_micros: int,
+        deadline_s: float | None,
+        mark: Mapping[str, Any],
+        at: datetime,
+        data: Mapping[str, Any],
     ) -> None:
         with self._write():
             self._db.execute(
@@ -143,13 +151,21 @@ class Ledger:
             )
             self._append(run, None, None, "cap", cap_micros, at, {"deadline_s": deadline_s, "mark": mark})
 
-    def set_cap(self, run: str, cap_micros: int, deadline_s: float | None, mark: Mapping[str, Any], at: datetime) -> None:
+    def set_cap(
+        self, run: str, cap_micros: int, deadline_s: float | None, mark: Mapping[str, Any], at: datetime
+    ) -> None:
         """A new cap and deadline for what is left; the deadline counts from `mark`."""
         with self._write():
             self._append(run, None, None, "cap", cap_micros, at, {"deadline_s": deadline_s, "mark": mark})
 
     def note(
-        self, run: str, kind: str, at: datetime, *, stage: str | None = None, machine: str | None = None,
+        self,
+        run: str,
+        kind: str,
+        at: datetime,
+        *,
+        stage: str | None = None,
+        machine: str | None = None,
         data: Mapping[str, Any] | None = None,
     ) -> None:
         """A fact that moves no machine and no money: job_sent, launched, stage_done, ended, warning ..."""
@@ -157,7 +173,15 @@ class Ledger:
             self._append(run, stage, machine, kind, 0, at, data or {})
 
     def reserve(
-        self, run: str, stage: str, machine: str, micros: int, at: datetime, *, later_floor: int, order: Mapping[str, Any]
+        self,
+        run: str,
+        stage: str,
+        machine: str,
+        micros: int,
+        at: datetime,
+        *,
+        later_floor: int,
+        order: Mapping[str, Any],
     ) -> None:
         """Reserves before a create, checked and written in one transaction. Raises BudgetExceeded."""
         with self._write():
@@ -170,10 +194,14 @@ class Ledger:
                 )
             self._append(run, stage, machine, "reserve", micros, at, order)
 
-    def move(self, machine: str, event: Event, at: datetime, *, micros: int = 0, data: Mapping[str, Any] | None = None) -> None:
+    def move(
+        self, machine: str, event: Event, at: datetime, *, micros: int = 0, data: Mapping[str, Any] | None = None
+    ) -> None:
         """Moves a machine along states.TRANSITIONS; `micros` is what GONE settles. Raises ValueError off the table."""
         with self._write():
-            row = self._db.execute("SELECT run, stage FROM entry WHERE machine=? AND kind='reserve'", (machine,)).fetchone()
+            row = self._db.execute(
+                "SELECT run, stage FROM entry WHERE machine=? AND kind='reserve'", (machine,)
+            ).fetchone()
             if row is None:
                 raise ValueError(f"no reservation for {machine}")
             state = next(m.state for m in self._fold(row[0]).machines if m.name == machine)
@@ -197,7 +225,11 @@ class Ledger:
     def find(self, text: str) -> str:
         """The run id for what a person typed: the id, its last six characters, or a unique beginning."""
         ids = self.runs()
-        hits = [r for r in ids if r == text] or [r for r in ids if r.endswith(f"-{text}")] or [r for r in ids if r.startswith(text)]
+        hits = (
+            [r for r in ids if r == text]
+            or [r for r in ids if r.endswith(f"-{text}")]
+            or [r for r in ids if r.startswith(text)]
+        )
         if len(hits) == 1:
             return hits[0]
         if hits:
@@ -213,11 +245,17 @@ class Ledger:
         rows = self._db.execute(
             "SELECT seq, run, stage, machine, kind, micros, at, data FROM entry WHERE run=? ORDER BY seq", (run,)
         )
-        entries = tuple(Entry(*row[:6], datetime.fromisoformat(row[6]), json.loads(row[7])) for row in rows)
+        entries = tuple(_entry(*row) for row in rows)
         caps = [e for e in entries if e.kind == "cap"]
         return Run(
-            id=head[0], created_at=datetime.fromisoformat(head[1]), name=head[2], bucket=head[3], data=json.loads(head[4]),
-            cap_micros=caps[-1].micros, deadline_s=caps[-1].data["deadline_s"], deadline_from=caps[-1].data["mark"],
+            id=head[0],
+            created_at=datetime.fromisoformat(head[1]),
+            name=head[2],
+            bucket=head[3],
+            data=json.loads(head[4]),
+            cap_micros=caps[-1].micros,
+            deadline_s=caps[-1].data["deadline_s"],
+            deadline_from=caps[-1].data["mark"],
             machines=tuple(fold_machines(entries)),
             done={e.stage: e.data for e in entries if e.kind == "stage_done" and e.stage is not None},
             ends=tuple(e for e in entries if e.kind == "ended"),
@@ -225,7 +263,14 @@ class Ledger:
         )
 
     def _append(
-        self, run: str, stage: str | None, machine: str | None, kind: str, micros: int, at: datetime, data: Mapping[str, Any]
+        self,
+        run: str,
+        stage: str | None,
+        machine: str | None,
+        kind: str,
+        micros: int,
+        at: datetime,
+        data: Mapping[str, Any],
     ) -> None:
         self._db.execute(
             "INSERT INTO entry(run, stage, machine, kind, micros, at, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -237,7 +282,9 @@ class Ledger:
         try:
             self._db.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
-            raise UsageError(f"the ledger {self.path} cannot be written: {error}", hint=_ledger_hint(self.path, error)) from error
+            raise UsageError(
+                f"the ledger {self.path} cannot be written: {error}", hint=_ledger_hint(self.path, error)
+            ) from error
         try:
             yield
         except BaseException:
@@ -273,6 +320,12 @@ class Ledger:
         return f"known runs: {', '.join(near)}" if near else "nothing has run yet: kdcloud run quickstart"
 
 
+def _entry(
+    seq: int, run: str, stage: str | None, machine: str | None, kind: str, micros: int, at: str, data: str
+) -> Entry:
+    return Entry(seq, run, stage, machine, kind, micros, datetime.fromisoformat(at), json.loads(data))
+
+
 def fold_machines(entries: tuple[Entry, ...]) -> list[MachineRow]:
     """Machines in the order they were reserved."""
     rows: dict[str, dict[str, Any]] = {}
@@ -281,9 +334,18 @@ def fold_machines(entries: tuple[Entry, ...]) -> list[MachineRow]:
             continue
         if entry.kind == "reserve":
             rows[entry.machine] = {
-                "name": entry.machine, "run": entry.run, "stage": entry.stage, "state": State.INTENT,
-                "reserved_micros": entry.micros, "settled_micros": 0, "order": entry.data, "facts": {}, "reasons": (),
-                "reserved_at": entry.at, "absent_seen": False, "job_rc": None,
+                "name": entry.machine,
+                "run": entry.run,
+                "stage": entry.stage,
+                "state": State.INTENT,
+                "reserved_micros": entry.micros,
+                "settled_micros": 0,
+                "order": entry.data,
+                "facts": {},
+                "reasons": (),
+                "reserved_at": entry.at,
+                "absent_seen": False,
+                "job_rc": None,
             }
             continue
         row = rows[entry.machine]

@@ -23,7 +23,9 @@ SPARKS = "▁▂▃▄▅▆▇█"
 class View(Protocol):
     def __enter__(self) -> View: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
     def say(self, kind: str, stage: str | None, text: str) -> None: ...
 
@@ -78,7 +80,9 @@ class RichView:
         self._live.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._live.__exit__(kind, error, trace)
 
     def say(self, kind: str, stage: str | None, text: str) -> None:
@@ -86,7 +90,12 @@ class RichView:
 
         colour = {"warn": "yellow", "done": "green", "stop": "yellow"}.get(kind, "")
         mark = {"warn": "!", "done": "✓", "stop": "■", "up": "·", "gone": "·", "start": "▶"}.get(kind, "·")
-        line = Text.assemble((f"{time.strftime('%H:%M:%S')} ", "dim"), (f"{mark} ", colour), (f"{stage or '':<10} ", "bold"), (text, colour))
+        line = Text.assemble(
+            (f"{time.strftime('%H:%M:%S')} ", "dim"),
+            (f"{mark} ", colour),
+            (f"{stage or '':<10} ", "bold"),
+            (text, colour),
+        )
         self._console.print(line, soft_wrap=True)
 
     def update(self, snapshot: Snapshot) -> None:
@@ -106,7 +115,11 @@ class RichView:
             if stage.name in snapshot.run.done:
                 grid.add_row(Text("✓", "green"), stage.name, Text("done", "dim"))
             elif stage.name != snapshot.stage:
-                grid.add_row(Text("·", "dim"), Text(stage.name, "dim"), Text(f"about {human_seconds(stage.hours.expected * 3600)}", "dim"))
+                grid.add_row(
+                    Text("·", "dim"),
+                    Text(stage.name, "dim"),
+                    Text(f"about {human_seconds(stage.hours.expected * 3600)}", "dim"),
+                )
             else:
                 grid.add_row(Text("▶", "cyan"), Text(stage.name, "bold"), Text(self._working(snapshot)))
                 if snapshot.progress and snapshot.progress.total:
@@ -115,7 +128,9 @@ class RichView:
                     grid.add_row("", "", _side(bar, eta))
                 if len(self._losses) > 1:
                     grid.add_row("", Text("loss", "dim"), Text(sparkline(self._losses), "cyan"))
-        return Group(grid, Text(money(snapshot, self._plan) + "   Ctrl-C saves a checkpoint and ends the machine", "dim"))
+        return Group(
+            grid, Text(money(snapshot, self._plan) + "   Ctrl-C saves a checkpoint and ends the machine", "dim")
+        )
 
     def _working(self, snapshot: Snapshot) -> str:
         if snapshot.machine is None:

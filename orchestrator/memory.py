@@ -20,7 +20,7 @@ CUDA_CONTEXT_GIB = Range(0.5, 0.8, 1.3)
 CPU_PROCESS_GIB = Range(0.45, 0.6, 0.9)
 BARE_PROCESS_GIB = Range(0.03, 0.05, 0.1)  # the supervisor and a stage that needs no torch
 
-LOSS_CHUNK_ROWS = 1024  # rows of logits that exist at once
+LOSS_CHUNK_LOGITS = 1 << 24  # logits that exist at once (tasks.losses works in chunks of so many)
 LOSS_BYTES_PER_LOGIT = 14  # fp32 logits, fp32 softmax, their gradient in fp32 or bf16, one work copy
 FRAGMENTATION = Range(0.0, 0.05, 0.12)  # of everything that is allocated and freed again
 UNSURE = Range(0.8, 1.0, 1.25)  # of activations and logits: what the counts below leave out or count twice
@@ -35,7 +35,14 @@ class Memory:
 
 
 def training_memory(
-    shape: ModelShape, *, trainable: int, full: bool, micro_batch: int, seq_len: int, half: bool, checkpointing: bool,
+    shape: ModelShape,
+    *,
+    trainable: int,
+    full: bool,
+    micro_batch: int,
+    seq_len: int,
+    half: bool,
+    checkpointing: bool,
     gpu: bool,
 ) -> Memory:
     """Training with AdamW on rows of `seq_len` tokens, `micro_batch` at a time; `half`: bf16 or fp16 products.
@@ -54,7 +61,7 @@ def training_memory(
     }
     varying = {
         "activations": activation_bytes(shape, tokens, compute_bytes, checkpointing=checkpointing) / GIB,
-        "logits": min(LOSS_CHUNK_ROWS, tokens) * shape.vocab * LOSS_BYTES_PER_LOGIT / GIB,
+        "logits": min(LOSS_CHUNK_LOGITS, tokens * shape.vocab) * LOSS_BYTES_PER_LOGIT / GIB,
     }
     return _total(fixed, varying, CUDA_CONTEXT_GIB if gpu else CPU_PROCESS_GIB, gpu)
 
@@ -121,11 +128,11 @@ def _total(fixed: dict[str, float], varying: dict[str, float], base: Range, gpu:
     sure, unsure = sum(fixed.values()), sum(varying.values())
     spread = FRAGMENTATION if gpu else Range(0.0, 0.0, 0.1)
 
-    def at(point: str) -> float:
-        loose = unsure * getattr(UNSURE, point)
-        return sure + loose + loose * getattr(spread, point) + getattr(base, point)
-
-    total = Range(at("low"), at("expected"), at("high"))
+    total = Range(
+        sure + unsure * UNSURE.low * (1 + spread.low) + base.low,
+        sure + unsure * UNSURE.expected * (1 + spread.expected) + base.expected,
+        sure + unsure * UNSURE.high * (1 + spread.high) + base.high,
+    )
     parts = {**fixed, **varying, base_name: base.expected}
     rest = total.expected - sum(parts.values())
     if rest > 1e-9:

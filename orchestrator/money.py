@@ -15,8 +15,18 @@ MICROS = 1_000_000
 CURRENCIES = ("CNY", "USD")
 
 _SPELLINGS = {
-    "CNY": "CNY", "RMB": "CNY", "YUAN": "CNY", "¥": "CNY", "￥": "CNY", "元": "CNY", "块": "CNY",
-    "USD": "USD", "$": "USD", "US$": "USD", "DOLLAR": "USD", "DOLLARS": "USD",
+    "CNY": "CNY",
+    "RMB": "CNY",
+    "YUAN": "CNY",
+    "¥": "CNY",
+    "￥": "CNY",
+    "元": "CNY",
+    "块": "CNY",
+    "USD": "USD",
+    "$": "USD",
+    "US$": "USD",
+    "DOLLAR": "USD",
+    "DOLLARS": "USD",
 }
 _NUMBER = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+"
 _WORD = r"[^\d\s.,+/-][^\d\s.,+/]*"
@@ -68,6 +78,16 @@ def parse_amount(text: object) -> Amount:
     return Amount(Decimal(match["number"].replace(",", "")), _currency(word), match["hourly"] is not None)
 
 
+def parse_budget(text: object) -> Amount:
+    """The amount in `text`, above 0 and not an hour's price. Raises ValueError in one sentence."""
+    amount = parse_amount(text)
+    if amount.hourly:
+        raise ValueError(f"{text!r} is a price an hour; a budget is an amount, like 50 CNY")
+    if amount.value <= 0:
+        raise ValueError(f"must be above 0, not {amount}")
+    return amount
+
+
 def parse_duration(text: object) -> float:
     """Seconds in `8h`, `60min`, `90s`, `1h30m`, `1.5 h`. Raises ValueError in one sentence."""
     if not isinstance(text, str):
@@ -117,13 +137,20 @@ def shown(micros: int, rate: Rate, currency: str) -> str:
     return cny(micros, rate) if currency == "CNY" else usd(micros)
 
 
+def budget_for(micros: int, rate: Rate, currency: str) -> str:
+    """The smallest round amount that is at least `micros`, as --budget takes it: two digits, more for tiny amounts."""
+    value = Decimal(micros) / MICROS * (rate.usd_to_cny if currency == "CNY" else 1)
+    places = 2 if value >= Decimal("0.1") else 1 - min(0, value.adjusted())
+    return f"{value.quantize(Decimal(1).scaleb(-places), ROUND_CEILING):f}{currency}"
+
+
 def human_seconds(seconds: float) -> str:
-    """`0.4 s`, `48 s`, `3.5 min`, `1.2 h`, `2.5 d`."""
+    """`0.4 s`, `48 s`, `3.5 min`, `1.2 h`, `3.5 d`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 99.5:
         return f"{seconds:.0f} s"
-    if seconds < 99.5 * 60:
+    if seconds < 59.5 * 60:
         minutes = seconds / 60
         return f"{minutes:.1f} min" if minutes < 9.95 else f"{minutes:.0f} min"
     hours = seconds / 3600

@@ -42,8 +42,26 @@ TABLE = (
     Row("runpod", None, "1x RTX 3090 community", "RTX3090", 1, "0.34", "0.19", **_V5),  # type: ignore[arg-type]
     Row("vast", None, "2x RTX 3090", "RTX3090", 2, "0.33"),
     Row("aws", "us-east-1", "g5.xlarge", "A10G", 1, "1.006", "0.4507"),
-    Row("aws", None, "g5.2xlarge", "A10G", 1, "1.212", as_of=datetime(2024, 1, 1, tzinfo=UTC), source="price list read 2024-01"),
-    Row("aws", None, "g5.12xlarge", "A10G", 4, "5.67", as_of=datetime(2024, 4, 1, tzinfo=UTC), source="price list read 2024-04"),
+    Row(
+        "aws",
+        None,
+        "g5.2xlarge",
+        "A10G",
+        1,
+        "1.212",
+        as_of=datetime(2024, 1, 1, tzinfo=UTC),
+        source="price list read 2024-01",
+    ),
+    Row(
+        "aws",
+        None,
+        "g5.12xlarge",
+        "A10G",
+        4,
+        "5.67",
+        as_of=datetime(2024, 4, 1, tzinfo=UTC),
+        source="price list read 2024-04",
+    ),
     Row("lambda", None, "gpu_1x_a10", "A10", 1, "1.29"),
     Row("aws", "us-east-1", "g6.2xlarge", "L4", 1, "0.9776", "0.5772"),
     Row("vast", None, "1x A100 40 GB", "A100", 1, "0.76"),
@@ -58,7 +76,7 @@ TABLE = (
     Row("vast", None, "8x V100", "V100", 8, "0.85"),
 )
 
-# Worst-case seconds from a decision to the end of billing; handover is what a cloud may bill before the supervisor counts.
+# Worst-case seconds from a decision to the end of billing. Handover: what is billed before the supervisor counts.
 CLOUD_LATENCIES = Latencies(tick_s=5, flush_s=120, api_s=60, provision_s=90, handover_s=60, slack_s=90)
 MINIMUM_S = {"aws": 60}
 
@@ -116,9 +134,18 @@ def _of_row(row: Row, need: Need) -> list[Offer]:
     if need.gpus and row.gpu not in need.gpus:
         return []
     on_demand = Offer(
-        infra=row.infra, region=row.region, instance=row.instance, gpu=row.gpu, gpus=row.gpus,
-        vram_gib=GPUS[row.gpu].vram_gib.value, spot=False, price_micros_per_hour=_micros(row.usd), as_of=row.as_of,
-        source=row.source, minimum_s=MINIMUM_S.get(row.infra, 0), latencies=CLOUD_LATENCIES,
+        infra=row.infra,
+        region=row.region,
+        instance=row.instance,
+        gpu=row.gpu,
+        gpus=row.gpus,
+        vram_gib=GPUS[row.gpu].vram_gib.value,
+        spot=False,
+        price_micros_per_hour=_micros(row.usd),
+        as_of=row.as_of,
+        source=row.source,
+        minimum_s=MINIMUM_S.get(row.infra, 0),
+        latencies=CLOUD_LATENCIES,
     )
     spot = replace(on_demand, spot=True, price_micros_per_hour=_micros(row.spot_usd))
     if need.spot is True:

@@ -10,7 +10,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.money import Rate, both, human_seconds, shown, usd
+from orchestrator.money import Rate, both, human_seconds, shown
 from orchestrator.provision import Latencies, Offer
 from tasks.contract import SETTINGS, Settings, build
 
@@ -147,14 +147,18 @@ class Plan:
 
 
 def digest_of(recipe: Any, stages: tuple[StagePlan, ...], cap_micros: int, deadline_s: float | None, rate: Rate) -> str:
-    """sha256 of everything that is approved: the recipe's meaning, chosen settings, machines with prices, cap and rate."""
+    """sha256 of all that is approved: the recipe's meaning, settings, machines with their prices, cap and rate."""
     machines = [
         [[o.infra, o.region, o.instance, o.gpu, o.gpus, o.spot, o.price_micros_per_hour] for o in stage.candidates]
         for stage in stages
     ]
     body = {
-        "recipe": recipe, "settings": [asdict(stage.settings) for stage in stages], "machines": machines,
-        "cap_micros": cap_micros, "deadline_s": deadline_s, "rate": str(rate.usd_to_cny),
+        "recipe": recipe,
+        "settings": [asdict(stage.settings) for stage in stages],
+        "machines": machines,
+        "cap_micros": cap_micros,
+        "deadline_s": deadline_s,
+        "rate": str(rate.usd_to_cny),
     }
     return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -214,8 +218,14 @@ def _stage_to_json(stage: StagePlan) -> dict[str, Any]:
 
 def _offer_to_json(offer: Offer) -> dict[str, Any]:
     return {
-        "infra": offer.infra, "region": offer.region, "instance": offer.instance, "gpu": offer.gpu, "gpus": offer.gpus,
-        "spot": offer.spot, "price_micros_per_hour": offer.price_micros_per_hour, "as_of": _iso(offer.as_of),
+        "infra": offer.infra,
+        "region": offer.region,
+        "instance": offer.instance,
+        "gpu": offer.gpu,
+        "gpus": offer.gpus,
+        "spot": offer.spot,
+        "price_micros_per_hour": offer.price_micros_per_hour,
+        "as_of": _iso(offer.as_of),
         "source": offer.source,
     }
 
@@ -239,7 +249,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 
 
 def plan_from_dict(raw: Mapping[str, Any]) -> Plan:
-    """The plan that `plan_to_dict` wrote. Raises ValueError for another schema, KeyError and TypeError for other data."""
+    """The plan that `plan_to_dict` wrote. Raises ValueError, KeyError or TypeError for other data."""
     if raw.get("plan_schema") != SCHEMA:
         raise ValueError(f"plan has schema {raw.get('plan_schema')}, this kdcloud reads {SCHEMA}")
     values = {field.name: raw[field.name] for field in fields(Plan)}
@@ -271,3 +281,168 @@ def _offer_from_dict(raw: Mapping[str, Any]) -> Offer:
 
 
 # --- the table
+
+
+def render_plan(plan: Plan, console: Console) -> None:
+    """Prints the plan as a table: a row a stage, chosen settings below, the total against the cap."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console.print(Text.assemble("\n", (plan.name, "bold"), f"  {_where(plan)}"))
+    console.print(_table(plan, console.width))
+    for stage in plan.stages:
+        details = _details(stage, plan)
+        if details is not None:
+            console.print(Padding(details, (0, 0, 0, 2)))
+    console.print()
+    for line in _sums(plan):
+        console.print(line)
+    console.print()
+
+
+def _where(plan: Plan) -> str:
+    infra = dict.fromkeys(stage.offer.infra for stage in plan.stages)
+    stages = "1 stage" if len(plan.stages) == 1 else f"{len(plan.stages)} stages"
+    return f"{stages} on {', '.join(infra)}; files in {plan.bucket}"
+
+
+def _table(plan: Plan, width: int) -> RenderableType:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    narrow = width < 100
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True, header_style="bold", footer_style="bold")
+    money = plan.currency
+    total = plan.cost_micros
+    table.add_column("stage", footer="total")
+    table.add_column("memory", justify="right")
+    table.add_column("time", justify="right", footer=human_seconds(plan.hours.expected * 3600))
+    table.add_column("machine", overflow="fold")
+    if not narrow:
+        table.add_column("price/h", justify="right")
+    for name, value in (("low", total.low), ("expected", total.expected), ("high", total.high)):
+        table.add_column(name, justify="right", footer=shown(value, plan.rate, money), no_wrap=True)
+    for stage in plan.stages:
+        price = stage.offer.price_micros_per_hour
+        cells: list[str | Text] = [
+            stage.name,
+            _gib(stage.vram_gib.expected),
+            human_seconds(stage.hours.expected * 3600),
+            Text(_machine_name(stage.offer, plan, with_price=narrow)),
+        ]
+        if not narrow:
+            cells.append("free" if price == 0 else "not found" if price is None else shown(price, plan.rate, money))
+        cost = stage.cost_micros
+        cells += [shown(value, plan.rate, money) for value in (cost.low, cost.expected, cost.high)]
+        table.add_row(*cells)
+    for item in plan.overhead:
+        cost = item.cost_micros
+        costs = [shown(value, plan.rate, money) for value in (cost.low, cost.expected, cost.high)]
+        table.add_row("bucket", "", "", "storage", *([] if narrow else [""]), *costs)
+    return table
+
+
+def _machine_name(offer: Offer, plan: Plan, *, with_price: bool) -> str:
+    if offer.infra == "local":
+        name = "your own machine" if offer.price_micros_per_hour == 0 else f"this machine, {offer.instance}"
+    else:
+        name = f"{offer.gpu or 'CPU'}{' spot' if offer.spot else ''}, {offer.infra} {offer.instance}"
+    price = offer.price_micros_per_hour
+    return f"{name}, {shown(price, plan.rate, plan.currency)}/h" if with_price and price else name
+
+
+def _gib(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib < 99.95 else f"{gib:.0f} GiB"
+
+
+def _details(stage: StagePlan, plan: Plan) -> RenderableType | None:
+    """Chosen settings, what the estimate rests on, notes; None when there is nothing to say."""
+    from rich.text import Text
+
+    lines = Text()
+    lines.append(f"{stage.name}: ", style="bold")
+    said = [*_said_settings(stage), *_said_uses(stage, plan)]
+    if len(stage.candidates) > 1:
+        others = len(stage.candidates) - 1
+        said.append(f"{others} other {'machine' if others == 1 else 'machines'} to fall back on")
+    if not said and not stage.notes:
+        return None
+    lines.append("; ".join(said))
+    for note in stage.notes:
+        lines.append(f"\n  {note}", style="yellow")
+    return lines
+
+
+_WORDS = {
+    "micro_batch": "micro-batch",
+    "max_seq_len": "rows up to",
+    "precision": "in",
+    "label_temperature": "labels at T",
+    "max_new_tokens": "answers up to",
+    "batch_size": "batches of",
+}
+
+
+def _said_settings(stage: StagePlan) -> list[str]:
+    """The settings that were chosen, in words."""
+    said = []
+    for name in stage.chosen:
+        value = getattr(stage.settings, name)
+        if name == "checkpointing":
+            said.append("gradient checkpointing" if value else "no gradient checkpointing")
+        elif name == "checkpoint_every_s":
+            said.append(f"checkpoint every {human_seconds(value)}")
+        elif name in _WORDS:
+            unit = " tokens" if name in ("max_seq_len", "max_new_tokens") else ""
+            said.append(f"{_WORDS[name]} {f'{value:g}' if isinstance(value, float) else value}{unit}")
+    return said
+
+
+def _said_uses(stage: StagePlan, plan: Plan) -> list[str]:
+    """What the estimate rests on, in words."""
+    uses, said = stage.uses, []
+    if "expected_answer_tokens" in uses:
+        said.append(f"answers of about {uses['expected_answer_tokens']:.0f} tokens")
+    if "kept_samples" in uses:
+        said.append(f"about {uses['kept_samples']:.0f} of {uses['answers']:.0f} kept")
+    if uses.get("cost_micros_per_kept_sample"):
+        said.append(f"{shown(int(uses['cost_micros_per_kept_sample']), plan.rate, plan.currency)} a kept sample")
+    if "steps_in_all" in uses:
+        more = (
+            ""
+            if uses["steps_in_all"] == uses["steps"]
+            else f", {uses['steps_in_all']:.0f} with seeds, control arms and search"
+        )
+        said.append(f"{uses['steps']:.0f} steps{more}")
+    return said
+
+
+def _sums(plan: Plan) -> list[RenderableType]:
+    """Total, reserve and cap; the verdict; notes; age of prices."""
+    from rich.text import Text
+
+    def amount(micros: int) -> str:
+        return both(micros, plan.rate, plan.currency)
+
+    lines: list[RenderableType] = [
+        Text(
+            f"expected {amount(plan.cost_micros.expected)} + {amount(plan.reserve_micros)} held back while machines end"
+            f" = {amount(plan.needed_micros)}, cap {amount(plan.cap_micros)}"
+        )
+    ]
+    if not plan.fits:
+        lines.append(
+            Text(f"does not fit: {amount(plan.needed_micros - plan.cap_micros)} over the cap", style="bold red")
+        )
+    elif plan.tight:
+        lines.append(Text("fits, but is tight: the high estimate is above the cap", style="bold yellow"))
+    else:
+        lines.append(Text("fits under the cap", style="bold green"))
+    lines += [Text(f"- {note}", style="yellow") for note in plan.notes]
+    as_of = plan.offers_as_of
+    dated = f"oldest price read {as_of:%Y-%m-%d}; " if as_of is not None else ""
+    lines.append(
+        Text(f"{dated}1 USD = {plan.rate.usd_to_cny} CNY as of {plan.rate.as_of}; plan {plan.digest[:12]}", style="dim")
+    )
+    return lines

@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.provision import (
-    NAME_PREFIX, Job, JobState, Latencies, Need, NotYetGone, Observation, Offer, Order, ProvisionError, Status,
+    NAME_PREFIX,
+    Job,
+    JobState,
+    Latencies,
+    Need,
+    NotYetGone,
+    Observation,
+    Offer,
+    Order,
+    ProvisionError,
+    Status,
 )
 
 LOCAL_LATENCIES = Latencies(tick_s=1, flush_s=15, api_s=2, provision_s=3, handover_s=2, slack_s=5)
@@ -60,7 +70,9 @@ class LocalProvisioner:
                 if not folder.exists():
                     raise
         except OSError as error:
-            raise ProvisionError(f"cannot make {folder}: {error.strerror}", hint="check disk space and rights of KDCLOUD_HOME") from error
+            raise ProvisionError(
+                f"cannot make {folder}: {error.strerror}", hint="check disk space and rights of KDCLOUD_HOME"
+            ) from error
 
     def observe(self, name: str) -> Observation:
         folder = self._machines / name
@@ -68,12 +80,21 @@ class LocalProvisioner:
             order = json.loads((folder / "order.json").read_text())
         except FileNotFoundError:
             return Observation(name, Status.ABSENT, None, None, Job(), _now())
-        offer = Offer(**{**order["offer"], "as_of": datetime.fromisoformat(order["offer"]["as_of"]),
-                         "latencies": Latencies(**order["offer"]["latencies"])})
+        offer = Offer(
+            **{
+                **order["offer"],
+                "as_of": datetime.fromisoformat(order["offer"]["as_of"]),
+                "latencies": Latencies(**order["offer"]["latencies"]),
+            }
+        )
         job = self._job(folder)
         return Observation(
-            name, Status.STOPPING if (folder / "ending").exists() else Status.RUNNING, offer,
-            datetime.fromtimestamp((folder / "order.json").stat().st_mtime, UTC), job, _now(),
+            name,
+            Status.STOPPING if (folder / "ending").exists() else Status.RUNNING,
+            offer,
+            datetime.fromtimestamp((folder / "order.json").stat().st_mtime, UTC),
+            job,
+            _now(),
             ended_at=_ended_at(folder, job),
         )
 
@@ -90,8 +111,13 @@ class LocalProvisioner:
             command = [sys.executable if argv[0] == "python" else argv[0], *argv[1:]]
             subprocess.Popen(
                 ["/bin/sh", "-c", _SHIM, "kd-job", str(job / "rc"), str(job / "output.txt"), *command],
-                cwd=folder, env={**os.environ, **env, MARKER: name}, pass_fds=(lock,), start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env={**os.environ, **env, MARKER: name},
+                pass_fds=(lock,),
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
 
     def logs(self, name: str, job_id: str) -> Iterator[str]:
@@ -131,7 +157,9 @@ class LocalProvisioner:
         return [self.observe(f.name) for f in sorted(self._machines.iterdir()) if f.name.startswith(NAME_PREFIX)]
 
     def _job(self, folder: Path) -> Job:
-        jobs = sorted((folder / "jobs").iterdir(), key=lambda j: j.stat().st_mtime) if (folder / "jobs").exists() else []
+        jobs = (
+            sorted((folder / "jobs").iterdir(), key=lambda j: j.stat().st_mtime) if (folder / "jobs").exists() else []
+        )
         if not jobs:
             return Job()
         job = jobs[-1]
@@ -155,9 +183,17 @@ def local_offer(price_micros_per_hour: int) -> Offer:
     import psutil
 
     return Offer(
-        infra="local", region=None, instance=f"{psutil.cpu_count() or 1} cores", gpu=None, gpus=0,
-        vram_gib=psutil.virtual_memory().total / 2**30, spot=False, price_micros_per_hour=price_micros_per_hour,
-        as_of=_now(), source="the recipe", latencies=LOCAL_LATENCIES,
+        infra="local",
+        region=None,
+        instance=f"{psutil.cpu_count() or 1} cores",
+        gpu=None,
+        gpus=0,
+        vram_gib=psutil.virtual_memory().total / 2**30,
+        spot=False,
+        price_micros_per_hour=price_micros_per_hour,
+        as_of=_now(),
+        source="the recipe",
+        latencies=LOCAL_LATENCIES,
     )
 
 

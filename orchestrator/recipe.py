@@ -1,4 +1,4 @@
-"""What does the user want? A recipe file becomes one frozen, typed value, or a list of everything that is wrong with it."""
+"""What does the user want? A recipe file becomes one frozen, typed value, or a list of all that is wrong with it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
-    BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, WithJsonSchema,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
 )
 
 from orchestrator.catalog import GPUS, ModelShape, UnknownModel, shape_of
 from orchestrator.errors import UsageError
-from orchestrator.money import Amount, parse_amount, parse_duration
+from orchestrator.money import Amount, parse_amount, parse_budget, parse_duration
 
 Loc = tuple[str | int, ...]
 MODEL_STAGES = ("pretrain", "train")  # kinds whose result is a model
-
-
-def _budget(value: object) -> Amount:
-    amount = parse_amount(value)
-    if amount.hourly:
-        raise ValueError(f"{value!r} is a price an hour; a budget is an amount, like 50 CNY")
-    if amount.value <= 0:
-        raise ValueError(f"must be above 0, not {amount}")
-    return amount
 
 
 def _price(value: object) -> Amount:
@@ -75,15 +73,19 @@ def _as_text(example: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "examples": [example]})
 
 
-Budget = Annotated[Amount, BeforeValidator(_budget), _as_text("50 CNY")]
+Budget = Annotated[Amount, BeforeValidator(parse_budget), _as_text("50 CNY")]
 Price = Annotated[Amount, BeforeValidator(_price), _as_text("0.10 USD/h")]
 Duration = Annotated[float, BeforeValidator(_duration), _as_text("8h")]
 Infra = Annotated[
-    tuple[Annotated[str, BeforeValidator(_infra), _as_text("aws")], ...], BeforeValidator(_many), Field(min_length=1),
+    tuple[Annotated[str, BeforeValidator(_infra), _as_text("aws")], ...],
+    BeforeValidator(_many),
+    Field(min_length=1),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
 Gpus = Annotated[
-    tuple[Annotated[str, BeforeValidator(_gpu)], ...], BeforeValidator(_many), Field(min_length=1),
+    tuple[Annotated[str, BeforeValidator(_gpu)], ...],
+    BeforeValidator(_many),
+    Field(min_length=1),
     WithJsonSchema({"type": "array", "items": {"type": "string", "enum": list(GPUS)}, "minItems": 1}),
 ]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -97,7 +99,7 @@ Verify = Literal["math", "exact", "text", "none"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)  # built once, with the whole recipe
 
 
 class ArchitecturePart(_Part):
@@ -271,8 +273,12 @@ class RehearseStage(_Stage):
 
 Stage = PretrainStage | LabelStage | TrainStage | EvaluateStage | ExportStage | RehearseStage
 KINDS: dict[str, type[_Stage]] = {
-    "pretrain": PretrainStage, "label": LabelStage, "train": TrainStage, "evaluate": EvaluateStage,
-    "export": ExportStage, "rehearse": RehearseStage,
+    "pretrain": PretrainStage,
+    "label": LabelStage,
+    "train": TrainStage,
+    "evaluate": EvaluateStage,
+    "export": ExportStage,
+    "rehearse": RehearseStage,
 }
 
 
@@ -348,7 +354,11 @@ def parse_recipe(text: str, path: Path) -> Recipe:
         raise problems.error()
     return Recipe.model_construct(
         **{key: getattr(spec, key) for key in RecipeSpec.model_fields},
-        path=str(path), text=text, bucket_url=beside.bucket, files=beside.files, models=beside.models,
+        path=str(path),
+        text=text,
+        bucket_url=beside.bucket,
+        files=beside.files,
+        models=beside.models,
         folders=beside.folders,
     )
 
@@ -393,7 +403,8 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {
     first: [
-        (tag, regexp) for tag, regexp in resolvers
+        (tag, regexp)
+        for tag, regexp in resolvers
         if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -401,42 +412,53 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"), list("-+.0123456789"),
+    re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
 )
 
 
 def _read_yaml(text: str, path: Path) -> tuple[yaml.MappingNode, dict[str, Any]]:
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
+        node = _Loader(text).get_single_node()
         if node is None:
-            raise UsageError(f"{path} is empty", hint="start from a built-in recipe, for example recipes/quickstart.yaml")
+            raise UsageError(
+                f"{path} is empty", hint="start from a built-in recipe, for example recipes/quickstart.yaml"
+            )
         if not isinstance(node, yaml.MappingNode):
-            raise UsageError(f"{path}:1: a recipe holds keys and values, such as `name: my-run`",
-                             hint="start from a built-in recipe, for example recipes/quickstart.yaml")
+            raise UsageError(
+                f"{path}:1: a recipe holds keys and values, such as `name: my-run`",
+                hint="start from a built-in recipe, for example recipes/quickstart.yaml",
+            )
+        _refuse_loops(node, ())
         raw = _construct(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UsageError(f"{path}{where}: not YAML: {error.problem or error.context}",
-                         hint="mend the line; often a missing space after `:` or an unclosed bracket or quote") from error
+        raise UsageError(
+            f"{path}{where}: not YAML: {error.problem or error.context}",
+            hint="mend the line; often a missing space after `:` or an unclosed bracket or quote",
+        ) from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not YAML: {error}", hint="a recipe is YAML in UTF-8") from error
     except RecursionError as error:
         raise UsageError(f"{path}: is nested too deeply", hint="a recipe needs four levels") from error
-    finally:
-        loader.dispose()
     return node, raw
 
 
 def _construct(text: str) -> Any:
-    loader = _Loader(text)
     try:
-        return loader.get_single_data()
+        return _Loader(text).get_single_data()
     except ValueError as error:  # such as !!int of a word
         raise yaml.YAMLError(str(error)) from error
-    finally:
-        loader.dispose()
+
+
+def _refuse_loops(node: yaml.Node, above: tuple[int, ...]) -> None:
+    if id(node) in above:
+        raise yaml.composer.ComposerError(None, None, "an alias contains itself", node.start_mark)
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            for one in child if isinstance(child, tuple) else (child,):
+                _refuse_loops(one, (*above, id(node)))
 
 
 def _duplicate_keys(node: yaml.Node, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
@@ -476,12 +498,14 @@ class _Problems:
 
 
 def _line_of(node: yaml.Node, loc: Loc) -> tuple[int, str]:
-    """Line of the deepest part of `loc` that is in the file, and `loc` as people write it. Parts of a union are skipped."""
+    """Line of the deepest part of `loc` that is in the file, and `loc` as people write it; union tags are skipped."""
     line, words = node.start_mark.line + 1, ""
     for position, part in enumerate(loc):
         last = position == len(loc) - 1
         if isinstance(node, yaml.MappingNode):
-            found = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode) and key.value == part]
+            found = [
+                (key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode) and key.value == part
+            ]
             if found:
                 key, node = found[-1]
                 line, words = key.start_mark.line + 1, f"{words}.{part}" if words else str(part)
@@ -494,8 +518,15 @@ def _line_of(node: yaml.Node, loc: Loc) -> tuple[int, str]:
 
 
 _PARTS: dict[str, type[BaseModel]] = {
-    **KINDS, "architecture": ArchitecturePart, "model": ArchitecturePart, "local": LocalPart, "data": DataPart,
-    "compare": ComparePart, "soft_labels": SoftLabelsPart, "lora": LoraPart, "loss": LossPart,
+    **KINDS,
+    "architecture": ArchitecturePart,
+    "model": ArchitecturePart,
+    "local": LocalPart,
+    "data": DataPart,
+    "compare": ComparePart,
+    "soft_labels": SoftLabelsPart,
+    "lora": LoraPart,
+    "loss": LossPart,
 }
 
 
@@ -522,13 +553,18 @@ def _say(item: Any) -> tuple[Loc, str]:
             return loc, str(context["error"])
         case "string_pattern_mismatch" if loc[-1] == "name":
             return loc, f"{item['input']!r} may hold a-z, 0-9 and - only" if len(loc) > 1 else (
-                f"{item['input']!r} may hold letters, digits, dot, dash and underscore only")
+                f"{item['input']!r} may hold letters, digits, dot, dash and underscore only"
+            )
         case "string_too_long":
             return loc, f"{item['input']!r} is longer than {context['max_length']} characters"
         case "model_type" | "model_attributes_type" | "dict_type":
             return loc, "must hold keys and values"
         case "tuple_type" | "too_short" if kind == "tuple_type" or "min_length" in context:
             return loc, "must be a list with at least one entry"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+            (bound,) = [f"{words[key]} {value:g}" for key, value in context.items() if key in words]
+            return loc, f"must be {bound}, not {item['input']!r}"
         case "int_type" | "int_from_float":
             return loc, f"{item['input']!r} is not a whole number"
         case "float_type":
@@ -591,6 +627,10 @@ class _Beside:
             return f"{error.message}; {error.hint}"
         return None
 
+    def may_be_model(self, text: str) -> bool:
+        """Whether the text is a model's name rather than a stage's."""
+        return "/" in text or text.startswith((".", "~")) or (self.folder / text / "config.json").is_file()
+
     def place(self, text: str) -> str | None:
         """What is wrong with a bucket; None when it is a url kdcloud can use."""
         scheme, _, rest = text.partition(":")
@@ -601,6 +641,9 @@ class _Beside:
         else:
             return f"{text!r} is not a bucket; write s3://bucket/prefix or file:folder"
         return None
+
+
+_Named = dict[str, tuple[int, dict[str, Any]]]  # stages as they stand in the file, with their place, by name
 
 
 def _reference_problems(raw: Any, beside: _Beside) -> Iterator[tuple[Loc, str]]:
@@ -615,23 +658,25 @@ def _reference_problems(raw: Any, beside: _Beside) -> Iterator[tuple[Loc, str]]:
             yield from _problem(("data", key), beside.data(data[key]))
     listed = raw.get("stages")
     stages = [
-        (index, stage) for index, stage in enumerate(listed if isinstance(listed, list) else []) if isinstance(stage, dict)
+        (index, stage)
+        for index, stage in enumerate(listed if isinstance(listed, list) else [])
+        if isinstance(stage, dict)
     ]
-    names: dict[str, tuple[int, str]] = {}
+    names: _Named = {}
     for index, stage in stages:
         name = stage.get("name")
         if isinstance(name, str):
             if name in names:
                 yield ("stages", index, "name"), f"{name!r} is also the name of stages[{names[name][0]}]"
             else:
-                names[name] = (index, str(stage.get("kind")))
+                names[name] = (index, stage)
     for index, stage in stages:
         for key, message in _stage_problems(index, stage, names, data, beside):
             yield ("stages", index, key), message
 
 
 def _stage_problems(
-    index: int, stage: dict[str, Any], names: dict[str, tuple[int, str]], data: dict[str, Any], beside: _Beside
+    index: int, stage: dict[str, Any], names: _Named, data: dict[str, Any], beside: _Beside
 ) -> Iterator[tuple[str, str]]:
     kind = stage.get("kind")
 
@@ -655,6 +700,16 @@ def _stage_problems(
         case "train":
             yield from refer("student", MODEL_STAGES, model=True)
             yield from refer("labels", ("label",), model=False)
+            if _hard_only(stage, names):
+                yield (
+                    "loss",
+                    "alpha above 0 learns from soft labels, and those labels are hard (top_k: 0): set alpha: 0",
+                )
+            if stage.get("method", "lora") == "lora" and isinstance(stage.get("student"), dict):
+                yield (
+                    "method",
+                    "LoRA on random weights learns nothing: write method: full for a student made from scratch",
+                )
             if stage.get("steps") is not None and stage.get("epochs") is not None:
                 yield "epochs", "steps and epochs exclude each other: remove one"
             micro, batch = stage.get("micro_batch"), stage.get("batch_size", 8)
@@ -664,27 +719,35 @@ def _stage_problems(
             yield from refer("student", ("train",), model=False)
             yield from refer("teacher", (*MODEL_STAGES, "label"), model=True)
             yield from source("held_out")
+            if stage.get("verify", data.get("verify", "none")) in ("text", "none"):
+                yield "verify", "an evaluation needs right answers: give data.verify or verify here, math or exact"
         case "export":
             yield from refer("student", ("train",), model=False)
 
 
-def _refer(
-    word: str, index: int, kinds: tuple[str, ...], names: dict[str, tuple[int, str]], beside: _Beside | None
-) -> Iterator[str]:
-    fitting = [name for name, (at, kind) in names.items() if at < index and kind in kinds]
+def _hard_only(stage: dict[str, Any], names: _Named) -> bool:
+    """Whether a train stage wants soft labels from a label stage that keeps none."""
+    _, label = names.get(str(stage.get("labels")), (0, {}))
+    soft, loss = label.get("soft_labels"), stage.get("loss")
+    alpha = loss.get("alpha", LossPart().alpha) if isinstance(loss, dict) else LossPart().alpha
+    return isinstance(soft, dict) and soft.get("top_k") == 0 and alpha != 0
+
+
+def _refer(word: str, index: int, kinds: tuple[str, ...], names: _Named, beside: _Beside | None) -> Iterator[str]:
+    fitting = [name for name, (at, stage) in names.items() if at < index and stage.get("kind") in kinds]
     if word in fitting:
         return
     if word in names:
-        at, kind = names[word]
+        at, found = names[word]
+        kind = found.get("kind")
         if at == index:
             yield f"a stage cannot use its own result ({word!r})"
         elif kind not in kinds:
-            yield f"stage {word!r} is of kind {kind}; needed is one of kind {' or '.join(kinds)}{_stages_nearest(word, fitting)}"
+            needed = f"needed is one of kind {' or '.join(kinds)}"
+            yield f"stage {word!r} is of kind {kind}; {needed}{_stages_nearest(word, fitting)}"
         else:
             yield f"stage {word!r} comes later; move it before this one"
-    elif beside is not None and ("/" in word or word.startswith((".", "~")) or not fitting):
-        yield from (problem for _, problem in _problem((), beside.model(word)))
-    elif beside is not None and (beside.folder / word / "config.json").is_file():
+    elif beside is not None and (not fitting or beside.may_be_model(word)):
         yield from (problem for _, problem in _problem((), beside.model(word)))
     else:
         yield f"there is no stage {word!r} before this one{_stages_nearest(word, fitting)}"

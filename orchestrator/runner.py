@@ -7,7 +7,7 @@ same place. Every intent is written before the provider is called.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,7 +24,16 @@ from orchestrator.names import machine_name
 from orchestrator.plan import Plan, StagePlan
 from orchestrator.planner import later_floor_micros
 from orchestrator.provision import (
-    Job, Latencies, NoCapacity, NotYetGone, Observation, Offer, Order, ProvisionError, Provisioner, Status,
+    Job,
+    Latencies,
+    NoCapacity,
+    NotYetGone,
+    Observation,
+    Offer,
+    Order,
+    Provisioner,
+    ProvisionError,
+    Status,
 )
 from orchestrator.states import Do, Event, Machine, State, next_action
 from tasks.bucket import Bucket, BucketError, NotFound, read_commit
@@ -61,8 +70,18 @@ class Runner:
     """`say(kind, stage, text)` hears what happens; `stop()` is asked on every turn (Ctrl-C)."""
 
     def __init__(
-        self, *, ledger: Ledger, provider: Provisioner, bucket: Bucket, clock: Clock, plan: Plan, run_id: str, owner: str,
-        lease: Lease, code_folder: Path, say: Callable[[str, str | None, str], None] = lambda kind, stage, text: None,
+        self,
+        *,
+        ledger: Ledger,
+        provider: Provisioner,
+        bucket: Bucket,
+        clock: Clock,
+        plan: Plan,
+        run_id: str,
+        owner: str,
+        lease: Lease,
+        code_folder: Path,
+        say: Callable[[str, str | None, str], None] = lambda kind, stage, text: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.ledger, self.provider, self.bucket, self.clock = ledger, provider, bucket, clock
@@ -79,8 +98,13 @@ class Runner:
                 self._renew()
                 outcome, moved = self.turn()
                 if outcome is not None:
-                    self.ledger.note(self.run_id, "ended", self._now(), stage=outcome.stage,
-                                     data={"state": outcome.state, "message": outcome.message, "hint": outcome.hint})
+                    self.ledger.note(
+                        self.run_id,
+                        "ended",
+                        self._now(),
+                        stage=outcome.stage,
+                        data={"state": outcome.state, "message": outcome.message, "hint": outcome.hint},
+                    )
                     return outcome
                 on_turn(self.snapshot())
                 if not moved:
@@ -115,9 +139,17 @@ class Runner:
         order_offer = offer_from_dict(row.order["offer"])
         lifetime = float(row.facts.get("lifetime_s", row.order["lifetime_s"]))
         machine = Machine(
-            state=row.state, age_s=self._age(row), lifetime_s=lifetime, provision_limit_s=PROVISION_LIMIT_S,
-            hard_limit_s=lifetime + order_offer.latencies.tick_s + order_offer.latencies.flush_s + order_offer.latencies.handover_s,
-            job_sent=bool(row.facts.get("job")), absent_seen=row.absent_seen, launched=bool(row.facts.get("launched")),
+            state=row.state,
+            age_s=self._age(row),
+            lifetime_s=lifetime,
+            provision_limit_s=PROVISION_LIMIT_S,
+            hard_limit_s=lifetime
+            + order_offer.latencies.tick_s
+            + order_offer.latencies.flush_s
+            + order_offer.latencies.handover_s,
+            job_sent=bool(row.facts.get("job")),
+            absent_seen=row.absent_seen,
+            launched=bool(row.facts.get("launched")),
         )
         do, why = next_action(machine, seen, stopping=stopping or self._stage_is_done(run, row))
         return self._act(run, row, order_offer, machine, seen, do, why)
@@ -164,8 +196,12 @@ class Runner:
 
     def _launch(self, row: MachineRow, offer: Offer) -> None:
         order = Order(
-            name=row.name, run=self.run_id, stage=row.stage, offer=offer,
-            deadline_at=datetime.fromisoformat(row.order["deadline_at"]), lifetime_s=float(row.order["lifetime_s"]),
+            name=row.name,
+            run=self.run_id,
+            stage=row.stage,
+            offer=offer,
+            deadline_at=datetime.fromisoformat(row.order["deadline_at"]),
+            lifetime_s=float(row.order["lifetime_s"]),
             fence=self.lease.fence,
         )
         try:
@@ -175,7 +211,9 @@ class Runner:
             self.say("warn", row.stage, why)
             self._move(row, Event.STOP, data={"why": why, "came_up": False})
             return
-        self.ledger.note(self.run_id, "launched", self._now(), stage=row.stage, machine=row.name, data={"launched": True})
+        self.ledger.note(
+            self.run_id, "launched", self._now(), stage=row.stage, machine=row.name, data={"launched": True}
+        )
 
     def _mark_up(self, row: MachineRow, offer: Offer, seen: Observation | None) -> None:
         """Re-prices from what really landed; a deadline may only come nearer."""
@@ -193,10 +231,18 @@ class Runner:
         latencies = offer.latencies
         remaining = spend.supervisor_remaining_s(machine.lifetime_s, machine.age_s, latencies)
         task = Task(
-            run=self.run_id, stage=stage.name, kind=stage.kind, attempt=attempt, fence=self.lease.fence,
-            bucket=self.bucket.url, settings=stage.settings, code_sha256=self._code_sha256(),
+            run=self.run_id,
+            stage=stage.name,
+            kind=stage.kind,
+            attempt=attempt,
+            fence=self.lease.fence,
+            bucket=self.bucket.url,
+            settings=stage.settings,
+            code_sha256=self._code_sha256(),
             watch=Watch(
-                idle_s=self.plan.idle_s, tick_s=latencies.tick_s, flush_s=latencies.flush_s,
+                idle_s=self.plan.idle_s,
+                tick_s=latencies.tick_s,
+                flush_s=latencies.flush_s,
                 client_lease_s=LEASE_S if offer.infra == "local" else None,
             ),
         )
@@ -204,7 +250,9 @@ class Runner:
             self.bucket.put(f"{stage.name}/{TASK_FILE}", task.to_json().encode())
             wheel = fetch_code(self.bucket, self._code_sha256(), self.code_folder)
             self.provider.run(
-                row.name, f"{stage.name}-{attempt}", supervisor_argv(self.bucket.url, stage.name, attempt, remaining),
+                row.name,
+                f"{stage.name}-{attempt}",
+                supervisor_argv(self.bucket.url, stage.name, attempt, remaining),
                 supervisor_env(wheel),
             )
         except BucketError as error:
@@ -215,11 +263,17 @@ class Runner:
         except (ProvisionError, OSError) as error:
             self.say("warn", row.stage, f"could not start the job yet: {error}")
             return False
-        self.ledger.note(self.run_id, "job", self._now(), stage=row.stage, machine=row.name, data={"job": f"{stage.name}-{attempt}"})
+        self.ledger.note(
+            self.run_id, "job", self._now(), stage=row.stage, machine=row.name, data={"job": f"{stage.name}-{attempt}"}
+        )
         return False
 
     def _mark_ended(self, row: MachineRow, seen: Observation) -> None:
-        data: dict[str, Any] = {"rc": seen.job.rc, "checkpoint": self._last_checkpoint(row.stage), **self._ended_at(seen)}
+        data: dict[str, Any] = {
+            "rc": seen.job.rc,
+            "checkpoint": self._last_checkpoint(row.stage),
+            **self._ended_at(seen),
+        }
         ended = read_ended(self.bucket, row.stage)
         if ended is not None and ended.rc == seen.job.rc:
             data["ended"] = asdict(ended)
@@ -243,7 +297,9 @@ class Runner:
         seconds = float(row.facts.get("absent_age_s") or self._age(row))
         if row.facts.get("ended_at"):
             sent = mark_from_dict(row.facts["sent"])
-            seconds = min(seconds, max(0.0, (datetime.fromisoformat(row.facts["ended_at"]) - sent.wall).total_seconds()))
+            seconds = min(
+                seconds, max(0.0, (datetime.fromisoformat(row.facts["ended_at"]) - sent.wall).total_seconds())
+            )
         micros = spend.cost_micros(billed, seconds)
         self._move(row, Event.GONE, micros=micros, data={"billed_s": seconds})
         self.say("gone", row.stage, f"machine is gone after {seconds:.0f} s")
@@ -255,8 +311,10 @@ class Runner:
             patience = max(TEARDOWN_PATIENCE_S, 3 * (latencies.api_s + latencies.provision_s), 2 * latencies.flush_s)
             if row.state is State.TEARDOWN_PENDING and since is not None and age_s(since, self.clock.mark()) > patience:
                 return Outcome(
-                    "unconfirmed", f"the teardown of {row.name} is not confirmed: it may still cost money",
-                    f"repeat `kdcloud down {self.run_id}` until it says so, or end it in the provider's console", row.stage,
+                    "unconfirmed",
+                    f"the teardown of {row.name} is not confirmed: it may still cost money",
+                    f"repeat `kdcloud down {self.run_id}` until it says so, or end it in the provider's console",
+                    row.stage,
                 )
         return None
 
@@ -269,13 +327,21 @@ class Runner:
         if self._note_result(stage.name):
             return None, True
         if stopping:
-            return Outcome("stopped", "stopped; every machine is gone", f"go on with `kdcloud run --resume {self.run_id}`", stage.name), True
+            return Outcome(
+                "stopped",
+                "stopped; every machine is gone",
+                f"go on with `kdcloud run --resume {self.run_id}`",
+                stage.name,
+            ), True
         rows = [m for m in run.machines if m.stage == stage.name]
         attempts = [attempt_of(row) for row in rows if row.state is State.GONE and "sent" in row.facts]
         resumed_at = max((e.seq for e in run.entries if e.kind == "resumed"), default=0)
         fresh = {e.machine for e in run.entries if e.seq > resumed_at and e.kind == "reserve"}
-        attempts = [a for a, row in zip(attempts, [r for r in rows if r.state is State.GONE and "sent" in r.facts], strict=True)
-                    if row.name in fresh]
+        attempts = [
+            a
+            for a, row in zip(attempts, [r for r in rows if r.state is State.GONE and "sent" in r.facts], strict=True)
+            if row.name in fresh
+        ]
         fate = verdict(attempts, offers=len(stage.candidates))
         if fate.fate is not Fate.TRY:
             return Outcome(str(fate.fate), f"stage {stage.name}: {fate.message}", fate.hint, stage.name), True
@@ -283,11 +349,15 @@ class Runner:
             return None, False
         return self._reserve(run, stage, rows, fate.offer_index)
 
-    def _reserve(self, run: Run, stage: StagePlan, rows: list[MachineRow], offer_index: int) -> tuple[Outcome | None, bool]:
+    def _reserve(
+        self, run: Run, stage: StagePlan, rows: list[MachineRow], offer_index: int
+    ) -> tuple[Outcome | None, bool]:
         offer = stage.candidates[offer_index]
         index = self.plan.stages.index(stage)
         floor = later_floor_micros(self.plan, index)
-        available = spend.available_micros(cap=run.cap_micros, spent=run.spent_micros, open_=run.open_micros, later_floor=floor)
+        available = spend.available_micros(
+            cap=run.cap_micros, spent=run.spent_micros, open_=run.open_micros, later_floor=floor
+        )
         lifetime, bound = spend.lifetime_s(offer, available), "cap"
         if lifetime >= spend.MAX_LIFETIME_S:
             bound = "limit"
@@ -297,9 +367,18 @@ class Runner:
                 lifetime, bound = left, "deadline"
         if lifetime < MIN_WORK_S:
             if bound == "deadline":
-                return Outcome("deadline", f"stage {stage.name}: the deadline leaves it no time", "resume it with a later --deadline", stage.name), True
-            return Outcome("cap", f"stage {stage.name}: what is left under the cap pays for no useful machine time",
-                           f"go on with `kdcloud run --resume {self.run_id} --budget MORE`", stage.name), True
+                return Outcome(
+                    "deadline",
+                    f"stage {stage.name}: the deadline leaves it no time",
+                    "resume it with a later --deadline",
+                    stage.name,
+                ), True
+            return Outcome(
+                "cap",
+                f"stage {stage.name}: what is left under the cap pays for no useful machine time",
+                f"go on with `kdcloud run --resume {self.run_id} --budget MORE`",
+                stage.name,
+            ), True
         micros = spend.reserve_micros(offer, lifetime) if offer.price_micros_per_hour else 0
         micros = min(micros, available)
         deadline_at = self._now() + timedelta(seconds=int(lifetime + offer.latencies.total_s))
@@ -308,14 +387,25 @@ class Runner:
             deadline_at -= timedelta(seconds=1)
             name = machine_name(self.owner, self.run_id, stage.name, deadline_at)
         order = {
-            "offer": offer_to_dict(offer), "offer_index": offer_index, "attempt": len(rows) + 1, "lifetime_s": lifetime,
-            "bound": bound, "deadline_at": deadline_at, "fence": self.lease.fence,
+            "offer": offer_to_dict(offer),
+            "offer_index": offer_index,
+            "attempt": len(rows) + 1,
+            "lifetime_s": lifetime,
+            "bound": bound,
+            "deadline_at": deadline_at,
+            "fence": self.lease.fence,
         }
         try:
             self.ledger.reserve(self.run_id, stage.name, name, micros, self._now(), later_floor=floor, order=order)
         except BudgetExceeded as error:
             return Outcome("cap", error.message, error.hint, stage.name), True
-        self.say("start", stage.name, f"attempt {len(rows) + 1} on {offer.infra} {offer.instance}" if rows else f"on {offer.infra} {offer.instance}")
+        self.say(
+            "start",
+            stage.name,
+            f"attempt {len(rows) + 1} on {offer.infra} {offer.instance}"
+            if rows
+            else f"on {offer.infra} {offer.instance}",
+        )
         return None, True
 
     def _note_result(self, stage: str) -> bool:
@@ -331,7 +421,9 @@ class Runner:
             self.say("warn", stage, f"the bucket does not answer: {error.message}")
             return False
         files = {name: entry.size for name, entry in manifest.files.items()}
-        self.ledger.note(self.run_id, "stage_done", self._now(), stage=stage, data={"result": json.loads(result), "files": files})
+        self.ledger.note(
+            self.run_id, "stage_done", self._now(), stage=stage, data={"result": json.loads(result), "files": files}
+        )
         self.say("done", stage, "done")
         return True
 
@@ -432,10 +524,16 @@ def attempt_of(row: MachineRow) -> Attempt:
     """A machine that is gone, as the attempt it was."""
     ended = row.facts.get("ended") or {}
     return Attempt(
-        offer_index=int(row.order["offer_index"]), came_up=bool(row.facts.get("came_up", True)), rc=row.job_rc,
-        reason=row.reasons[-1] if row.reasons else "", message=ended.get("message", ""), hint=ended.get("hint", ""),
-        bound=row.order["bound"], time_used_up="its time is used up" in row.reasons,
-        checkpoint=row.facts.get("checkpoint"), user_stop=bool(row.facts.get("user_stop")),
+        offer_index=int(row.order["offer_index"]),
+        came_up=bool(row.facts.get("came_up", True)),
+        rc=row.job_rc,
+        reason=row.reasons[-1] if row.reasons else "",
+        message=ended.get("message", ""),
+        hint=ended.get("hint", ""),
+        bound=row.order["bound"],
+        time_used_up="its time is used up" in row.reasons,
+        checkpoint=row.facts.get("checkpoint"),
+        user_stop=bool(row.facts.get("user_stop")),
     )
 
 
@@ -466,7 +564,7 @@ def offer_to_dict(offer: Offer) -> dict[str, Any]:
     return {**asdict(offer), "as_of": offer.as_of.isoformat()}
 
 
-def offer_from_dict(raw: dict[str, Any]) -> Offer:
+def offer_from_dict(raw: Mapping[str, Any]) -> Offer:
     return Offer(**{**raw, "as_of": datetime.fromisoformat(raw["as_of"]), "latencies": Latencies(**raw["latencies"])})
 
 
@@ -474,5 +572,5 @@ def mark_to_dict(mark: Mark) -> dict[str, Any]:
     return {"wall": mark.wall.isoformat(), "boot_id": mark.boot_id, "boot_s": mark.boot_s}
 
 
-def mark_from_dict(raw: dict[str, Any]) -> Mark:
+def mark_from_dict(raw: Mapping[str, Any]) -> Mark:
     return Mark(datetime.fromisoformat(raw["wall"]), raw["boot_id"], raw["boot_s"])

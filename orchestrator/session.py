@@ -18,7 +18,7 @@ from orchestrator.lease import Lease, is_free, read_holder
 from orchestrator.ledger import Ledger, Run
 from orchestrator.names import new_run_id
 from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
-from orchestrator.provision import NotYetGone, ProvisionError, Provisioner
+from orchestrator.provision import NotYetGone, Provisioner, ProvisionError
 from orchestrator.provision_local import LocalProvisioner
 from orchestrator.runner import Outcome, Runner, Snapshot, mark_to_dict, snapshot_of
 from orchestrator.states import State
@@ -45,9 +45,17 @@ class Session:
 
     def go(self, *, say: Say, stop: Callable[[], bool], on_turn: Callable[[Snapshot], None]) -> Outcome:
         runner = Runner(
-            ledger=self.ledger, provider=self.provider, bucket=self.bucket, clock=self.clock, plan=self.plan,
-            run_id=self.run_id, owner=self.owner, lease=self.lease, code_folder=self.home.runs / self.run_id / "code",
-            say=say, stop=stop,
+            ledger=self.ledger,
+            provider=self.provider,
+            bucket=self.bucket,
+            clock=self.clock,
+            plan=self.plan,
+            run_id=self.run_id,
+            owner=self.owner,
+            lease=self.lease,
+            code_folder=self.home.runs / self.run_id / "code",
+            say=say,
+            stop=stop,
         )
         try:
             return runner.run(on_turn=on_turn)
@@ -63,7 +71,8 @@ def provider_for(plan_infra: str, home: Home, *, local_price_micros: int = 0) ->
     if plan_infra == "local":
         return LocalProvisioner(home.root, price_micros_per_hour=local_price_micros)
     raise UsageError(
-        f"this version of kdcloud cannot rent machines on {plan_infra} yet", hint="set `infra: local` in the recipe, or --infra local"
+        f"this version of kdcloud cannot rent machines on {plan_infra} yet",
+        hint="set `infra: local` in the recipe, or --infra local",
     )
 
 
@@ -74,15 +83,25 @@ def named_provider(named: str) -> Provisioner:
         provider = getattr(importlib.import_module(module), factory)()
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(
-            f"KDCLOUD_PROVIDER={named} cannot be loaded: {error}", hint="it must be module:factory, and the module importable"
+            f"KDCLOUD_PROVIDER={named} cannot be loaded: {error}",
+            hint="it must be module:factory, and the module importable",
         ) from error
     if not isinstance(provider, Provisioner):
-        raise UsageError(f"KDCLOUD_PROVIDER={named} makes no Provisioner", hint="see orchestrator/provision.py for the seven calls")
+        raise UsageError(
+            f"KDCLOUD_PROVIDER={named} makes no Provisioner", hint="see orchestrator/provision.py for the seven calls"
+        )
     return provider
 
 
 def start_run(
-    plan: Plan, *, ledger: Ledger, home: Home, config: Config, provider: Provisioner, recipe_text: str, clock: Clock | None = None,
+    plan: Plan,
+    *,
+    ledger: Ledger,
+    home: Home,
+    config: Config,
+    provider: Provisioner,
+    recipe_text: str,
+    clock: Clock | None = None,
 ) -> Session:
     """A new run: bucket probed, code and data put there, ledger opened, lease taken. Nothing is rented yet."""
     clock = clock or SystemClock()
@@ -97,18 +116,34 @@ def start_run(
     mark = clock.mark()
     lease = Lease.acquire(bucket, config.owner, clock)
     ledger.create_run(
-        run_id, name=plan.name, bucket=bucket.url, cap_micros=plan.cap_micros, deadline_s=plan.deadline_s,
-        mark=mark_to_dict(mark), at=mark.wall,
+        run_id,
+        name=plan.name,
+        bucket=bucket.url,
+        cap_micros=plan.cap_micros,
+        deadline_s=plan.deadline_s,
+        mark=mark_to_dict(mark),
+        at=mark.wall,
         data={
-            "schema": RUN_SCHEMA, "version": __version__, "code_sha256": sha256, "owner": config.owner, "recipe_text": recipe_text,
-            "plan": plan_to_dict(plan), "digest": plan.digest,
+            "schema": RUN_SCHEMA,
+            "version": __version__,
+            "code_sha256": sha256,
+            "owner": config.owner,
+            "recipe_text": recipe_text,
+            "plan": plan_to_dict(plan),
+            "digest": plan.digest,
         },
     )
     return Session(run_id, plan, ledger, provider, bucket, lease, clock, home, config.owner)
 
 
 def resume_run(
-    run_id: str, *, ledger: Ledger, home: Home, cap_micros: int | None = None, deadline_s: float | None = None, clock: Clock | None = None,
+    run_id: str,
+    *,
+    ledger: Ledger,
+    home: Home,
+    cap_micros: int | None = None,
+    deadline_s: float | None = None,
+    clock: Clock | None = None,
 ) -> Session:
     """Takes an unfinished run over. Raises NotOwner while its client is alive, UsageError when it is of another version."""
     clock = clock or SystemClock()
@@ -122,10 +157,16 @@ def resume_run(
         if cap_micros is not None and cap_micros < run.spent_micros + run.open_micros:
             lease.release()
             raise UsageError(
-                f"--budget is below what run {run_id} has spent or reserved already", hint="give a larger one, or leave it out"
+                f"--budget is below what run {run_id} has spent or reserved already",
+                hint="give a larger one, or leave it out",
             )
-        ledger.set_cap(run_id, cap_micros if cap_micros is not None else run.cap_micros,
-                       deadline_s if deadline_s is not None else run.deadline_s, mark_to_dict(mark), mark.wall)
+        ledger.set_cap(
+            run_id,
+            cap_micros if cap_micros is not None else run.cap_micros,
+            deadline_s if deadline_s is not None else run.deadline_s,
+            mark_to_dict(mark),
+            mark.wall,
+        )
     ledger.note(run_id, "resumed", mark.wall, data={"version": __version__, "fence": lease.fence})
     return Session(run_id, plan, ledger, provider, bucket, lease, clock, home, str(run.data["owner"]))
 
@@ -148,7 +189,9 @@ def local_price(plan: Plan) -> int:
     return next((o.price_micros_per_hour or 0 for s in plan.stages for o in s.candidates if o.infra == "local"), 0)
 
 
-def end_run(run_id: str, *, ledger: Ledger, home: Home, say: Say, clock: Clock | None = None, patience_s: float = 45.0) -> Outcome:
+def end_run(
+    run_id: str, *, ledger: Ledger, home: Home, say: Say, clock: Clock | None = None, patience_s: float = 45.0
+) -> Outcome:
     """Ends every machine of a run. A living client is asked to stop and does it; a dead one's place is taken."""
     clock = clock or SystemClock()
     mark = clock.mark()
@@ -166,7 +209,13 @@ def end_run(run_id: str, *, ledger: Ledger, home: Home, say: Say, clock: Clock |
                 raise
             if waited == 0:
                 holder = read_holder(bucket)
-                say("wait", None, f"asked its client (process {holder[0].pid if holder else '?'}) to stop" if holder else error.message)
+                say(
+                    "wait",
+                    None,
+                    f"asked its client (process {holder[0].pid if holder else '?'}) to stop"
+                    if holder
+                    else error.message,
+                )
             clock.sleep(0.5)
             waited += 0.5
     return session.go(say=say, stop=lambda: True, on_turn=lambda snapshot: None)
@@ -202,8 +251,8 @@ def opened_ledger(home: Home, *, say: Callable[[str], None] = lambda text: None)
 
 
 def newest(ledger: Ledger, given: str | None) -> str:
-    """The run a person means: what was typed, else the newest. Raises UsageError when there is none."""
-    if given:
+    """The run a person means: what was typed, else (or for `last`) the newest. Raises UsageError when there is none."""
+    if given and given != "last":
         return ledger.find(given)
     runs = ledger.runs()
     if not runs:
@@ -229,13 +278,26 @@ def live_machines(run: Run, provider: Provisioner | None) -> list[dict[str, Any]
                 status = str(provider.observe(row.name).state)
             except (ProvisionError, OSError):
                 pass
-        found.append({"name": row.name, "stage": row.stage, "state": str(row.state), "provider": status,
-                      "reserved_micros": row.reserved_micros})
+        found.append(
+            {
+                "name": row.name,
+                "stage": row.stage,
+                "state": str(row.state),
+                "provider": status,
+                "reserved_micros": row.reserved_micros,
+            }
+        )
     return found
 
 
 def watch_run(
-    run_id: str, *, ledger: Ledger, plan: Plan, on_turn: Callable[[Snapshot], None], clock: Clock | None = None, turn_s: float = 0.5,
+    run_id: str,
+    *,
+    ledger: Ledger,
+    plan: Plan,
+    on_turn: Callable[[Snapshot], None],
+    clock: Clock | None = None,
+    turn_s: float = 0.5,
 ) -> Outcome:
     """Follows a run that another client drives until it ends. Raises UsageError when nobody drives it any more."""
     clock = clock or SystemClock()
@@ -246,7 +308,10 @@ def watch_run(
         if ends and ends[-1].kind == "ended":
             return Outcome(**{k: str(ends[-1].data[k]) for k in ("state", "message", "hint")})
         if not is_driven(bucket, clock):
-            raise UsageError(f"nobody drives {run_id} any more: its client is gone", hint=f"go on with `kdcloud run --resume {run_id}`")
+            raise UsageError(
+                f"nobody drives {run_id} any more: its client is gone",
+                hint=f"go on with `kdcloud run --resume {run_id}`",
+            )
         on_turn(snapshot_of(run, plan, bucket, clock))
         clock.sleep(turn_s)
 
@@ -266,4 +331,7 @@ def read_log(run: Run, stage: str | None) -> str:
     for name in [stage] if stage else reversed(names):
         if bucket.head(f"{name}/{LOG_FILE}") is not None:
             return bucket.get(f"{name}/{LOG_FILE}")[0].decode(errors="replace")
-    raise UsageError(f"run {run.id} has no log{f' of stage {stage}' if stage else ''} yet", hint="a log appears once its stage has started")
+    raise UsageError(
+        f"run {run.id} has no log{f' of stage {stage}' if stage else ''} yet",
+        hint="a log appears once its stage has started",
+    )

@@ -28,9 +28,16 @@ def _one(run: Run, provider_of: Callable[[Run], Provisioner | None]) -> dict[str
     if state == "running" and not _driven(run):
         state = "interrupted"
     return {
-        "run": run.id, "recipe": run.name, "state": state, "started_at": run.created_at.isoformat(),
-        "stages_done": len(run.done), "stages": len(plan["stages"]), "cap_micros": run.cap_micros,
-        "spend_micros": run.spent_micros, "reserved_micros": run.open_micros, "bucket": run.bucket,
+        "run": run.id,
+        "recipe": run.name,
+        "state": state,
+        "started_at": run.created_at.isoformat(),
+        "stages_done": len(run.done),
+        "stages": len(plan["stages"]),
+        "cap_micros": run.cap_micros,
+        "spend_micros": run.spent_micros,
+        "reserved_micros": run.open_micros,
+        "bucket": run.bucket,
         "live": live_machines(run, provider_of(run) if run.live else None),
     }
 
@@ -54,17 +61,37 @@ def render_status(document: Mapping[str, Any], console: Console) -> None:
         console.print("nothing has run yet; try `kdcloud run quickstart`")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in (("run", "left"), ("state", "left"), ("stages", "right"), ("spent", "right"), ("cap", "right"), ("machines", "left")):
+    for name, justify in (
+        ("run", "left"),
+        ("state", "left"),
+        ("stages", "right"),
+        ("spent", "right"),
+        ("cap", "right"),
+        ("machines", "left"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for run in document["runs"]:
         colour = {"done": "green", "running": "cyan"}.get(run["state"], "yellow")
         live = ", ".join(f"{m['name']} ({m['state']}, provider says {m['provider']})" for m in run["live"])
-        table.add_row(run["run"], f"[{colour}]{run['state']}[/]", f"{run['stages_done']}/{run['stages']}", usd(run["spend_micros"]),
-                      usd(run["cap_micros"]), live or "none")
+        table.add_row(
+            run["run"],
+            f"[{colour}]{run['state']}[/]",
+            f"{run['stages_done']}/{run['stages']}",
+            usd(run["spend_micros"]),
+            usd(run["cap_micros"]),
+            live or "none",
+        )
     console.print(table)
     for run in document["runs"]:
         if run["state"] == "interrupted":
-            console.print(f"{run['run']}: its client is gone; `kdcloud run --resume {run['run']}` goes on, "
-                          f"`kdcloud down {run['run']}` ends it", soft_wrap=True)
+            console.print(
+                f"{run['run']}: its client is gone; `kdcloud run --resume {run['run']}` goes on, "
+                f"`kdcloud down {run['run']}` ends it",
+                soft_wrap=True,
+            )
     total = Decimal(sum(m["reserved_micros"] for run in document["runs"] for m in run["live"]))
-    console.print(f"machines that may bill hold reservations of {usd(int(total))}" if total else "nothing is running, nothing bills")
+    console.print(
+        f"machines that may bill hold reservations of {usd(int(total))}"
+        if total
+        else "nothing is running, nothing bills"
+    )

@@ -11,15 +11,26 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 from orchestrator.clock import Mark
 from orchestrator.provision import (
-    NAME_PREFIX, Job, JobState, Need, NotYetGone, Observation, Offer, Order, ProvisionError, Status,
+    NAME_PREFIX,
+    Job,
+    JobState,
+    Need,
+    NotYetGone,
+    Observation,
+    Offer,
+    Order,
+    ProvisionError,
+    Status,
 )
 from tasks.bucket import Bucket, Moved, NotFound, PreconditionFailed, Stat
 from tasks.contract import Ended, Exit
 
+_REASONS = {int(code): code.name.lower() for code in Exit}
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -53,7 +64,9 @@ class VirtualClock:
 class FakeBucket:
     """A Bucket in memory with conditional writes; `broken` makes every call fail as an unreachable store does."""
 
-    def __init__(self, clock: VirtualClock, *, prefix: str = "", store: dict[str, tuple[bytes, datetime]] | None = None) -> None:
+    def __init__(
+        self, clock: VirtualClock, *, prefix: str = "", store: dict[str, tuple[bytes, datetime]] | None = None
+    ) -> None:
         self._clock, self._prefix = clock, prefix
         self._store: dict[str, tuple[bytes, datetime]] = {} if store is None else store
         self.url = f"fake:{prefix}"
@@ -190,7 +203,7 @@ class FakeProvisioner:
             raise ProvisionError(f"{name} is gone")
         if machine.job == job_id:
             return
-        words = dict(zip(argv, argv[1:], strict=False))
+        words = dict(pairwise(argv))
         machine.job, machine.job_started, machine.stage = job_id, self.clock.elapsed_s, words["--stage"]
         machine.remaining_s = float(words["--remaining-s"])
         machine.worked_before = self._saved(machine.stage)
@@ -241,7 +254,11 @@ class FakeProvisioner:
         for name, machine in list(self._machines.items()):
             now, faults = self.clock.elapsed_s, machine.faults
             self._work(machine)
-            if machine.ended is None and faults.lost_after_s is not None and now - machine.created >= faults.lost_after_s:
+            if (
+                machine.ended is None
+                and faults.lost_after_s is not None
+                and now - machine.created >= faults.lost_after_s
+            ):
                 machine.ended = machine.created + faults.lost_after_s
             if machine.ended is not None and now - machine.ended >= faults.gone_delay_s:
                 self._dead.append(self._machines.pop(name))
@@ -278,7 +295,7 @@ class FakeProvisioner:
 
     def _end(self, machine: _Machine, rc: int, at: float) -> None:
         machine.rc, machine.rc_at = int(rc), at
-        ended = Ended(reason=Exit(rc).name.lower(), rc=int(rc), message="" if rc == 0 else f"ended with {rc}")
+        ended = Ended(reason=_REASONS.get(int(rc), "bug"), rc=int(rc), message="" if rc == 0 else f"ended with {rc}")
         self.bucket.put(f"{machine.stage}/ended.json", ended.to_json().encode())
 
     def _job(self, machine: _Machine) -> Job:
@@ -306,11 +323,21 @@ class FakeProvisioner:
         return max((float(step.removeprefix("step-")) for step in steps), default=0.0)
 
 
-def fake_offer(price_micros_per_hour: int | None = 500_000, *, gpu: str | None = "RTX3090", infra: str = "fake", **changes: object) -> Offer:
+def fake_offer(
+    price_micros_per_hour: int | None = 500_000, *, gpu: str | None = "RTX3090", infra: str = "fake", **changes: object
+) -> Offer:
     """An offer for tests; every field can be changed."""
     offer = Offer(
-        infra=infra, region="r1", instance=f"1x{gpu}", gpu=gpu, gpus=1, vram_gib=24.0, spot=False,
-        price_micros_per_hour=price_micros_per_hour, as_of=START, source="fake",
+        infra=infra,
+        region="r1",
+        instance=f"1x{gpu}",
+        gpu=gpu,
+        gpus=1,
+        vram_gib=24.0,
+        spot=False,
+        price_micros_per_hour=price_micros_per_hour,
+        as_of=START,
+        source="fake",
     )
     return replace(offer, **changes)  # type: ignore[arg-type]
 

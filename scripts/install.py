@@ -38,30 +38,31 @@ def main() -> None:
     if extras <= done and works(VENV):
         return
     if not works(VENV):
-        say("making .venv with Python {}.{}".format(*sys.version_info[:2]))
+        say(f"making .venv with Python {platform.python_version()}")
         call([sys.executable, "-m", "venv", "--clear", str(VENV)], "remove .venv and try again")
         done = set()
     if "local" in extras:
         install_torch_without_cuda()
-    say("installing the locked versions ({})".format(", ".join(sorted(extras))))
+    say(f"installing the locked versions ({', '.join(sorted(extras))})")
     pip(["install", "-c", str(LOCK), "hatchling"])
-    wanted = "{}[{}]".format(ROOT, ",".join(sorted(extras | done)))
-    pip(["install", "-c", str(LOCK), "--no-build-isolation", "-e", wanted])
+    pip(["install", "-c", str(LOCK), "--no-build-isolation", "-e", f"{ROOT}[{','.join(sorted(extras | done))}]"])
     STAMP.write_text("\n".join([digest, *sorted(extras | done)]) + "\n")
 
 
 def refuse_what_cannot_work(extras: set[str]) -> None:
     """Ends with one clear sentence where the install could only fail later, in pip's words."""
     if sys.version_info < OLDEST:
-        found = "{}.{}".format(*sys.version_info[:2])
-        stop("kdcloud needs Python 3.11 or newer, this is " + found, "install one, then: make demo PYTHON=python3.12")
+        found = platform.python_version()
+        stop(f"kdcloud needs Python 3.11 or newer, this is {found}", "install one, then: make demo PYTHON=python3.12")
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
         stop("this Python cannot make virtual environments", "on Debian and Ubuntu: apt install python3-venv")
     if "local" in extras and (platform.system(), platform.machine()) == ("Darwin", "x86_64"):
-        stop("PyTorch has no builds for Intel Macs any more", "use a Linux machine or container, or an Apple silicon Mac")
+        stop(
+            "PyTorch has no builds for Intel Macs any more", "use a Linux machine or container, or an Apple silicon Mac"
+        )
 
 
 def fingerprint() -> str:
@@ -82,29 +83,28 @@ def installed(digest: str) -> set[str]:
 def works(venv: Path) -> bool:
     """Whether its Python starts: it may have been moved, or its base upgraded away."""
     python = venv / "bin" / "python"
-    return python.exists() and subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0
+    if not python.exists():
+        return False
+    return subprocess.run([str(python), "-c", "import pip"], capture_output=True, check=False).returncode == 0
 
 
 def install_torch_without_cuda() -> None:
-    """On Linux, PyTorch's CPU build (0.2 GB instead of several) where its index answers; else nothing, and pip decides."""
+    """On Linux, PyTorch's CPU build (0.2 GB instead of several) where its index answers; else pip decides later."""
     if platform.system() != "Linux" or platform.machine() not in CUDA_FREE_MACHINES:
         return
     version = re.search(r"^torch==(\S+)", LOCK.read_text(), re.MULTILINE)
     if version is None or torch_is_there(version.group(1)) or not answers(CPU_INDEX + "/torch/", version.group(1)):
         return
-    say("taking PyTorch without CUDA from " + CPU_INDEX)
-    # --no-deps: everything else comes from where pip takes it always. A failure here is no loss: the next step pins torch.
-    subprocess.run(
-        [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
-        + ["--index-url", CPU_INDEX, "torch==" + version.group(1)],
-        check=False,
-    )
+    say(f"taking PyTorch without CUDA from {CPU_INDEX}")
+    # Everything else comes from where pip always takes it. If this fails nothing is lost: the next step pins torch.
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
+    subprocess.run([*command, "--index-url", CPU_INDEX, f"torch=={version.group(1)}"], check=False)
 
 
 def torch_is_there(version: str) -> bool:
     show = [str(VENV / "bin" / "python"), "-m", "pip", "show", "torch"]
     shown = subprocess.run(show, capture_output=True, text=True, check=False).stdout
-    return re.search(r"^Version: {}(\+|$)".format(re.escape(version)), shown, re.MULTILINE) is not None
+    return re.search(rf"^Version: {re.escape(version)}(\+|$)", shown, re.MULTILINE) is not None
 
 
 def answers(url: str, version: str) -> bool:
@@ -114,7 +114,7 @@ def answers(url: str, version: str) -> bool:
     def ask() -> None:
         try:
             with urllib.request.urlopen(url, timeout=PROBE_S) as page:
-                found.append("torch-{}".format(version) in page.read().decode("utf-8", "replace"))
+                found.append(f"torch-{version}" in page.read().decode("utf-8", "replace"))
         except (urllib.error.URLError, OSError, ValueError):
             pass  # no network, a proxy, a firewall: the plain pin works too
 
@@ -132,15 +132,15 @@ def pip(arguments: list[str]) -> None:
 
 def call(command: list[str], hint: str) -> None:
     if subprocess.run(command, cwd=str(ROOT), check=False).returncode != 0:
-        stop("this failed: " + " ".join(command), hint)
+        stop(f"this failed: {' '.join(command)}", hint)
 
 
 def say(text: str) -> None:
-    print("kdcloud: " + text, flush=True)
+    print(f"kdcloud: {text}", flush=True)
 
 
 def stop(message: str, hint: str) -> None:
-    sys.exit("kdcloud: {}\n         {}".format(message, hint))
+    sys.exit(f"kdcloud: {message}\n         {hint}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,17 @@ def main() -> None:
 
 def compiled(path: Path, extras: tuple[str, ...], *, upgrade: bool) -> list[str]:
     """Lines `name==version ; markers` that hold on Linux and macOS, for each supported Python."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--universal", "--python-version", "3.11"]
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "compile",
+        "pyproject.toml",
+        "--universal",
+        "--python-version",
+        "3.11",
+    ]
     command += ["--no-header", "--no-annotate", "--quiet", "--constraints", "-", "--output-file", str(path)]
     command += [f"--extra={extra}" for extra in extras] + ["--upgrade"] * upgrade
     subprocess.run(command, cwd=ROOT, input=f"torch=={TORCH}\n", text=True, check=True)

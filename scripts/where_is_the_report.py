@@ -1,4 +1,4 @@
-"""Where does one look after `make demo`? Prints the newest run and the commands that show it."""
+"""Where does one look after `make demo`? Prints the newest run, what it made, and the command that shows it again."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pathlib import Path
 
 def main() -> None:
     kdcloud = Path(sys.executable).parent / "kdcloud"
-    answer = subprocess.run([str(kdcloud), "report", "--json"], capture_output=True, text=True, check=True)
+    answer = subprocess.run([str(kdcloud), "report", "--json"], stdout=subprocess.PIPE, text=True, check=True)
     report = json.loads(answer.stdout)
-    print(f"\nrun {report['run']} is {report['state']}. Look at it again with")
-    print(f"    .venv/bin/kdcloud report {report['run']}")
-    print("What it made:")
-    for artifact in report["artifacts"]:
-        print(f"    {artifact if isinstance(artifact, str) else json.dumps(artifact)}")
+    exported = [item for item in report["artifacts"] if item["stage"] == "export"]
+    print(f"\nThe report again:  .venv/bin/kdcloud report {report['run']}")
+    print(f"Everything it made: {report['bucket']}/{report['run']}")
+    print(f"The student:        {len(exported)} files, {sum(item['bytes'] for item in exported) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

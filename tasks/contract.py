@@ -192,9 +192,7 @@ class RehearseSettings:
     payload_bytes: int = 65536
 
 
-Settings = (
-    PretrainSettings | LabelSettings | TrainSettings | EvaluateSettings | ExportSettings | RehearseSettings
-)
+Settings = PretrainSettings | LabelSettings | TrainSettings | EvaluateSettings | ExportSettings | RehearseSettings
 SETTINGS: dict[str, type[Any]] = {
     "pretrain": PretrainSettings,
     "label": LabelSettings,
@@ -213,7 +211,9 @@ class Watch:
     stall_floor_s: float = 300.0  # never call a stall earlier than this
     tick_s: float = 1.0
     flush_s: float = 60.0  # the last upload may take this long
-    client_lease_s: float | None = None  # end the stage when the client's lease has not moved for so long; None = outlive it
+    client_lease_s: float | None = (
+        None  # end the stage when the client's lease has not moved for so long; None = outlive it
+    )
 
 
 @dataclass(frozen=True)

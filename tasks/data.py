@@ -126,7 +126,7 @@ def worked(a: int, b: int, *, slips: float, rng: random.Random) -> str:
     """The working, `</think>` and the answer. Each digit of the working is wrong with probability `slips`."""
     ones = a % 10 + b % 10
     tens = a // 10 + b // 10 + ones // 10
-    lines = [f"{a % 10}+{b % 10}={ones:02d}", f"{a // 10}+{b // 10}+{ones // 10}={tens:02d}"]
+    lines = [f"{ones:02d}", f"{tens:02d}"]
     working = "\n".join("".join(_slip(char, slips, rng) for char in line) for line in lines)
     return f"{working}\n</think>{a + b}"
 

@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from tasks.contract import Architecture, LoraSettings, ModelSource, TaskError, build
@@ -97,26 +95,23 @@ def peak_gib(device: torch.device) -> float:
 # --- tokenizers ------------------------------------------------------------------------------------------------------
 
 
-def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """A character-level tokenizer for every character of `texts`, with a chat template that opens `<think>`."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer of single bytes (no merges), with a chat template that opens `<think>`.
 
-    characters = sorted(set().union({"\n", " "}, *map(set, texts)))
-    vocab = {"<|unk|>": 0} | {char: i for i, char in enumerate(characters, start=1)}
-    core = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<|unk|>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    core.add_special_tokens(["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"])
-    core.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in ("<think>", "</think>")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<|unk|>",
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        chat_template=TEMPLATE,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    Its class is Qwen2's, since AutoTokenizer loads every folder of model type qwen2 with that class, whatever
+    tokenizer_config.json names (transformers 5.23).
+    """
+    from tokenizers import AddedToken, pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "unk_token": "<|end|>"}
+    tokenizer = Qwen2Tokenizer(
+        vocab={char: i for i, char in enumerate(alphabet)}, merges=[], **special, chat_template=TEMPLATE,
+        padding_side="left", clean_up_tokenization_spaces=False, extra_special_tokens=["<|user|>", "<|assistant|>"],
+    )  # fmt: skip
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in ("<think>", "</think>")])
+    return tokenizer
 
 
 @dataclass(frozen=True)

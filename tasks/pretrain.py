@@ -11,12 +11,12 @@ from tasks.train import Arm, Examples, Fit, fit, resume_point
 
 
 def run(ctx: Context, settings: PretrainSettings) -> dict[str, Any]:
-    """The model under `model/`, with a character-level tokenizer made from the corpus."""
+    """The model under `model/`, with a tokenizer of single bytes."""
     models.quiet()
     models.set_threads(settings.threads)
     ctx.progress("prepare", declared=True)
     rows = data.corpus(settings.corpus, settings.examples, settings.seed)
-    tokenizer = models.tiny_tokenizer(row["input"] + row["output"] for row in rows)
+    tokenizer = models.tiny_tokenizer()
     examples = _examples(rows, tokenizer)
     device = models.pick_device()
     model = models.from_architecture(settings.model, tokenizer, seed=settings.seed).to(device)

@@ -266,10 +266,10 @@ class StageContext:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._moving("download") as moved:
-                if read_commit(self._bucket, key) is not None:
-                    fetch_folder(self._bucket, key, path, moved=moved)
-                elif self._bucket.head(key) is not None:
+                if self._bucket.head(key) is not None:  # a file: it was written whole or not at all
                     self._bucket.get_file(key, path, moved)
+                elif read_commit(self._bucket, key) is not None:
+                    fetch_folder(self._bucket, key, path, moved=moved)
                 else:
                     return False
         except Corrupt as error:
@@ -285,7 +285,7 @@ class StageContext:
             with self._moving("download") as moved:
                 return fetch_folder(self._bucket, stage, folder, moved=moved)
         except NotFound as error:
-            raise TaskError(f"stage {stage} has no committed result", hint="resume the run: it is made first") from error
+            raise TaskError(f"stage {stage} has no committed result", hint="resume the run to make it") from error
         except Corrupt as error:
             raise TaskError(f"the result of stage {stage} is corrupt: {error.message}", hint=error.hint) from error
 

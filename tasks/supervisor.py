@@ -469,6 +469,7 @@ class _Log:
     def follow(self, pipe: IO[bytes]) -> None:
         def read() -> None:
             for line in iter(lambda: pipe.readline(1 << 16), b""):
+                self.tail.append(line.decode(errors="replace"))
                 self._add(line)
 
         self._reader = threading.Thread(target=read, daemon=True)
@@ -478,7 +479,6 @@ class _Log:
         self._add(f"[supervisor] {text}\n".encode())
 
     def _add(self, line: bytes) -> None:
-        self.tail.append(line.decode(errors="replace"))
         with suppress(OSError), self._path.open("ab") as file:  # a full disk must not block the stage
             file.write(line)
         with suppress(OSError):  # whoever read our output is gone

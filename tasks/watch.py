@@ -103,7 +103,7 @@ class Decision:
 
 
 def decide(view: View) -> Decision:
-    """Whether the stage ends now. The first rule that holds wins: who may not write, who may not spend, then the rest."""
+    """Whether the stage ends now. The first rule that holds wins: not allowed to write, to spend, then the rest."""
     watch, activity = view.watch, view.activity
     if view.newest_attempt is not None and view.newest_attempt > view.attempt:
         return Decision(
@@ -112,12 +112,12 @@ def decide(view: View) -> Decision:
         )
     if view.rebooted:
         return Decision(
-            Exit.REBOOTED, "the machine was started anew in the middle of the stage: its time cannot be counted any more",
+            Exit.REBOOTED, "the machine was started anew in the middle of the stage: its time is not known any more",
             RESUME,
         )
     if view.remaining_s <= watch.flush_s + watch.tick_s:
         return Decision(
-            Exit.DEADLINE, f"the time paid for is used up: {max(0.0, view.remaining_s):.0f} s are left for the last upload",
+            Exit.DEADLINE, f"the time paid for is used up, but for {max(0.0, view.remaining_s):.0f} s to save the work",
             "resume the run with a larger budget or a later deadline: it goes on from the last checkpoint",
         )
     if view.terminated:
@@ -203,5 +203,6 @@ def judge(
     if rc == Exit.BAD_INPUT:  # it could not leave a file: the disk may be full
         said = next((line for line in reversed(tail) if line.startswith("error: ")), f"error: {last}")
         return Decision(Exit.BAD_INPUT, said.removeprefix("error: ").strip(), "read the end of log.txt")
-    died = f"the stage's process died of signal {-rc}" if rc < 0 else f"the stage failed with status {rc}"
-    return Decision(Exit.BUG, last or died, "this is a bug: log.txt has the traceback")
+    if rc < 0:
+        return Decision(Exit.BUG, f"the stage's process died of signal {-rc}", "this is a bug: log.txt may say where")
+    return Decision(Exit.BUG, last or f"the stage failed with status {rc}", "this is a bug: log.txt has the traceback")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import string
 import subprocess
 import sys
@@ -104,10 +105,14 @@ def test_an_absent_object_is_not_found_and_deleting_it_is_success(bucket: Bucket
 
 
 def test_list_goes_by_the_text_of_the_key_and_at_by_the_folder(bucket: Bucket) -> None:
-    for key in ("run/step-1/a", "run/step-10/a", "run/step-1", "b") if isinstance(bucket, S3Bucket) else (
-        "run/step-1/a",
-        "run/step-10/a",
-        "b",
+    for key in (
+        ("run/step-1/a", "run/step-10/a", "run/step-1", "b")
+        if isinstance(bucket, S3Bucket)
+        else (
+            "run/step-1/a",
+            "run/step-10/a",
+            "b",
+        )
     ):
         bucket.put(key, b"x")
     assert keys(bucket, "run/step-1/") == ["run/step-1/a"]
@@ -179,8 +184,7 @@ def test_a_probe_notices_a_store_without_conditional_writes(tmp_path: Path, refu
 def test_a_key_is_refused_or_names_a_path_inside_every_folder(key: str) -> None:
     try:
         check_key(key)
-    except BucketError as error:
-        assert error.hint
+    except BucketError:
         return
     path = Path("/store", key)
     assert path.as_posix() == f"/store/{key}"  # pathlib changed nothing: no '//', './', absolute part or trailing '/'
@@ -188,11 +192,11 @@ def test_a_key_is_refused_or_names_a_path_inside_every_folder(key: str) -> None:
     assert key and "\0" not in key
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", "a/./b", "a\\b", "a\0", "a\n", "\ud800", "x" * 256]
-    + ["y/" * 600 + "z", ".kd~lock", "a/.kd~temp"],
-)
+ESCAPES = ["/", "/a", "..", "../a", "a/../b", "a/./b", "."]
+MALFORMED = ["", "a/", "a//b", "a\\b", "a\0", "a\n", "\ud800", "x" * 256, "y/" * 600 + "z", ".kd~lock", "a/.kd~temp"]
+
+
+@pytest.mark.parametrize("key", ESCAPES + MALFORMED)
 def test_unsafe_keys_are_refused_everywhere(tmp_path: Path, key: str) -> None:
     store = FileBucket(tmp_path / "store")
     source = tmp_path / "source"
@@ -326,6 +330,24 @@ def test_of_many_who_write_if_absent_one_wins_while_others_empty_the_folder(tmp_
         assert len(wins) == 1
         assert FileBucket(tmp_path).get(f"leases/{turn}")[0] == str(wins[0]).encode()
         FileBucket(tmp_path).delete(f"leases/{turn}")
+
+
+def test_a_folder_removed_while_a_writer_waits_for_its_lock_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = bucket_file.fcntl.flock
+    removed: list[Path] = []
+
+    def removed_first(*args: Any) -> None:
+        if not removed:
+            removed.append(tmp_path / "leases")
+            shutil.rmtree(tmp_path / "leases")
+        flock(*args)
+
+    monkeypatch.setattr(bucket_file.fcntl, "flock", removed_first)
+    store = FileBucket(tmp_path)
+    store.put("leases/run", b"mine", if_none_match=True)
+    assert removed and store.get("leases/run")[0] == b"mine"
 
 
 def test_deleting_the_last_object_leaves_no_empty_folders(tmp_path: Path) -> None:
@@ -582,7 +604,9 @@ def test_a_refusal_of_the_store_says_what_to_do(s3: S3Bucket, code: str, message
     assert message in caught.value.message and hint in caught.value.hint
 
 
-@pytest.mark.parametrize(("code", "kind"), [("NotImplemented", Unsupported), ("ConditionalRequestConflict", PreconditionFailed)])
+@pytest.mark.parametrize(
+    ("code", "kind"), [("NotImplemented", Unsupported), ("ConditionalRequestConflict", PreconditionFailed)]
+)
 def test_a_refused_condition_is_told_from_a_lost_one(s3: S3Bucket, code: str, kind: type[BucketError]) -> None:
     from botocore.exceptions import ClientError
 
@@ -765,18 +789,26 @@ def test_what_was_never_committed_is_not_found(bucket: Bucket, tmp_path: Path) -
 
 
 HASH = "0" * 64
+
+
+def manifest_text(rel: str = "a", size: object = 1, sha256: object = HASH, fence: object = 1, schema: int = 1) -> str:
+    return json.dumps({"schema": schema, "fence": fence, "files": {rel: {"size": size, "sha256": sha256}}})
+
+
 BAD_MANIFESTS = [
     "not json",
     "[]",
     "{}",
-    '{"schema": 2, "fence": 1, "files": {}}',
-    '{"schema": 1, "fence": "1", "files": {}}',
     '{"schema": 1, "fence": 1, "files": []}',
-    '{"schema": 1, "fence": 1, "files": {"a": {"size": -1, "sha256": "%s"}}}' % HASH,
-    '{"schema": 1, "fence": 1, "files": {"a": {"size": 1, "sha256": "%s"}}}' % HASH[1:],
     '{"schema": 1, "fence": 1, "files": {"a": {"size": 1}}}',
-    '{"schema": 1, "fence": 1, "files": {"../a": {"size": 1, "sha256": "%s"}}}' % HASH,
-    '{"schema": 1, "fence": 1, "files": {"/etc/a": {"size": 1, "sha256": "%s"}}}' % HASH,
+    manifest_text(schema=2),
+    manifest_text(fence="1"),
+    manifest_text(size=-1),
+    manifest_text(size="1"),
+    manifest_text(sha256=HASH[1:]),
+    manifest_text(sha256=None),
+    manifest_text(rel="../a"),
+    manifest_text(rel="/etc/a"),
 ]
 
 
@@ -816,7 +848,7 @@ def test_a_link_in_the_destination_does_not_lead_writes_out_of_it(tmp_path: Path
 def test_folders_that_cannot_be_committed_whole_are_refused(tmp_path: Path, folder: Path) -> None:
     bucket = FileBucket(tmp_path / "bucket")
     (folder / "COMMIT").write_text("mine")
-    with pytest.raises(BucketError, match="rename|of its own"):
+    with pytest.raises(BucketError, match="of its own"):
         commit_folder(bucket, folder, "step-1", fence=1)
     (folder / "COMMIT").unlink()
     (folder / "link").symlink_to(tmp_path)
@@ -837,11 +869,12 @@ def test_a_file_that_changes_while_it_is_uploaded_is_not_committed(tmp_path: Pat
 
 
 def test_deleting_a_folder_takes_its_commit_first_and_its_neighbours_never(bucket: Bucket, folder: Path) -> None:
+    (folder / "0001").write_text("its name comes before COMMIT")
     commit_folder(bucket, folder, "run/step-1", fence=1)
     commit_folder(bucket, folder, "run/step-10", fence=1)
     watched_bucket, log = logged(bucket)
     delete_prefix(watched_bucket, "run/step-1")
     assert log[0] == "delete run/step-1/COMMIT"
     assert keys(bucket, "run/step-1/") == []
-    assert len(keys(bucket, "run/step-10/")) == len(FILES) + 1
+    assert len(keys(bucket, "run/step-10/")) == len(FILES) + 2
     delete_prefix(bucket, "run/step-1")

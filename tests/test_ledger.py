@@ -84,7 +84,9 @@ def test_one_name_is_reserved_once(ledger):
         reserve(ledger, run, "kd-1", 10)
 
 
-@pytest.mark.parametrize("statement", ["DELETE FROM entry", "UPDATE entry SET micros=0", "DELETE FROM run", "UPDATE run SET name='x'"])
+@pytest.mark.parametrize(
+    "statement", ["DELETE FROM entry", "UPDATE entry SET micros=0", "DELETE FROM run", "UPDATE run SET name='x'"]
+)
 def test_nothing_is_ever_changed_or_deleted(ledger, statement):
     make_run(ledger)
     with pytest.raises(sqlite3.IntegrityError, match="append-only"):

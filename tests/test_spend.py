@@ -30,10 +30,14 @@ def test_a_cost_is_billed_in_steps_and_rounded_up(price, quantum, minimum, secon
 
 
 @given(
-    price=st.integers(1, 50_000_000), quantum=st.sampled_from([1, 60, 3600]), minimum=st.sampled_from([0, 60, 600]),
+    price=st.integers(1, 50_000_000),
+    quantum=st.sampled_from([1, 60, 3600]),
+    minimum=st.sampled_from([0, 60, 600]),
     reserved=st.integers(0, 100_000_000),
 )
-def test_a_machine_that_ends_within_its_lifetime_and_latencies_never_costs_more_than_its_reservation(price, quantum, minimum, reserved):
+def test_a_machine_that_ends_within_its_lifetime_and_latencies_never_costs_more_than_its_reservation(
+    price, quantum, minimum, reserved
+):
     offer = fake_offer(price, quantum_s=quantum, minimum_s=minimum)
     lifetime = spend.lifetime_s(offer, reserved)
     if lifetime > 0:

@@ -11,7 +11,11 @@ from orchestrator.testing import START, fake_offer
 
 def machine(state: State, **changes: object) -> Machine:
     values: dict[str, object] = {
-        "state": state, "age_s": 10.0, "lifetime_s": 1000.0, "provision_limit_s": 300.0, "hard_limit_s": 1100.0,
+        "state": state,
+        "age_s": 10.0,
+        "lifetime_s": 1000.0,
+        "provision_limit_s": 300.0,
+        "hard_limit_s": 1100.0,
     }
     return Machine(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -24,7 +28,13 @@ DECISIONS = [
     # state, what is seen, changes, stopping -> action
     (State.INTENT, None, {}, False, Do.SEND),
     (State.INTENT, None, {}, True, Do.DROP),
-    (State.CREATING, seen(Status.ABSENT), {}, False, Do.LAUNCH),  # the client died before the call: the same order again
+    (
+        State.CREATING,
+        seen(Status.ABSENT),
+        {},
+        False,
+        Do.LAUNCH,
+    ),  # the client died before the call: the same order again
     (State.CREATING, seen(Status.ABSENT), {"launched": True}, False, Do.STOP),
     (State.CREATING, seen(Status.CREATING), {}, False, Do.WAIT),
     (State.CREATING, seen(Status.CREATING), {"age_s": 300.0}, False, Do.STOP),  # never ready
@@ -70,7 +80,10 @@ def test_every_state_but_gone_has_a_way_to_gone():
 
 def test_nothing_leaves_gone_and_money_that_was_sent_is_only_settled_at_the_end():
     assert not [move for move in TRANSITIONS if move[0] is State.GONE]
-    assert {source for (source, event), target in TRANSITIONS.items() if target is State.GONE} == {State.INTENT, State.TEARDOWN_PENDING}
+    assert {source for (source, event), target in TRANSITIONS.items() if target is State.GONE} == {
+        State.INTENT,
+        State.TEARDOWN_PENDING,
+    }
 
 
 def test_a_move_the_table_does_not_know_is_an_error():

@@ -1,0 +1,417 @@
+"""Which settings fit a machine, and what does a stage need with them? Choices left open are made here, and measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from orchestrator import duration, memory
+from orchestrator.catalog import Gpu, ModelShape
+from orchestrator.memory import Memory
+from orchestrator.plan import Range
+from orchestrator.provision import Offer
+from orchestrator.recipe import (
+    EvaluateStage,
+    ExportStage,
+    LabelStage,
+    PretrainStage,
+    RehearseStage,
+    Stage,
+    TrainStage,
+)
+from orchestrator.workload import (
+    BUILTIN_ANSWER_TOKENS,
+    BUILTIN_PROMPT_TOKENS,
+    BUILTIN_VOCAB,
+    LABEL_BYTES_PER_TOKEN,
+    World,
+    architecture,
+    made_shape,
+)
+from tasks.contract import (
+    EvaluateSettings,
+    ExportSettings,
+    LabelSettings,
+    LoraSettings,
+    ModelSource,
+    PretrainSettings,
+    RehearseSettings,
+    Settings,
+    TrainSettings,
+)
+
+ARMS = 3  # of a comparison: soft labels, hard labels, hard labels with twice the steps
+ARMS_STEPS = 4  # their optimizer steps together, in those of one
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a stage with given settings needs on a given machine, its start not included."""
+
+    memory: Memory
+    seconds: Range
+    uses: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """An offer with the speed of its card."""
+
+    offer: Offer
+    speed: duration.Speed
+    gpu: Gpu | None
+
+
+# --- settings: the recipe's, with what it leaves open
+
+
+def choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
+    """Settings to try on a machine, the fastest first."""
+    match stage:
+        case PretrainStage():
+            yield PretrainSettings(
+                model=architecture(stage.model),
+                corpus=stage.corpus,
+                examples=stage.examples,
+                steps=stage.steps,
+                batch_size=stage.batch_size,
+                learning_rate=stage.learning_rate,
+                seed=stage.seed,
+                threads=stage.threads,
+                checkpoint_every_s=stage.checkpoint_every or _checkpoint_s(machine),
+            )
+        case LabelStage():
+            paged = machine.speed.gpu and stage.engine != "transformers"  # the engine packs its own batches
+            free = [LabelSettings.shard_size] if paged else _batches(world.shape(stage.teacher))
+            for batch_size in [stage.batch_size] if stage.batch_size else free:
+                yield _label_settings(stage, world, batch_size)
+        case TrainStage():
+            yield from _train_choices(stage, world, machine)
+        case EvaluateStage():
+            for batch_size in (
+                [stage.batch_size] if stage.batch_size else _batches(world.shape(stage.teacher or stage.student))
+            ):
+                yield _evaluate_settings(stage, world, batch_size)
+        case ExportStage():
+            yield ExportSettings(student=stage.student, formats=stage.formats, threads=stage.threads)
+        case RehearseStage():
+            yield RehearseSettings(
+                steps=stage.steps,
+                seconds_per_step=stage.seconds_per_step,
+                checkpoint_every_steps=stage.checkpoint_every_steps,
+                payload_bytes=stage.payload_bytes,
+            )
+
+
+def _batches(shape: ModelShape) -> list[int]:
+    return [256] if shape.params < 10_000_000 else [64, 32, 16, 8, 4, 2, 1]
+
+
+def _checkpoint_s(machine: Machine) -> float:
+    return 300.0 if machine.speed.gpu else 20.0
+
+
+def _label_settings(stage: LabelStage, world: World, batch_size: int) -> LabelSettings:
+    lengths = world.label_lengths(stage)
+    return LabelSettings(
+        teacher=world.source(stage.teacher, stage.revision),
+        prompts=world.data(stage.prompts or world.recipe.data.prompts),
+        verify=stage.verify or world.recipe.data.verify,
+        samples=stage.samples,
+        samples_per_prompt=stage.samples_per_prompt,
+        keep=stage.keep,
+        max_new_tokens=lengths.limit,
+        temperature=stage.temperature,
+        top_p=stage.top_p,
+        top_k=stage.soft_labels.top_k,
+        label_temperature=world.label_temperature(stage),
+        engine=stage.engine,
+        batch_size=batch_size,
+        shard_size=stage.shard_size or LabelSettings.shard_size,
+        max_cut_share=stage.max_cut_share,
+        seed=stage.seed,
+        threads=stage.threads,
+    )
+
+
+def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterator[TrainSettings]:
+    lengths = world.label_lengths(world.label(stage.labels))
+    half = machine.speed.gpu and (machine.gpu is None or machine.gpu.bf16)
+    compare, compared = world.recipe.compare, world.compared(stage)
+    whole = TrainSettings(
+        student=world.student(stage),
+        labels=stage.labels,
+        method=stage.method,
+        lora=LoraSettings(stage.lora.r, stage.lora.alpha, stage.lora.dropout, stage.lora.targets),
+        alpha=stage.loss.alpha,
+        temperature=stage.loss.temperature,
+        steps=stage.steps,
+        epochs=None if stage.steps is not None else stage.epochs or 1.0,
+        batch_size=stage.batch_size,
+        micro_batch=stage.batch_size,
+        max_seq_len=stage.max_seq_len or lengths.longest_prompt + lengths.limit,
+        learning_rate=stage.learning_rate,
+        warmup_share=stage.warmup_share,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        precision=stage.precision or ("bf16" if half else "fp32"),
+        checkpointing=False,
+        checkpoint_every_s=stage.checkpoint_every or _checkpoint_s(machine),
+        checkpoint_every_steps=stage.checkpoint_every_steps,
+        optimizer=stage.optimizer,
+        seed=stage.seed,
+        compare_hard=compared and compare.hard_labels,
+        compare_seeds=compare.seeds if compared else 1,
+        learning_rates=compare.learning_rates if compared else (),
+        search_steps=compare.search_steps if compared else None,
+        threads=stage.threads,
+    )
+    for checkpointing in (False, True) if stage.checkpointing is None else (stage.checkpointing,):
+        for micro in _divisors(stage.batch_size) if stage.micro_batch is None else (stage.micro_batch,):
+            yield replace(whole, checkpointing=checkpointing, micro_batch=micro)
+
+
+def _divisors(number: int) -> list[int]:
+    """Divisors, largest first."""
+    return [candidate for candidate in range(number, 0, -1) if number % candidate == 0]
+
+
+def _evaluate_settings(stage: EvaluateStage, world: World, batch_size: int) -> EvaluateSettings:
+    return EvaluateSettings(
+        student=stage.student,
+        teacher=world.source(stage.teacher) if stage.teacher else None,
+        held_out=world.data(stage.held_out or world.recipe.data.held_out),
+        verify=stage.verify or world.recipe.data.verify,
+        max_new_tokens=world.evaluate_lengths(stage).limit,
+        batch_size=batch_size,
+        limit=stage.limit,
+        threads=stage.threads,
+    )
+
+
+_OPEN = {
+    "label": {"max_new_tokens": "max_new_tokens", "batch_size": "batch_size", "shard_size": "shard_size"},
+    "train": {
+        "micro_batch": "micro_batch",
+        "max_seq_len": "max_seq_len",
+        "precision": "precision",
+        "checkpointing": "checkpointing",
+        "checkpoint_every": "checkpoint_every_s",
+    },
+    "pretrain": {"checkpoint_every": "checkpoint_every_s"},
+    "evaluate": {"max_new_tokens": "max_new_tokens", "batch_size": "batch_size"},
+}
+
+
+def left_open(stage: Stage) -> tuple[str, ...]:
+    """Settings that the recipe left to the planner."""
+    chosen = [setting for key, setting in _OPEN.get(stage.kind, {}).items() if getattr(stage, key) is None]
+    if isinstance(stage, LabelStage) and stage.soft_labels.top_k and stage.soft_labels.temperature is None:
+        chosen.append("label_temperature")
+    return tuple(chosen)
+
+
+# --- measuring settings on a machine
+
+
+def measure(stage: Stage, settings: Settings, world: World, machine: Machine) -> Measured:
+    """What `stage` needs with `settings`, which are its own kind's."""
+    match stage, settings:
+        case PretrainStage(), PretrainSettings():
+            return __measure_pretrain(settings, machine)
+        case LabelStage(), LabelSettings():
+            return __measure_label(stage, settings, world, machine)
+        case TrainStage(), TrainSettings():
+            return __measure_train(stage, settings, world, machine)
+        case EvaluateStage(), EvaluateSettings():
+            return __measure_evaluate(stage, settings, world, machine)
+        case ExportStage(), ExportSettings():
+            return __measure_export(settings, world, machine)
+        case RehearseStage(), RehearseSettings():
+            return __measure_rehearse(settings, machine)
+    raise TypeError(f"stage {stage.name} has settings of another kind: {type(settings).__name__}")
+
+
+def __measure_pretrain(settings: PretrainSettings, machine: Machine) -> Measured:
+    shape = made_shape("pretrain", settings.model, BUILTIN_VOCAB)
+    length = BUILTIN_PROMPT_TOKENS + BUILTIN_ANSWER_TOKENS
+    need = memory.training_memory(
+        shape,
+        trainable=shape.params,
+        full=True,
+        micro_batch=settings.batch_size,
+        seq_len=length,
+        half=False,
+        checkpointing=False,
+        gpu=machine.speed.gpu,
+    )
+    work = duration.training_s(
+        machine.speed,
+        shape,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        micro_batch=settings.batch_size,
+        mean_len=length,
+        full=True,
+        checkpointing=False,
+    )
+    return Measured(
+        need, duration.stage_s(machine.speed, downloads_gb=0.0) + work, {"params": shape.params, "row_tokens": length}
+    )
+
+
+def __measure_label(stage: LabelStage, settings: LabelSettings, world: World, machine: Machine) -> Measured:
+    shape, lengths, speed = world.shape(stage.teacher), world.label_lengths(stage), machine.speed
+    engine = speed.gpu and settings.engine != "transformers"
+    answers, kept = stage.samples * stage.samples_per_prompt, world.kept(stage)
+    need = memory.generation_memory(
+        shape,
+        sequences=min(settings.batch_size, answers, 4) if engine else min(settings.batch_size, answers),
+        seq_len=lengths.longest_prompt + lengths.limit,
+        half=speed.gpu,
+        gpu=speed.gpu,
+    )
+    writing = duration.generation_s(
+        speed,
+        shape,
+        sequences=answers,
+        prompt_len=lengths.prompt,
+        answer_len=lengths.answer,
+        longest=lengths.limit,
+        batch_size=settings.batch_size,
+        engine=engine,
+    )
+    scored = kept * (lengths.prompt + lengths.answer) if settings.top_k else 0.0
+    scoring = duration.scoring_s(speed, shape, tokens=scored, mean_len=lengths.prompt + lengths.answer)
+    return Measured(
+        need,
+        duration.stage_s(speed, downloads_gb=_download_gb(settings.teacher, shape)) + writing + scoring,
+        {
+            "params": shape.params,
+            "answers": answers,
+            "expected_answer_tokens": lengths.answer,
+            "cut_share": lengths.cut_share,
+            "kept_share": world.kept_share(stage),
+            "kept_samples": kept,
+            "label_gib": kept * lengths.answer * LABEL_BYTES_PER_TOKEN / 2**30 if settings.top_k else 0.0,
+        },
+    )
+
+
+def __measure_train(stage: TrainStage, settings: TrainSettings, world: World, machine: Machine) -> Measured:
+    label = world.label(settings.labels)
+    shape, lengths, speed = world.student_shape(stage), world.label_lengths(label), machine.speed
+    full = settings.method == "full"
+    trainable = shape.params if full else shape.lora_params(settings.lora.r, settings.lora.targets)
+    need = memory.training_memory(
+        shape,
+        trainable=trainable,
+        full=full,
+        micro_batch=settings.micro_batch,
+        seq_len=settings.max_seq_len,
+        half=settings.precision == "bf16",
+        checkpointing=settings.checkpointing,
+        gpu=speed.gpu,
+    )
+    kept = world.kept(label)
+    steps = settings.steps or max(1, math.ceil(kept * (settings.epochs or 1.0) / settings.batch_size))
+    in_all = _steps_in_all(settings, steps)
+    mean_len = min(lengths.prompt + lengths.answer, settings.max_seq_len)
+    work = duration.training_s(
+        speed,
+        shape,
+        steps=in_all,
+        batch_size=settings.batch_size,
+        micro_batch=settings.micro_batch,
+        mean_len=mean_len,
+        full=full,
+        checkpointing=settings.checkpointing,
+    )
+    source = world.student(stage)
+    return Measured(
+        need,
+        duration.stage_s(speed, downloads_gb=_download_gb(source, shape)) + work,
+        {
+            "params": shape.params,
+            "trainable": trainable,
+            "steps": steps,
+            "steps_in_all": in_all,
+            "row_tokens": mean_len,
+            "samples": kept,
+            "accumulation": settings.batch_size // settings.micro_batch,
+        },
+    )
+
+
+def _steps_in_all(settings: TrainSettings, steps: int) -> float:
+    """Optimizer steps of all seeds and control arms, and of the search for a learning rate in each arm."""
+    arms = ARMS_STEPS if settings.compare_hard else 1
+    search = settings.search_steps or max(1, steps // 4)
+    searches = len(settings.learning_rates) if len(settings.learning_rates) > 1 else 0
+    return settings.compare_seeds * arms * steps + (2 if settings.compare_hard else 1) * searches * search
+
+
+def __measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: World, machine: Machine) -> Measured:
+    train, speed = world.train(stage.student), machine.speed
+    lengths = world.evaluate_lengths(stage)
+    held_out = stage.held_out or world.recipe.data.held_out
+    rows = min(world.rows(held_out), stage.limit or world.rows(held_out))
+    compare = world.recipe.compare
+    students = 1 + (compare.seeds * (ARMS if compare.hard_labels else 1) if world.compared(train) else 1)
+    shapes = [(world.student_shape(train), students), *([(world.shape(stage.teacher), 1)] if stage.teacher else [])]
+    need = memory.largest(
+        [
+            memory.generation_memory(
+                shape,
+                sequences=min(settings.batch_size, rows),
+                seq_len=lengths.longest_prompt + lengths.limit,
+                half=speed.gpu,
+                gpu=speed.gpu,
+            )
+            for shape, _ in shapes
+        ]
+    )
+    seconds = duration.stage_s(
+        speed,
+        downloads_gb=sum(
+            _download_gb(source, shape)
+            for source, (shape, _) in zip(
+                [world.student(train), *([world.source(stage.teacher)] if stage.teacher else [])], shapes, strict=True
+            )
+        ),
+    )
+    for shape, times in shapes:
+        seconds += duration.generation_s(
+            speed,
+            shape,
+            sequences=rows,
+            prompt_len=lengths.prompt,
+            answer_len=lengths.answer,
+            longest=lengths.limit,
+            batch_size=settings.batch_size,
+            engine=False,
+        ).times(times)
+    return Measured(
+        need, seconds, {"prompts": rows, "models": students + len(shapes) - 1, "expected_answer_tokens": lengths.answer}
+    )
+
+
+def __measure_export(settings: ExportSettings, world: World, machine: Machine) -> Measured:
+    stage = world.train(settings.student)
+    shape = world.student_shape(stage)
+    need = memory.loading_memory(shape, half=machine.speed.gpu, gpu=machine.speed.gpu)
+    writing = shape.params * 2 / 1e9 * len(settings.formats) * 10  # 100 MB/s to disk and bucket, a form
+    seconds = duration.stage_s(machine.speed, downloads_gb=_download_gb(world.student(stage), shape))
+    return Measured(need, seconds + Range(writing / 3, writing, writing * 3), {"params": shape.params})
+
+
+def __measure_rehearse(settings: RehearseSettings, machine: Machine) -> Measured:
+    own = settings.steps * settings.seconds_per_step
+    seconds = duration.stage_s(machine.speed, downloads_gb=0.0, bare=True) + Range(own, own * 1.02, own * 1.2)
+    return Measured(memory.bare_memory(), seconds, {"steps": settings.steps})
+
+
+def _download_gb(source: ModelSource, shape: ModelShape) -> float:
+    """Weights to fetch, GB: two bytes a parameter, of a model that is no stage's and not made from scratch."""
+    return shape.params * 2 / 1e9 if source.path is not None else 0.0

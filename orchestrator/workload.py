@@ -1,0 +1,204 @@
+"""What does a recipe mean? Its references followed: models with their shapes, lengths of text, and counts of samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from orchestrator.catalog import ModelShape
+from orchestrator.recipe import (
+    ArchitecturePart,
+    EvaluateStage,
+    ExportStage,
+    LabelStage,
+    PretrainStage,
+    Recipe,
+    Stage,
+    TrainStage,
+)
+from tasks.contract import Architecture, DataSource, LabelSettings, ModelSource
+
+# --- what text is like. Assumed until a run has measured it; the first shards of a label stage tell.
+BUILTIN_VOCAB = 64  # symbols of the tokenizer that comes with the generated sets, rounded up
+BUILTIN_ROWS = 1000  # held-out prompts of a generated set
+PROMPT_TOKENS, LONGEST_PROMPT_TOKENS = 150, 1024  # a competition problem with its template
+BUILTIN_PROMPT_TOKENS, BUILTIN_ANSWER_TOKENS, BUILTIN_LIMIT = 16, 22, 48
+REASONING_ANSWER_TOKENS = 3500  # R1-style chain of thought on competition problems; many pass 2,048
+PLAIN_ANSWER_TOKENS = 500
+CUT_SHARE_AT = {2048: 0.6, 4096: 0.3, 8192: 0.1, 16384: 0.03}  # of reasoning answers, by limit
+RIGHT_SHARE = {"math": 0.8, "exact": 0.8, "text": 0.8, "none": 1.0}  # of the answers that were not cut
+ROWS_UNKNOWN = 500  # held-out prompts where no file tells
+LABEL_BYTES_PER_TOKEN = 284  # k = 64: packed ids, fp16 log-probabilities, tail and mass in fp32
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of prompts and answers."""
+
+    prompt: float
+    longest_prompt: int
+    answer: float
+    limit: int
+    cut_share: float
+
+
+class World:
+    """The recipe with its references followed."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._stages = {stage.name: stage for stage in recipe.stages}
+        trains = [stage for stage in recipe.stages if isinstance(stage, TrainStage)]
+        self._compared = trains[-1].name if trains else None
+
+    def label(self, name: str) -> LabelStage:
+        stage = self._stages[name]
+        assert isinstance(stage, LabelStage)
+        return stage
+
+    def train(self, name: str) -> TrainStage:
+        stage = self._stages[name]
+        assert isinstance(stage, TrainStage)
+        return stage
+
+    def compared(self, stage: TrainStage) -> bool:
+        """Control arms belong to the last training: the final student."""
+        return stage.name == self._compared
+
+    def source(self, word: str, revision: str | None = None) -> ModelSource:
+        """Where the model called `word` comes from: a stage (a label stage means its teacher), or a path."""
+        stage = self._stages.get(word)
+        if isinstance(stage, LabelStage):
+            return self.source(stage.teacher, stage.revision)
+        if stage is not None:
+            return ModelSource(stage=word)
+        path = self.recipe.folders.get(word, word)
+        return ModelSource(path=path, revision=revision, trust_remote_code=self.recipe.trust_remote_code)
+
+    def student(self, stage: TrainStage) -> ModelSource:
+        if isinstance(stage.student, ArchitecturePart):
+            return ModelSource(architecture=architecture(stage.student))
+        return self.source(stage.student, stage.revision)
+
+    def shape(self, word: str) -> ModelShape:
+        """Shape of the model that the recipe calls `word`."""
+        stage = self._stages.get(word)
+        if isinstance(stage, LabelStage):
+            return self.shape(stage.teacher)
+        if isinstance(stage, PretrainStage):
+            return made_shape(word, architecture(stage.model), BUILTIN_VOCAB)
+        if isinstance(stage, TrainStage):
+            return self.student_shape(stage)
+        return self.recipe.models[word]
+
+    def student_shape(self, stage: TrainStage) -> ModelShape:
+        if isinstance(stage.student, ArchitecturePart):
+            vocab = self.shape(self.label(stage.labels).teacher).vocab
+            return made_shape(stage.name, architecture(stage.student), vocab)
+        return self.shape(stage.student)
+
+    def data(self, word: str | None) -> DataSource:
+        assert word is not None
+        file = self.recipe.files.get(word)
+        return DataSource(word if file is None else file.path)
+
+    def rows(self, word: str | None) -> int:
+        """Prompts there are."""
+        if word is not None and word in self.recipe.files:
+            return self.recipe.files[word].rows
+        return BUILTIN_ROWS if word is not None and word.startswith("builtin:") else ROWS_UNKNOWN
+
+    def lengths(self, prompts: str | None, model: str, limit: int | None) -> Lengths:
+        """Tokens of prompts from `prompts` and of the answers `model` writes to them, at most `limit`."""
+        if prompts is not None and prompts.startswith("builtin:"):
+            top = limit or BUILTIN_LIMIT
+            return Lengths(BUILTIN_PROMPT_TOKENS, BUILTIN_PROMPT_TOKENS, min(BUILTIN_ANSWER_TOKENS, top), top, 0.0)
+        top = limit or LabelSettings.max_new_tokens
+        if self._reasons(model):
+            return Lengths(
+                PROMPT_TOKENS, LONGEST_PROMPT_TOKENS, min(REASONING_ANSWER_TOKENS, 0.8 * top), top, _cut_share(top)
+            )
+        return Lengths(PROMPT_TOKENS, LONGEST_PROMPT_TOKENS, min(PLAIN_ANSWER_TOKENS, 0.8 * top), top, 0.02)
+
+    def label_lengths(self, stage: LabelStage) -> Lengths:
+        return self.lengths(stage.prompts or self.recipe.data.prompts, stage.teacher, stage.max_new_tokens)
+
+    def evaluate_lengths(self, stage: EvaluateStage) -> Lengths:
+        """Answers at evaluation are as long as those the student learned from."""
+        label = self.label(self.train(stage.student).labels)
+        held_out = stage.held_out or self.recipe.data.held_out
+        return self.lengths(held_out, label.teacher, stage.max_new_tokens or self.label_lengths(label).limit)
+
+    def kept_share(self, stage: LabelStage) -> float:
+        """Share of the answers that become labels."""
+        lengths = self.label_lengths(stage)
+        if stage.keep == "all":
+            return 1 - lengths.cut_share
+        right = RIGHT_SHARE[stage.verify or self.recipe.data.verify] * (1 - lengths.cut_share)
+        return (
+            (1 - (1 - right) ** stage.samples_per_prompt) / stage.samples_per_prompt
+            if stage.keep == "shortest"
+            else right
+        )
+
+    def kept(self, stage: LabelStage) -> float:
+        return stage.samples * stage.samples_per_prompt * self.kept_share(stage)
+
+    def after(self, stage: Stage) -> tuple[str, ...]:
+        """Stages whose results this one needs, by name."""
+        words: list[str | None] = []
+        match stage:
+            case LabelStage():
+                words = [stage.teacher]
+            case TrainStage():
+                words = [stage.labels, stage.student if isinstance(stage.student, str) else None]
+            case EvaluateStage():
+                words = [stage.student, self.source(stage.teacher).stage if stage.teacher else None]
+            case ExportStage():
+                words = [stage.student]
+        return tuple(dict.fromkeys(word for word in words if word in self._stages))
+
+    def label_temperature(self, stage: LabelStage) -> float:
+        """The recipe's, else that of the first training that uses the labels."""
+        if stage.soft_labels.temperature is not None:
+            return stage.soft_labels.temperature
+        users = (one for one in self.recipe.stages if isinstance(one, TrainStage) and one.labels == stage.name)
+        return next((one.loss.temperature for one in users), 1.0)
+
+    def _reasons(self, model: str) -> bool:
+        """Whether the teacher writes long chains of thought."""
+        stage = self._stages.get(model)
+        if isinstance(stage, TrainStage):
+            return self._reasons(self.label(stage.labels).teacher)
+        return any(mark in model for mark in ("R1", "Qwen3", "QwQ"))
+
+
+def architecture(part: ArchitecturePart) -> Architecture:
+    return Architecture(**part.model_dump())
+
+
+def made_shape(name: str, made: Architecture, vocab: int) -> ModelShape:
+    return ModelShape(
+        name,
+        made.hidden_size,
+        made.intermediate_size,
+        made.num_hidden_layers,
+        made.num_attention_heads,
+        made.num_key_value_heads,
+        made.hidden_size // made.num_attention_heads,
+        vocab,
+        made.tie_word_embeddings,
+        qkv_bias=made.model_type == "qwen2",
+        source="the recipe",
+    )
+
+
+def _cut_share(limit: int) -> float:
+    """Share of reasoning answers longer than `limit`, between the points of CUT_SHARE_AT."""
+    points = sorted(CUT_SHARE_AT.items())
+    if limit <= points[0][0]:
+        return min(0.95, points[0][1] + (1 - points[0][1]) * (1 - limit / points[0][0]))
+    for (low, share), (high, next_share) in pairwise(points):
+        if limit <= high:
+            return share + (next_share - share) * (limit - low) / (high - low)
+    return points[-1][1]

@@ -1,0 +1,415 @@
+"""The runner over the fake provider: ends where it should, never over the cap, and killing it changes nothing.
+
+Money is read from the fake provider's own invoice, not from the ledger.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import NotOwner
+from orchestrator.handover import code_wheel, put_code
+from orchestrator.lease import Lease
+from orchestrator.ledger import Ledger
+from orchestrator.plan import Plan, plan_to_dict
+from orchestrator.provision import NoCapacity, ProvisionError
+from orchestrator.runner import Outcome, Runner, mark_to_dict
+from orchestrator.states import State
+from orchestrator.testing import FakeBucket, FakeProvisioner, Faults, VirtualClock, fake_offer
+from tasks.contract import Exit
+from tests.plans import make_plan
+
+WORK = {"label": 300.0, "train": 600.0, "evaluate": 60.0}
+
+
+class Killed(BaseException):
+    """SIGKILL, as far as one process can play it."""
+
+
+class World:
+    """A run with everything around it; `client()` is one process that drives it."""
+
+    def __init__(self, tmp_path: Path, plan: Plan | None = None, work_s=WORK, faults=None) -> None:
+        self.clock = VirtualClock()
+        self.bucket = FakeBucket(self.clock).at("test-abc123")
+        self.plan = plan or make_plan(work_s)
+        self.provider = FakeProvisioner(self.clock, self.bucket, work_s)
+        if faults:
+            self.provider.faults = faults
+        self.path, self.folder, self.said = tmp_path / "ledger.sqlite", tmp_path, []
+        data, sha = code_wheel()
+        put_code(self.bucket, data, sha)
+        mark = self.clock.mark()
+        Ledger(self.path).create_run(
+            "test-abc123",
+            name="test",
+            bucket="fake:",
+            cap_micros=self.plan.cap_micros,
+            deadline_s=self.plan.deadline_s,
+            mark=mark_to_dict(mark),
+            at=mark.wall,
+            data={"schema": 1, "code_sha256": sha, "owner": "owner1", "plan": plan_to_dict(self.plan)},
+        )
+
+    def client(
+        self, *, turns: int | None = None, stop_after: int | None = None, take_over: bool = False
+    ) -> Outcome | None:
+        """Drives until the end, or for so many turns (then it is 'killed')."""
+        if take_over:
+            self.bucket.delete("lease.json")
+        ledger, count = Ledger(self.path), 0
+        lease = Lease.acquire(self.bucket, "owner1", self.clock)
+        if take_over:
+            ledger.note("test-abc123", "resumed", self.clock.mark().wall)
+
+        def stop() -> bool:
+            nonlocal count
+            count += 1
+            if turns is not None and count > turns:
+                raise Killed
+            return stop_after is not None and count > stop_after
+
+        runner = Runner(
+            ledger=ledger,
+            provider=self.provider,
+            bucket=self.bucket,
+            clock=self.clock,
+            plan=self.plan,
+            run_id="test-abc123",
+            owner="owner1",
+            lease=lease,
+            code_folder=self.folder / "code",
+            say=lambda *words: self.said.append(words),
+            stop=stop,
+        )
+        try:
+            return runner.run(turn_s=5.0)
+        except Killed:
+            return None
+        finally:
+            ledger.close()
+
+    @property
+    def run(self):
+        return Ledger(self.path).run("test-abc123")
+
+    def check_money(self, cap: int | None = None) -> None:
+        cap = self.plan.cap_micros if cap is None else cap
+        assert self.provider.live() == []
+        assert self.provider.invoice_micros() <= cap
+        assert self.run.open_micros == 0
+        assert self.provider.invoice_micros() <= self.run.spent_micros <= cap
+
+
+def test_an_undisturbed_run_does_every_stage_once_and_leaves_nothing(tmp_path):
+    world = World(tmp_path)
+    assert world.client().state == "done"
+    assert list(world.run.done) == list(WORK)
+    assert [m.state for m in world.run.machines] == [State.GONE] * 3
+    assert len([c for c in world.provider.calls if c[0] == "launch"]) == 3
+    world.check_money()
+
+
+def test_money_is_reserved_in_the_ledger_before_every_create(tmp_path):
+    world = World(tmp_path)
+    seen = []
+    launch = world.provider.launch
+
+    def watching(order):
+        row = next(m for m in Ledger(world.path).run("test-abc123").machines if m.name == order.name)
+        seen.append((row.state, row.reserved_micros > 0))
+        launch(order)
+
+    world.provider.launch = watching
+    world.client()
+    assert seen == [(State.CREATING, True)] * 3
+
+
+def test_a_cap_that_runs_out_in_the_middle_ends_the_run_under_it_with_a_checkpoint(tmp_path):
+    plan = make_plan({"label": 300.0, "train": 600.0}, cap_micros=300_000)
+    world = World(tmp_path, plan, work_s={"label": 300.0, "train": 50_000.0})
+    outcome = world.client()
+    assert outcome.state == "cap" and "--budget" in outcome.hint
+    assert any("train/checkpoints/step-" in stat.key for stat in world.bucket.list())
+    world.check_money()
+
+
+def test_labelling_cannot_eat_the_money_of_the_student(tmp_path):
+    plan = make_plan({"label": 300.0, "train": 600.0}, cap_micros=250_000)
+    world = World(tmp_path, plan, work_s={"label": 1e6, "train": 600.0})
+    assert world.client().state == "cap"
+    floor = plan.stages[1].cost_micros.low + plan.stages[1].reserve_micros
+    assert world.provider.invoice_micros() <= 250_000 - floor
+    world.check_money()
+
+
+def test_a_capped_run_goes_on_with_more_money_where_it_stopped(tmp_path):
+    plan = make_plan({"train": 600.0}, cap_micros=100_000)
+    world = World(tmp_path, plan, work_s={"train": 1500.0})
+    assert world.client().state == "cap"
+    mark = world.clock.mark()
+    Ledger(world.path).set_cap("test-abc123", 500_000, None, mark_to_dict(mark), mark.wall)
+    assert world.client(take_over=True).state == "done"
+    world.check_money(cap=500_000)
+    assert world.run.spent_micros < 500_000 * 1500 / 3600 * 1.6  # it did not begin again
+
+
+def test_what_is_left_pays_for_no_machine_then_none_is_rented(tmp_path):
+    world = World(tmp_path, make_plan({"train": 600.0}, cap_micros=20_000))
+    assert world.client().state == "cap"
+    assert world.provider.calls == []
+
+
+def test_a_lost_machine_is_replaced_and_its_work_goes_on(tmp_path):
+    world = World(tmp_path, faults=lambda order, count: Faults(lost_after_s=200.0 if count in (0, 2) else None))
+    assert world.client().state == "done"
+    assert [m.stage for m in world.run.machines] == ["label", "label", "train", "train", "evaluate"]
+    world.check_money()
+
+
+def test_preemptions_are_bounded_by_money(tmp_path):
+    world = World(
+        tmp_path,
+        make_plan({"train": 6000.0}, cap_micros=900_000),
+        work_s={"train": 6000.0},
+        faults=lambda order, count: Faults(lost_after_s=130.0),
+    )
+    assert world.client().state == "cap"
+    assert len(world.run.machines) > 20
+    world.check_money()
+
+
+def test_no_capacity_moves_to_the_next_offer_and_then_gives_up(tmp_path):
+    full = lambda order, count: Faults(launch_error=NoCapacity("full") if order.offer.gpu == "RTX3090" else None)  # noqa: E731
+    world = World(tmp_path, faults=full)
+    assert world.client().state == "done"
+    assert {m.order["offer"]["gpu"] for m in world.run.machines if "landed" in m.facts} == {"A10G"}
+    world.check_money()
+    everywhere = World(tmp_path / "b", faults=lambda order, count: Faults(launch_error=NoCapacity("full")))
+    assert everywhere.client().state == "no_capacity"
+    everywhere.check_money()
+
+
+def test_a_create_that_failed_but_made_a_machine_is_torn_down(tmp_path):
+    world = World(
+        tmp_path,
+        faults=lambda order, count: (
+            Faults(launch_error=ProvisionError("502"), create_anyway=True) if count == 0 else Faults()
+        ),
+    )
+    assert world.client().state == "done"
+    world.check_money()
+
+
+def test_a_machine_that_is_never_ready_is_given_up_in_time(tmp_path):
+    world = World(tmp_path, faults=lambda order, count: Faults(never_ready=count == 0))
+    assert world.client().state == "done"
+    world.check_money()
+
+
+def test_a_dead_supervisor_does_not_keep_a_machine_beyond_its_money(tmp_path):
+    world = World(
+        tmp_path,
+        make_plan({"train": 600.0}, cap_micros=120_000),
+        work_s={"train": 1e6},
+        faults=lambda order, count: Faults(supervisor_dead=True),
+    )
+    assert world.client().state == "cap"
+    world.check_money()
+
+
+def test_a_landed_machine_that_is_dearer_gets_a_nearer_deadline(tmp_path):
+    world = World(
+        tmp_path,
+        make_plan({"train": 600.0}, cap_micros=150_000),
+        work_s={"train": 1e6},
+        faults=lambda order, count: Faults(landed=fake_offer(900_000, gpu="RTX4090")),
+    )
+    assert world.client().state == "cap"
+    world.check_money()
+
+
+def test_a_stall_is_tried_again_once(tmp_path):
+    once = World(tmp_path, faults=lambda order, count: Faults(hang_after_s=50.0 if count == 0 else None))
+    assert once.client().state == "done"
+    once.check_money()
+    twice = World(tmp_path / "b", faults=lambda order, count: Faults(hang_after_s=50.0))
+    outcome = twice.client()
+    assert outcome.state == "failed" and "stalled" in outcome.message
+    twice.check_money()
+
+
+@pytest.mark.parametrize("rc", [Exit.BUG, Exit.BAD_INPUT, Exit.DONE])
+def test_an_error_of_the_work_itself_is_not_tried_again(tmp_path, rc):
+    world = World(tmp_path, faults=lambda order, count: Faults(rc=int(rc)))
+    assert world.client().state == "failed"
+    assert len(world.run.machines) == 1
+    world.check_money()
+
+
+def test_a_refused_teardown_is_repeated_until_it_is_accepted(tmp_path):
+    world = World(tmp_path, faults=lambda order, count: Faults(terminate_errors=7))
+    assert world.client().state == "done"
+    world.check_money()
+
+
+def test_a_teardown_that_is_never_confirmed_ends_with_unconfirmed_and_an_open_row(tmp_path):
+    world = World(tmp_path, faults=lambda order, count: Faults(refuses_teardown=True))
+    outcome = world.client()
+    assert outcome.state == "unconfirmed" and "kdcloud down" in outcome.hint
+    assert world.run.open_micros > 0 and world.run.live
+
+
+def test_a_deadline_is_not_the_cap(tmp_path):
+    world = World(tmp_path, make_plan({"train": 600.0}, deadline_s=900.0), work_s={"train": 50_000.0})
+    assert world.client().state == "deadline"
+    assert world.clock.elapsed_s <= 900.0
+    world.check_money()
+
+
+def test_ctrl_c_ends_the_machine_and_the_run_can_go_on(tmp_path):
+    world = World(tmp_path)
+    assert world.client(stop_after=12).state == "stopped"
+    world.check_money()
+    assert world.client(take_over=True).state == "done"
+    world.check_money()
+
+
+def test_down_from_another_process_stops_a_living_runner(tmp_path):
+    world = World(tmp_path)
+    world.client(turns=10)
+    Ledger(world.path).note("test-abc123", "stop_requested", world.clock.mark().wall)
+    world.bucket.delete("lease.json")
+    assert world.client().state == "stopped"
+    world.check_money()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_killed_after_any_turn_and_started_again_it_ends_in_the_same_place(tmp_path, seed):
+    random_ = random.Random(seed)
+    world = World(tmp_path)
+    for _ in range(random_.randint(1, 4)):
+        if world.client(
+            turns=random_.randint(1, 40),
+            take_over=bool(world.run.machines) or world.bucket.head("lease.json") is not None,
+        ):
+            break
+        world.clock.sleep(random_.choice([0.0, 3.0, 40.0]))
+    final = world.client(take_over=True)
+    assert final.state == "done"
+    assert list(world.run.done) == list(WORK)
+    assert [e.stage for e in world.run.entries if e.kind == "stage_done"] == list(WORK)  # no stage twice
+    world.check_money()
+
+
+@pytest.mark.parametrize("statement", range(1, 45))
+def test_killed_between_any_two_steps_of_its_own_it_ends_in_the_same_place(tmp_path, monkeypatch, statement):
+    """Dies inside a turn: before or after the n-th call that leaves the process (ledger, provider, bucket)."""
+    world = World(tmp_path)
+    count = 0
+
+    def dying(original):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == statement:
+                raise Killed
+            result = original(*args, **kwargs)
+            count += 1
+            if count == statement:
+                raise Killed
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_append", dying(Ledger._append))
+        for name in ("launch", "run", "terminate"):
+            patch.setattr(world.provider, name, dying(getattr(world.provider, name)))
+        assert world.client() is None
+    assert world.client(take_over=True).state == "done"
+    assert [e.stage for e in world.run.entries if e.kind == "stage_done"] == list(WORK)
+    world.check_money()
+
+
+def test_an_old_client_that_wakes_up_touches_nothing(tmp_path):
+    world = World(tmp_path)
+    ledger = Ledger(world.path)
+    old = Lease.acquire(world.bucket, "owner1", world.clock)
+    world.client(turns=15, take_over=True)
+    runner = Runner(
+        ledger=ledger,
+        provider=world.provider,
+        bucket=world.bucket,
+        clock=world.clock,
+        plan=world.plan,
+        run_id="test-abc123",
+        owner="owner1",
+        lease=old,
+        code_folder=tmp_path / "code",
+    )
+    world.clock.sleep(60)
+    before = (len(world.provider.calls), len(world.run.entries))
+    with pytest.raises(NotOwner):
+        runner.run(turn_s=5.0)
+    assert (len(world.provider.calls), len(world.run.entries)) == before
+    world.client(take_over=True)
+    world.check_money()
+
+
+def test_a_bug_tears_down_before_its_traceback_goes_on(tmp_path):
+    world = World(tmp_path)
+    ledger = Ledger(world.path)
+    lease = Lease.acquire(world.bucket, "owner1", world.clock)
+
+    def broken(snapshot):
+        if snapshot.machine is not None and snapshot.machine.state is State.LIVE:
+            raise ZeroDivisionError("a bug")
+
+    runner = Runner(
+        ledger=ledger,
+        provider=world.provider,
+        bucket=world.bucket,
+        clock=world.clock,
+        plan=world.plan,
+        run_id="test-abc123",
+        owner="owner1",
+        lease=lease,
+        code_folder=tmp_path / "code",
+    )
+    with pytest.raises(ZeroDivisionError):
+        runner.run(turn_s=5.0, on_turn=broken)
+    assert world.provider.live() == []
+
+
+def test_the_wall_clock_may_step_by_hours(tmp_path):
+    world = World(tmp_path)
+    launch = world.provider.launch
+
+    def stepping(order):
+        launch(order)
+        world.clock.step(7200 if order.stage != "train" else -7200)
+
+    world.provider.launch = stepping
+    assert world.client().state == "done"
+    world.check_money()
+
+
+def test_a_stage_whose_result_is_in_the_bucket_is_not_done_again(tmp_path):
+    world = World(tmp_path)
+    world.provider._commit("label")
+    assert world.client().state == "done"
+    assert [m.stage for m in world.run.machines] == ["train", "evaluate"]
+
+
+def test_an_order_never_carries_a_longer_life_than_its_reservation_pays(tmp_path):
+    world = World(tmp_path, make_plan({"train": 600.0}, offers=(fake_offer(),)))
+    world.client(turns=6)
+    row = world.run.machines[0]
+    pays_s = row.reserved_micros * 3600 / 500_000
+    assert row.order["lifetime_s"] + fake_offer().latencies.total_s <= pays_s
+    assert replace(fake_offer()).latencies.total_s > 0
