@@ -346,7 +346,8 @@ def parse_recipe(text: str, path: Path) -> Recipe:
         spec = RecipeSpec.model_validate(raw)
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            problems.add(*_say(item))
+            if item["type"] != "too_short" or not item["input"]:  # a list of wrong entries is not short as well
+                problems.add(*_say(item))
     beside = _Beside(path.absolute().parent)
     for loc, message in _reference_problems(raw, beside):
         problems.add(loc, message)
