@@ -1,4 +1,7 @@
-"""The command line: parses, calls one function, prints. stdout is data, stderr is talk; only here errors become exit codes."""
+"""The command line: parses, calls one function, prints. stdout is data, stderr is talk.
+
+Only here do errors become exit codes.
+"""
 
 from __future__ import annotations
 
@@ -216,7 +219,7 @@ def down(run_id: str | None, every: bool) -> None:
             if outcome.state == "unconfirmed":
                 _finish(ledger, name, outcome)
     _talk(
-        f"{len(outcomes)} run{'s' if len(outcomes) != 1 else ''} ended; nothing of {'yours' if every else 'it'} is running"
+        f"{len(outcomes)} ended; nothing of {'yours' if every else 'it'} is running"
         if outcomes or strangers
         else "nothing was running"
     )
@@ -352,7 +355,7 @@ def _plan(recipe: str, budget: str | None, deadline: str | None) -> tuple[Plan, 
     from orchestrator.recipe import load_recipe
     from orchestrator.session import named_provider
 
-    home, config = _home()
+    _, config = _home()
     loaded = load_recipe(recipe)
     named = os.environ.get("KDCLOUD_PROVIDER")
     provider = named_provider(named) if named else None

@@ -27,7 +27,7 @@ class Clock(Protocol):
 
 
 def age_s(since: Mark, now: Mark) -> float:
-    """Seconds between two marks: by the boot clock within one boot (immune to clock steps), else by the wall; never < 0."""
+    """Seconds between two marks, never below 0: by the boot clock within one boot, else by the wall."""
     if since.boot_id == now.boot_id:
         return max(0.0, now.boot_s - since.boot_s)
     return max(0.0, (now.wall - since.wall).total_seconds())
@@ -52,7 +52,7 @@ def _boot_s() -> float:
 
 
 def _boot_id() -> str:
-    """The kernel's id of this boot; without one, an id of this process, so that other processes fall back to the wall."""
+    """The kernel's id of this boot; without one an id of this process: other processes then go by the wall clock."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""How code, data and orders reach a machine: a wheel of the tasks, the prompts, task.json, and the supervisor's argv."""
+"""How do code, data and orders reach a machine? A wheel of the tasks, the prompts, and the supervisor's argv."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def put_code(bucket: Bucket, data: bytes, sha256: str) -> None:
 
 
 def fetch_code(bucket: Bucket, sha256: str, folder: Path) -> Path:
-    """The run's own wheel in `folder`, verified. Raises UsageError when its bytes are not what the run was started with."""
+    """The run's own wheel in `folder`, verified. Raises UsageError when its bytes are not those it was started with."""
     path = folder / f"{sha256}.whl"
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
@@ -59,7 +60,7 @@ class Lease:
                     wait_s = LEASE_S - (now - stat.modified).total_seconds()
                     raise NotOwner(
                         f"this run belongs to another client (process {old.pid} on {old.host})",
-                        hint=f"watch it with `kdcloud attach`, or try again in {max(1, round(wait_s))} s if that client is gone",
+                        hint=f"watch it with `kdcloud attach`; if that client is gone, wait {max(1, round(wait_s))} s",
                     )
             holder = _me(client, clock, fence=old.fence + 1 if old else 1)
             try:
@@ -76,10 +77,8 @@ class Lease:
 
     def release(self) -> None:
         """So that the next client need not wait. Somebody else's lease is left alone."""
-        try:
+        with suppress(NotOwner):
             self._put(released=True)
-        except NotOwner:
-            pass
 
     def _put(self, *, released: bool) -> None:
         holder = Holder(**{**asdict(self._holder), "beat": self._holder.beat + 1, "released": released})

@@ -33,8 +33,10 @@ CREATE INDEX IF NOT EXISTS entry_run ON entry(run, seq);
 CREATE INDEX IF NOT EXISTS entry_machine ON entry(machine);
 CREATE UNIQUE INDEX IF NOT EXISTS one_reserve ON entry(machine) WHERE kind = 'reserve';
 CREATE UNIQUE INDEX IF NOT EXISTS one_gone ON entry(machine) WHERE kind IN ('gone', 'dropped');
-CREATE TRIGGER IF NOT EXISTS entry_keeps BEFORE UPDATE ON entry BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
-CREATE TRIGGER IF NOT EXISTS entry_stays BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS entry_keeps BEFORE UPDATE ON entry
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS entry_stays BEFORE DELETE ON entry
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS run_keeps BEFORE UPDATE ON run BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS run_stays BEFORE DELETE ON run BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
@@ -197,7 +199,7 @@ class Ledger:
     def move(
         self, machine: str, event: Event, at: datetime, *, micros: int = 0, data: Mapping[str, Any] | None = None
     ) -> None:
-        """Moves a machine along states.TRANSITIONS; `micros` is what GONE settles. Raises ValueError off the table."""
+        """Moves a machine along TRANSITIONS; GONE settles `micros`. Raises ValueError off the table."""
         with self._write():
             row = self._db.execute(
                 "SELECT run, stage FROM entry WHERE machine=? AND kind='reserve'", (machine,)
@@ -302,7 +304,7 @@ class Ledger:
         found = self._db.execute("SELECT value FROM meta WHERE key='schema'").fetchone()
         if found is None or int(found[0]) != SCHEMA:
             raise UsageError(
-                f"the ledger {self.path} was written by another kdcloud (schema {found and found[0]}, this one reads {SCHEMA})",
+                f"the ledger {self.path} has schema {found and found[0]}, this kdcloud reads {SCHEMA}",
                 hint="use the kdcloud version that wrote it, or set KDCLOUD_HOME to a new folder",
             )
 

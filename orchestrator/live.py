@@ -168,7 +168,8 @@ def describe(progress: Progress) -> str:
     """`train 42 % (336/800 steps)`."""
     if not progress.total:
         return progress.phase
-    return f"{progress.phase} {100 * progress.done / progress.total:.0f} % ({progress.done:,.0f}/{progress.total:,.0f} {progress.unit})"
+    count = f"{progress.done:,.0f}/{progress.total:,.0f} {progress.unit}"
+    return f"{progress.phase} {100 * progress.done / progress.total:.0f} % ({count})"
 
 
 def numbers(progress: Progress) -> str:

@@ -112,6 +112,8 @@ def known_price(offer: Offer) -> bool:
 
 def _of_infra(infra: str, need: Need, recipe: Recipe, config: Config) -> list[Offer]:
     if infra == "local":
+        if need.gpus:
+            return []
         from orchestrator.provision_local import local_offer
 
         price = price_micros(recipe.local.price, config.rate) if recipe.local is not None else 0

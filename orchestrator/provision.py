@@ -152,7 +152,7 @@ class Provisioner(Protocol):
         ...
 
     def run(self, name: str, job_id: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
-        """Starts `argv` (the supervisor) on the machine. Idempotent on `job_id`. `env` may hold secrets: never logged."""
+        """Starts `argv` (the supervisor) there. Idempotent on `job_id`. `env` may hold secrets: never logged."""
         ...
 
     def logs(self, name: str, job_id: str) -> Iterator[str]:

@@ -256,7 +256,7 @@ def _signal(processes: list[Any], number: int) -> None:
 
 
 def _ended_at(folder: Path, job: Job) -> datetime | None:
-    """When this machine stopped costing: its last job's end, or its making when it never had one; None while it works."""
+    """When it stopped costing: its last job's end, or its making when it never had one; None while it works."""
     if job.state in (JobState.RUNNING, JobState.QUEUED):
         return None
     if job.state is JobState.NONE:

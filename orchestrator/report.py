@@ -193,7 +193,7 @@ def _quality_table(quality: Mapping[str, Any]) -> Any:
             style="bold" if key == "student" else "",
         )
     sizes = {row["accuracy"]["n"] for row in quality.values() if row}
-    table.caption = f"{', '.join(map(str, sorted(sizes)))} held-out problems; student rows at equal steps on the same labels unless named"
+    table.caption = f"{', '.join(map(str, sorted(sizes)))} held-out problems; students on the same labels, at equal steps unless named"
     table.caption_justify = "left"
     return table
 

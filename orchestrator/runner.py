@@ -440,7 +440,7 @@ class Runner:
     # -- small things ------------------------------------------------------------------------------------------------
 
     def _emergency(self) -> None:
-        """A bug: end every machine that may bill, before the traceback goes on. What fails here stays open in the ledger."""
+        """A bug: end every machine that may bill before the traceback goes on. What fails stays open in the ledger."""
         for row in self.ledger.run(self.run_id).live:
             try:
                 if row.state is not State.TEARDOWN_PENDING:
@@ -451,7 +451,7 @@ class Runner:
                         break
                     except NotYetGone:
                         self.clock.sleep(0.5)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - one machine that will not end must not spare the others
                 self.say("warn", row.stage, f"{row.name} may still run: {error}; `kdcloud down {self.run_id}` ends it")
 
     def _observe(self, name: str) -> Observation:
@@ -461,7 +461,7 @@ class Runner:
             return Observation(name, Status.UNKNOWN, None, None, Job(), self._now())
 
     def _renew(self) -> None:
-        """A bucket that does not answer for a moment costs nothing; a lease that somebody else took ends this client."""
+        """A bucket that does not answer for a moment costs nothing; a lease that was taken over ends this client."""
         try:
             self.lease.renew_if_due()
         except BucketError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,7 +145,7 @@ def resume_run(
     deadline_s: float | None = None,
     clock: Clock | None = None,
 ) -> Session:
-    """Takes an unfinished run over. Raises NotOwner while its client is alive, UsageError when it is of another version."""
+    """Takes an unfinished run over. Raises NotOwner while its client is alive, UsageError for another version's."""
     clock = clock or SystemClock()
     run = ledger.run(run_id)
     plan = plan_of(run)
@@ -261,7 +261,7 @@ def newest(ledger: Ledger, given: str | None) -> str:
 
 
 def state_of(run: Run) -> str:
-    """running (or interrupted: the caller can ask the lease), done, cap, deadline, failed, no_capacity, stopped, unconfirmed."""
+    """running (the lease tells whether somebody drives it) or what it ended as, see runner.Outcome."""
     ends = [e for e in run.entries if e.kind in ("ended", "resumed")]
     if ends and ends[-1].kind == "ended":
         return str(ends[-1].data["state"])
@@ -274,10 +274,8 @@ def live_machines(run: Run, provider: Provisioner | None) -> list[dict[str, Any]
     for row in run.live:
         status = "unknown"
         if provider is not None:
-            try:
+            with suppress(ProvisionError, OSError):
                 status = str(provider.observe(row.name).state)
-            except (ProvisionError, OSError):
-                pass
         found.append(
             {
                 "name": row.name,

@@ -205,15 +205,13 @@ SETTINGS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Watch:
-    """What the supervisor enforces, in seconds. `remaining_s` is not here: it is sent with the job, since it shrinks."""
+    """What the supervisor enforces, in seconds. `remaining_s` is sent with the job instead, since it shrinks."""
 
     idle_s: float = 3600.0  # no progress for this long ends the stage, whatever it is doing
     stall_floor_s: float = 300.0  # never call a stall earlier than this
     tick_s: float = 1.0
     flush_s: float = 60.0  # the last upload may take this long
-    client_lease_s: float | None = (
-        None  # end the stage when the client's lease has not moved for so long; None = outlive it
-    )
+    client_lease_s: float | None = None  # the client's lease has not moved for so long: end; None = outlive it
 
 
 @dataclass(frozen=True)

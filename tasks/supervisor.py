@@ -115,6 +115,8 @@ def supervise(
             return _refuse(Exit.FENCED, str(error))
         except OutOfTime:
             return _refuse(Exit.DEADLINE, "the time paid for was used up before the bucket answered")
+        except Occupied as error:  # that one goes on: the client is told nothing
+            return _refuse(Exit.BAD_INPUT, f"{error.message}\n{error.hint}")
         except (TaskError, BucketError, OSError) as error:
             known = explain(error, work)
             if known is None:
@@ -162,6 +164,7 @@ class _Supervision:
         self._log = _Log(work / LOG_FILE)
         self._courier = _Courier(bucket, task, work)
         self._meter = _Meter()
+        self._oom_kills = _oom_kills()
         self._activity = Activity(Sight(time.monotonic()))
 
     def run(self, child_argv: Sequence[str] | None) -> Exit:
@@ -285,7 +288,7 @@ class _Supervision:
         committed = None
         try:
             with troubles:
-                committed = within(end_s - time.monotonic(), last.rows)
+                committed = within((end_s - time.monotonic()) / 2, last.rows)
             if committed or decision.stop is None:
                 decision = self._judge(rc, committed, troubles)
             if not committed:
@@ -295,7 +298,7 @@ class _Supervision:
             with suppress(OSError):  # a full disk is no reason not to tell the bucket
                 write_text(self._work / ENDED_FILE, ended.to_json())
             with troubles:
-                within(max(0.5, end_s - time.monotonic()), lambda: last.ended(ended))
+                within(end_s - time.monotonic(), lambda: last.ended(ended))
         except Fenced as error:
             return _refuse(Exit.FENCED, str(error))
         assert decision.stop is not None
@@ -311,6 +314,7 @@ class _Supervision:
             return Decision(Exit.BAD_INPUT, text, "resume the run")
         return judge(
             rc, committed=bool(committed), failure=_read_failure(self._work), tail=list(self._log.tail),
+            out_of_memory=None if self._oom_kills is None else _oom_kills() != self._oom_kills,
             peak_gib=self._meter.peak_gib, memory_gib=psutil.virtual_memory().total / GIB,
         )
 
@@ -323,6 +327,10 @@ class _Supervision:
             seconds=round(time.monotonic() - self._began_s, 3), peak_gib=gpu_gib or self._meter.peak_gib or None,
             last_checkpoint=checkpoint,
         )
+
+
+class Occupied(TaskError):
+    """Another supervisor holds the work folder."""
 
 
 class OutOfTime(Exception):
@@ -453,7 +461,7 @@ def _only_one(work: Path, limit_s: float) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > until_s:
                     text = f"another supervisor works in {work}"
-                    raise TaskError(text, hint="wait for it to end, then resume") from None
+                    raise Occupied(text, hint="wait for it to end, then resume") from None
                 time.sleep(0.1)
         yield
 
@@ -646,6 +654,15 @@ def _io_bytes(process: psutil.Process) -> int:
         return 0
     counters = process.io_counters()
     return int(counters.read_chars + counters.write_chars)
+
+
+def _oom_kills() -> int | None:
+    """How many processes the kernel has killed for want of memory since boot; None where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 
 def descendants(spare: subprocess.Popen[bytes] | None) -> list[psutil.Process]:

@@ -178,9 +178,12 @@ def may_save_on(watch: Watch, activity: Activity, *, stopped_s: float, stop: Exi
 
 def judge(
     rc: int, *, committed: bool, failure: tuple[str, str] | None = None, tail: Sequence[str] = (),
-    peak_gib: float = 0.0, memory_gib: float = 0.0,
+    out_of_memory: bool | None = None, peak_gib: float = 0.0, memory_gib: float = 0.0,
 ) -> Decision:
-    """Why the stage's process ended by itself. `failure` is the message and hint it left, `tail` its last lines."""
+    """Why the stage's process ended by itself. `failure` is the message and hint it left, `tail` its last lines.
+
+    `out_of_memory`: the kernel killed something for want of memory meanwhile; None = it does not say.
+    """
     if committed:
         return Decision(Exit.DONE)
     if rc == 0:
@@ -191,9 +194,11 @@ def judge(
         return Decision(Exit.BAD_INPUT, *failure)
     last = next((line.strip() for line in reversed(tail) if line.strip()), "")
     if rc == -9:
+        held = f"it held {peak_gib:.1f} of {memory_gib:.1f} GiB of memory"
+        if out_of_memory is False:
+            return Decision(Exit.TERMINATED, f"the stage's process was killed from outside; {held}", RESUME)
         return Decision(
-            Exit.BAD_INPUT,
-            f"the system killed the stage, most likely out of memory: it held {peak_gib:.1f} of {memory_gib:.1f} GiB",
+            Exit.BAD_INPUT, f"the system killed the stage, most likely for want of memory: {held}",
             "take a machine with more memory, or a smaller batch or model, and resume",
         )
     if rc == Exit.FENCED:

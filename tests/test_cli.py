@@ -1,4 +1,4 @@
-"""What a person meets: help, JSON, exit codes, and one clear sentence with a next step for everything that can be wrong."""
+"""What a person meets: help, JSON, exit codes, and for all that can be wrong one clear sentence with a next step."""
 
 from __future__ import annotations
 
@@ -51,7 +51,14 @@ def test_every_command_stands_in_the_readme_and_every_command_there_exists():
     readme = (ROOT / "README.md").read_text()
     table = set(re.findall(r"^\| `kdcloud ([a-z-]+)", readme, re.M))
     assert table == set(kdcloud.commands)
-    named = set(re.findall(r"`?kdcloud ([a-z]+(?:-[a-z]+)*)\b", readme)) & {"plan", "run", "reap", "offers", "doctor", "drill"}
+    named = set(re.findall(r"`?kdcloud ([a-z]+(?:-[a-z]+)*)\b", readme)) & {
+        "plan",
+        "run",
+        "reap",
+        "offers",
+        "doctor",
+        "drill",
+    }
     assert named <= set(kdcloud.commands)
 
 
@@ -138,13 +145,32 @@ def test_a_run_from_plan_to_report(home):
     assert plan["schema"] == 1
     assert plan["fits"]
     assert set(plan["stages"][0]) >= {
-        "name", "kind", "vram_gib", "vram_breakdown_gib", "hours", "offer", "cost_micros", "settings", "rejected",
+        "name",
+        "kind",
+        "vram_gib",
+        "vram_breakdown_gib",
+        "hours",
+        "offer",
+        "cost_micros",
+        "settings",
+        "rejected",
     }
     done = home.call("run", "recipe.yaml", "--yes")
     assert done.returncode == 0, done.stderr
     assert "nothing is running" in done.stdout
     report = home.check_over()
-    assert set(report) >= {"schema", "run", "recipe", "state", "cap_micros", "spend_micros", "live", "stages", "quality", "artifacts"}
+    assert set(report) >= {
+        "schema",
+        "run",
+        "recipe",
+        "state",
+        "cap_micros",
+        "spend_micros",
+        "live",
+        "stages",
+        "quality",
+        "artifacts",
+    }
     assert report["state"] == "done"
     (stage,) = report["stages"]
     assert set(stage) >= {"name", "kind", "state", "offer", "predicted", "actual"}
@@ -199,7 +225,11 @@ def test_a_bug_keeps_its_traceback(home):
         "import orchestrator.session as s\ndef boom(*a, **k): raise RuntimeError('a bug')\ns.newest = boom\n"
     )
     done = subprocess.run(
-        home.command("report"), cwd=home.folder, env={**home.env, "PYTHONPATH": f"{home.folder}:{ROOT}"}, capture_output=True, text=True
+        home.command("report"),
+        cwd=home.folder,
+        env={**home.env, "PYTHONPATH": f"{home.folder}:{ROOT}"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
     assert "Traceback" in done.stderr

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -48,10 +49,8 @@ def kill_and_resume(folder: Path, recipe: str, seed: int, *, until_s: float, kil
     words = ["run", "recipe.yaml", "--yes"]
     for _ in range(kills):
         client = home.start(*words)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             client.wait(timeout=random_.uniform(0.3, until_s))
-        except subprocess.TimeoutExpired:
-            pass
         client.send_signal(signal.SIGKILL)
         client.wait()
         if seed % 3 == 1:
@@ -73,7 +72,8 @@ def check_same(home: Home, unbroken: dict[str, str], stages: int) -> None:
     with sqlite3.connect(home.folder / "home" / "ledger.sqlite") as ledger:
         noted = ledger.execute("SELECT stage FROM entry WHERE kind='stage_done'").fetchall()
         open_ = ledger.execute(
-            "SELECT machine FROM entry WHERE kind='reserve' EXCEPT SELECT machine FROM entry WHERE kind IN ('gone', 'dropped')"
+            "SELECT machine FROM entry WHERE kind='reserve' EXCEPT"
+            " SELECT machine FROM entry WHERE kind IN ('gone', 'dropped')"
         ).fetchall()
     assert len(noted) == len(set(noted)) == stages
     assert open_ == []
@@ -91,7 +91,9 @@ def killed(tmp_path_factory) -> dict[int, Future[Home]]:
     """All runs at once, a few at a time: they mostly sleep."""
     pool = ThreadPoolExecutor(AT_ONCE)
     return {
-        seed: pool.submit(kill_and_resume, tmp_path_factory.mktemp(f"kill{seed}"), REHEARSAL, seed, until_s=7.0, kills=1 + seed % 3)
+        seed: pool.submit(
+            kill_and_resume, tmp_path_factory.mktemp(f"kill{seed}"), REHEARSAL, seed, until_s=7.0, kills=1 + seed % 3
+        )
         for seed in SEEDS
     }
 

@@ -216,7 +216,8 @@ def test_local_a_job_killed_from_outside_is_lost_not_running_for_ever(tmp_path):
 def test_local_no_process_of_a_machine_survives_its_end_whatever_session_it_moved_to(tmp_path):
     rig = local_rig(tmp_path)
     name = rig.up()
-    script = "import os,subprocess,sys,time; subprocess.Popen([sys.executable,'-c','import time; time.sleep(600)'], start_new_session=True); time.sleep(600)"
+    runaway = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)"
+    script = f"import subprocess, sys, time; {runaway}; time.sleep(600)"
     rig.provider.run(name, "j1", ["python", "-c", script], {})
     for _ in range(200):
         if len(marked(name)) >= 3:

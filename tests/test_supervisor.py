@@ -183,7 +183,7 @@ def test_a_hung_loop_is_ended_although_a_heartbeat_thread_lives(bench: Bench) ->
     beat = """
 def beat():
     while True:
-        time.sleep(0.05); print("alive", flush=True); ctx.metric(1, loss=1.0)
+        time.sleep(0.05); print("alive", flush=True)
         ctx.progress("train", 1, 10, loss=time.time())
 threading.Thread(target=beat, daemon=True).start()
 """
@@ -237,13 +237,17 @@ def test_the_deadline_saves_a_checkpoint_in_time_and_the_next_attempt_goes_on_fr
     assert time.monotonic() - began < 3.0 + 0.5  # 0.5 s: the interpreter's own start
     assert (rc, bench.ended().reason) == (Exit.DEADLINE, "deadline"), output
     step = int(str(bench.ended().last_checkpoint).removeprefix("step-"))
+    assert "stopped as asked" in output and "Traceback" not in output
     assert 0 < step < 40 and read_commit(bench.bucket, f"{STAGE}/checkpoints/step-{step}") is not None
 
     bench.task(steps=40, every=1000, attempt=2)
+    bench.work = bench.work.with_name("another machine")
     rc, output = bench.run(attempt=2)
     assert rc == 0 and f"resumed at step {step}" in output
     steps = [json.loads(row)["step"] for row in bench.bucket.get(f"{STAGE}/metrics.jsonl")[0].splitlines()]
     assert steps == list(range(1, 41))  # none twice, none left out
+    log = bench.bucket.get(f"{STAGE}/log.txt")[0].decode()
+    assert "attempt 1 of" in log and "attempt 2 of" in log
 
 
 def test_the_deadline_holds_while_the_store_hangs(bench: Bench) -> None:
@@ -260,13 +264,15 @@ FileBucket.put = hanging
     began = time.monotonic()
     rc, output = bench.run(ENDLESS, remaining_s=2.2, before=hang)
     assert rc == Exit.DEADLINE and "did not answer in time" in output
-    assert time.monotonic() - began < 2.2 + 1.0
+    assert time.monotonic() - began < 2.2 + 0.5
 
 
 def test_a_loop_that_never_asks_whether_to_stop_is_stopped_by_its_progress(bench: Bench) -> None:
     bench.task()
+    bench.bucket.put(f"{STAGE}/ended.json", b"of an earlier attempt")
     process = bench.start(ENDLESS)
     until(lambda: (bench.work / "progress.json").exists())
+    assert bench.bucket.head(f"{STAGE}/ended.json") is None
     process.terminate()
     output, _ = process.communicate(timeout=10)
     assert (process.returncode, bench.ended().reason) == (Exit.TERMINATED, "terminated")
@@ -369,6 +375,17 @@ def test_a_new_attempt_waits_for_the_one_it_replaces_to_leave(bench: Bench) -> N
     assert first.wait(timeout=1) == Exit.FENCED
 
 
+def test_a_second_supervisor_of_the_same_stage_leaves_the_first_one_alone(bench: Bench) -> None:
+    bench.task()
+    first = bench.start(ENDLESS)
+    until(lambda: (bench.work / "progress.json").exists())
+    alive = bench.alive()
+    rc, output = bench.run(ENDLESS, remaining_s=0.5)
+    assert rc == Exit.BAD_INPUT and "another supervisor" in output
+    assert first.poll() is None and bench.alive() == alive != []
+    assert bench.bucket.head(f"{STAGE}/ended.json") is None  # it has not ended
+
+
 def test_a_checkpoint_whose_upload_broke_with_the_stage_is_committed_by_the_supervisor(bench: Bench) -> None:
     body = """
 def broken(*args, **kwargs):
@@ -378,8 +395,8 @@ stage.commit_checkpoint = broken
 ctx.checkpoint(2, lambda folder: (folder / "state").write_text("2"))
 """
     bench.task()
-    assert bench.run(body)[0] == Exit.BAD_INPUT
-    assert "out of memory" in bench.ended().message and bench.ended().hint
+    assert bench.run(body)[0] in (Exit.BAD_INPUT, Exit.TERMINATED)  # by whether the kernel counts its kills
+    assert "killed" in bench.ended().message and bench.ended().hint
     assert bench.ended().last_checkpoint == "step-2"
     assert bench.bucket.get(f"{STAGE}/checkpoints/step-2/state")[0] == b"2"
 

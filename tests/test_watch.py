@@ -256,7 +256,7 @@ TAIL = ("Traceback (most recent call last):", "ValueError: 3 is not 4", "")
         (1, False, ("old news", ""), TAIL, Exit.BUG, "ValueError: 3 is not 4"),
         (1, False, None, (), Exit.BUG, "status 1"),
         (-11, False, None, (), Exit.BUG, "signal 11"),
-        (-9, False, None, TAIL, Exit.BAD_INPUT, "out of memory: it held 3.2 of 8.0 GiB"),
+        (-9, False, None, TAIL, Exit.BAD_INPUT, "want of memory: it held 3.2 of 8.0 GiB"),
         (13, False, None, (), Exit.TERMINATED, "somebody else"),
         (14, False, None, (), Exit.FENCED, "newer attempt"),
     ],
@@ -268,3 +268,12 @@ def test_the_end_of_the_stages_process_is_explained(
     assert decision.stop is stop
     assert message in decision.message
     assert decision.hint or decision.stop is Exit.DONE
+
+
+@pytest.mark.parametrize(
+    ("out_of_memory", "stop"), [(True, Exit.BAD_INPUT), (None, Exit.BAD_INPUT), (False, Exit.TERMINATED)]
+)
+def test_a_killed_stage_is_only_blamed_on_memory_if_the_kernel_does_not_deny_it(
+    out_of_memory: bool | None, stop: Exit
+) -> None:
+    assert judge(-9, committed=False, out_of_memory=out_of_memory).stop is stop

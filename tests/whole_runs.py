@@ -36,12 +36,23 @@ class Home:
         """A client of its own, its talk in client.log."""
         with open(self.folder / "client.log", "a") as log:
             return subprocess.Popen(
-                self.command(*words), cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True
+                self.command(*words),
+                cwd=self.folder,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                text=True,
             )
 
     def call(self, *words: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*words), cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            self.command(*words),
+            cwd=self.folder,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
             timeout=timeout_s,
         )
 

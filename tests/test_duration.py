@@ -1,0 +1,95 @@
+"""How long a stage works."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.catalog import GPUS, MODELS, ModelShape
+from orchestrator.duration import (
+    Speed,
+    cpu_speed,
+    forward_flops_per_token,
+    generation_s,
+    gpu_speed,
+    hours,
+    scoring_s,
+    stage_s,
+    training_flops_per_token,
+    training_s,
+)
+from orchestrator.plan import Range
+
+SHAPE = MODELS["Qwen/Qwen2.5-1.5B"]
+A10G, H200, CPU = gpu_speed(GPUS["A10G"]), gpu_speed(GPUS["H200"]), cpu_speed(None)
+
+
+def training(speed: Speed, *, steps: float = 1000, full: bool = False, checkpointing: bool = False, batch: int = 8) -> Range:
+    return training_s(speed, SHAPE, steps=steps, batch_size=batch, micro_batch=4, mean_len=1000, full=full,
+                      checkpointing=checkpointing)
+
+
+def writing(speed: Speed, *, sequences: float = 1000, answer: float = 500, engine: bool = True, batch: int = 256) -> Range:
+    return generation_s(speed, SHAPE, sequences=sequences, prompt_len=150, answer_len=answer, longest=1000,
+                        batch_size=batch, engine=engine)
+
+
+@pytest.mark.parametrize("speed", [A10G, H200, CPU])
+def test_a_range_is_ordered_and_work_adds_up(speed: Speed) -> None:
+    for one, two in [
+        (training(speed), training(speed, steps=2000)),
+        (scoring_s(speed, SHAPE, tokens=1e6, mean_len=500), scoring_s(speed, SHAPE, tokens=2e6, mean_len=500)),
+        (writing(speed, sequences=1024), writing(speed, sequences=2048)),
+    ]:
+        assert 0 < one.low < one.expected < one.high
+        assert two.expected == pytest.approx(2 * one.expected)
+
+
+def test_flops_follow_from_what_is_computed_and_repeated() -> None:
+    forward = forward_flops_per_token(SHAPE, 1000)
+    assert forward == 2 * SHAPE.active_params + 2 * 28 * 12 * 128 * 1000
+
+    def flops(full: bool, checkpointing: bool) -> float:
+        return training_flops_per_token(SHAPE, 1000, full=full, checkpointing=checkpointing) / forward
+
+    assert (flops(True, False), flops(True, True), flops(False, False), flops(False, True)) == (3, 4, 2, 3)
+
+
+def test_a_faster_card_takes_less_time() -> None:
+    assert training(H200).expected < training(A10G).expected
+    assert writing(H200).expected < writing(A10G).expected
+    assert writing(A10G, engine=True).expected < writing(A10G, engine=False, batch=8).expected
+
+
+def test_full_training_and_checkpointing_take_longer() -> None:
+    assert training(A10G, full=True).expected > training(A10G).expected
+    assert training(A10G, checkpointing=True).expected > training(A10G).expected
+
+
+def test_the_articles_thousand_steps_on_an_a10g_take_some_fifteen_minutes() -> None:
+    """1.5 B, LoRA, rows of 250 tokens (problems with a short solution), batch 8, checkpointing."""
+    took = training_s(A10G, SHAPE, steps=1000, batch_size=8, micro_batch=8, mean_len=250, full=False, checkpointing=True)
+    assert took.low < 15 * 60 < 2 * took.high
+
+
+def test_labelling_on_an_h200_is_as_fast_as_it_was_measured() -> None:
+    """21,321 tokens/s: vLLM, Qwen2.5-1.5B, 256 prompts of 128 tokens, 256 new tokens each."""
+    took = generation_s(H200, SHAPE, sequences=256, prompt_len=128, answer_len=256, longest=256, batch_size=256, engine=True)
+    assert took.low < 256 * 256 / 21_321 < took.high
+
+
+def test_the_recipes_measured_speed_replaces_the_assumed_one() -> None:
+    assert training(cpu_speed(600.0)).expected < training(cpu_speed(60.0)).expected
+    tiny = ModelShape("tiny", 96, 256, 2, 4, 2, 24, 64, True)
+    floor = training_s(cpu_speed(1e9), tiny, steps=100, batch_size=8, micro_batch=8, mean_len=30, full=True, checkpointing=False)
+    assert floor.expected > 0.5  # steps cost Python time however fast the products are
+
+
+def test_weights_are_fetched_by_rented_machines_only() -> None:
+    assert stage_s(A10G, downloads_gb=15).expected > stage_s(A10G, downloads_gb=0).expected + 60
+    assert stage_s(CPU, downloads_gb=15) == stage_s(CPU, downloads_gb=0)
+    assert stage_s(CPU, downloads_gb=0, bare=True).expected < stage_s(CPU, downloads_gb=0).expected
+
+
+def test_calibration_scales_the_whole_range() -> None:
+    assert hours(Range(1800, 3600, 7200)) == Range(0.5, 1, 2)
+    assert hours(Range(1800, 3600, 7200), 1.5) == Range(0.75, 1.5, 3)
