@@ -27,9 +27,10 @@ SCORE_EFFICIENCY = Range(0.2, 0.3, 0.45)
 DECODE_EFFICIENCY = Range(0.4, 0.6, 0.75)
 GPU_LAYER_STEP_S = 0.0012  # floor of a forward and backward pass, a layer: kernel starts
 # vLLM beside the bytes it reads: an H200 with a 1.5 B model gave 21,321 tokens/s at 256 and 26,003 at 1,024 sequences,
-# that is 12 ms and 39 ms a step, of which the weights are 1 ms.
-ENGINE_STEP_S = 0.003
-ENGINE_SEQUENCE_STEP_S = 37e-6
+# that is 12 ms and 39 ms a step, of which reading weights and cache is 2 ms and 3 ms. Other hosts are faster or slower.
+ENGINE_STEP_S = 0.002
+ENGINE_SEQUENCE_STEP_S = 33e-6
+ENGINE_HOST = Range(0.7, 1.0, 1.8)
 ENGINE_MEMORY_SHARE = 0.9
 ENGINE_MAX_SEQUENCES = 256
 PLAIN_LAYER_STEP_S = 0.0006  # transformers' generate, a layer and token of the whole batch
@@ -159,14 +160,18 @@ def _engine_s(
     tokens = sequences * answer_len
     prefill = sequences * prompt_len * forward_flops_per_token(shape, prompt_len)
 
-    def at(efficiency: float) -> float:
+    def at(efficiency: float, host: float) -> float:
         cache = flight * (prompt_len + answer_len / 2) * shape.kv_bytes(2)
         reading = (min(weights, shape.active_params * 2) + cache) / (speed.bytes_s * efficiency)
         computing = flight * forward_flops_per_token(shape, answer_len) / (speed.flops_s * efficiency)
-        step = max(reading, computing) + ENGINE_STEP_S + flight * ENGINE_SEQUENCE_STEP_S
+        step = max(reading, computing) + host * (ENGINE_STEP_S + flight * ENGINE_SEQUENCE_STEP_S)
         return tokens / flight * step + prefill / (speed.flops_s * efficiency)
 
-    return Range(at(DECODE_EFFICIENCY.high), at(DECODE_EFFICIENCY.expected), at(DECODE_EFFICIENCY.low))
+    return Range(
+        at(DECODE_EFFICIENCY.high, ENGINE_HOST.low),
+        at(DECODE_EFFICIENCY.expected, ENGINE_HOST.expected),
+        at(DECODE_EFFICIENCY.low, ENGINE_HOST.high),
+    )
 
 
 def _spread(seconds: float) -> Range:

@@ -112,11 +112,20 @@ class Run:
         return tuple(m for m in self.machines if m.state not in (State.GONE, State.INTENT))
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What was read of a run already: entries never change, so only newer ones are read again."""
+
+    head: tuple[str, str, str, str, str]
+    run: Run
+
+
 class Ledger:
     """Open it with a path; `say` gets one sentence when the file system forces a slower journal."""
 
     def __init__(self, path: Path, *, say: Callable[[str], None] = lambda text: None) -> None:
         self.path = path
+        self._known: dict[str, _Known] = {}
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -191,7 +200,7 @@ class Ledger:
             available = now.cap_micros - now.spent_micros - now.open_micros - later_floor
             if micros < 0 or micros > available:
                 raise BudgetExceeded(
-                    f"stage {stage} would reserve {micros} micro-USD and only {max(0, available)} are left under the cap",
+                    f"stage {stage} would reserve {micros} micro-USD; {max(0, available)} are left under the cap",
                     hint="raise --budget, or make the stage smaller",
                 )
             self._append(run, stage, machine, "reserve", micros, at, order)
@@ -241,15 +250,18 @@ class Ledger:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _fold(self, run: str) -> Run:
-        head = self._db.execute("SELECT id, created_at, name, bucket, data FROM run WHERE id=?", (run,)).fetchone()
-        if head is None:
-            raise KeyError(run)
+        known = self._known.get(run)
+        head = known.head if known else self._head(run)
         rows = self._db.execute(
-            "SELECT seq, run, stage, machine, kind, micros, at, data FROM entry WHERE run=? ORDER BY seq", (run,)
+            "SELECT seq, run, stage, machine, kind, micros, at, data FROM entry WHERE run=? AND seq>? ORDER BY seq",
+            (run, known.run.entries[-1].seq if known else 0),
         )
-        entries = tuple(_entry(*row) for row in rows)
+        fresh = tuple(_entry(*row) for row in rows)
+        if known and not fresh:
+            return known.run
+        entries = (*known.run.entries, *fresh) if known else fresh
         caps = [e for e in entries if e.kind == "cap"]
-        return Run(
+        made = Run(
             id=head[0],
             created_at=datetime.fromisoformat(head[1]),
             name=head[2],
@@ -263,6 +275,15 @@ class Ledger:
             ends=tuple(e for e in entries if e.kind == "ended"),
             entries=entries,
         )
+        self._known[run] = _Known(head, made)
+        return made
+
+    def _head(self, run: str) -> tuple[str, str, str, str, str]:
+        head = self._db.execute("SELECT id, created_at, name, bucket, data FROM run WHERE id=?", (run,)).fetchone()
+        if head is None:
+            raise KeyError(run)
+        id_, created_at, name, bucket, data = head
+        return id_, created_at, name, bucket, data
 
     def _append(
         self,

@@ -307,53 +307,56 @@ def _where(plan: Plan) -> str:
 
 
 def _table(plan: Plan, width: int) -> RenderableType:
+    """A row a stage. Below 100 columns machines have short names, below 72 memory and the ends of the range are left out."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    narrow = width < 100
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True, header_style="bold", footer_style="bold")
-    money = plan.currency
+    narrow, slim = width < 100, width < 72
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_footer=True)
     total = plan.cost_micros
-    table.add_column("stage", footer="total")
-    table.add_column("memory", justify="right")
-    table.add_column("time", justify="right", footer=human_seconds(plan.hours.expected * 3600))
+    table.add_column("stage", footer="total", no_wrap=True)
+    if not slim:
+        table.add_column("GiB", justify="right", no_wrap=True)
+    table.add_column("time", footer=human_seconds(plan.hours.expected * 3600), justify="right", no_wrap=True)
     table.add_column("machine", overflow="fold")
-    if not narrow:
-        table.add_column("price/h", justify="right")
-    for name, value in (("low", total.low), ("expected", total.expected), ("high", total.high)):
-        table.add_column(name, justify="right", footer=shown(value, plan.rate, money), no_wrap=True)
+    table.add_column("price/h", justify="right", no_wrap=True)
+    for name, value in _costs(total, slim).items():
+        table.add_column(name, footer=shown(value, plan.rate, plan.currency), justify="right", no_wrap=True)
+    for column in table.columns:
+        column.header_style = column.footer_style = "bold"
     for stage in plan.stages:
-        price = stage.offer.price_micros_per_hour
-        cells: list[str | Text] = [
-            stage.name,
-            _gib(stage.vram_gib.expected),
-            human_seconds(stage.hours.expected * 3600),
-            Text(_machine_name(stage.offer, plan, with_price=narrow)),
-        ]
-        if not narrow:
-            cells.append("free" if price == 0 else "not found" if price is None else shown(price, plan.rate, money))
-        cost = stage.cost_micros
-        cells += [shown(value, plan.rate, money) for value in (cost.low, cost.expected, cost.high)]
-        table.add_row(*cells)
+        memory = [] if slim else [_gib(stage.vram_gib.expected)]
+        costs = [shown(value, plan.rate, plan.currency) for value in _costs(stage.cost_micros, slim).values()]
+        machine = Text(_machine_name(stage.offer, short=narrow))
+        time = human_seconds(stage.hours.expected * 3600)
+        table.add_row(stage.name, *memory, time, machine, _price(stage.offer, plan), *costs)
     for item in plan.overhead:
-        cost = item.cost_micros
-        costs = [shown(value, plan.rate, money) for value in (cost.low, cost.expected, cost.high)]
-        table.add_row("bucket", "", "", "storage", *([] if narrow else [""]), *costs)
+        costs = [shown(value, plan.rate, plan.currency) for value in _costs(item.cost_micros, slim).values()]
+        table.add_row("bucket", *([] if slim else [""]), "", "storage", "", *costs)
     return table
 
 
-def _machine_name(offer: Offer, plan: Plan, *, with_price: bool) -> str:
-    if offer.infra == "local":
-        name = "your own machine" if offer.price_micros_per_hour == 0 else f"this machine, {offer.instance}"
-    else:
-        name = f"{offer.gpu or 'CPU'}{' spot' if offer.spot else ''}, {offer.infra} {offer.instance}"
+def _costs(cost: Micros, slim: bool) -> dict[str, int]:
+    """Columns of cost, by heading."""
+    return {"expected": cost.expected} if slim else {"low": cost.low, "expected": cost.expected, "high": cost.high}
+
+
+def _price(offer: Offer, plan: Plan) -> str:
     price = offer.price_micros_per_hour
-    return f"{name}, {shown(price, plan.rate, plan.currency)}/h" if with_price and price else name
+    return "not found" if price is None else "free" if price == 0 else shown(price, plan.rate, plan.currency)
+
+
+def _machine_name(offer: Offer, *, short: bool) -> str:
+    if offer.infra == "local":
+        name = "your own machine" if offer.price_micros_per_hour == 0 else "this machine"
+        return name if short or not offer.instance else f"{name}, {offer.instance}"
+    name = f"{offer.gpu or 'CPU'}{' spot' if offer.spot else ''}, {offer.infra}"
+    return name if short else f"{name} {offer.instance}"
 
 
 def _gib(gib: float) -> str:
-    return f"{gib:.1f} GiB" if gib < 99.95 else f"{gib:.0f} GiB"
+    return f"{gib:.1f}" if gib < 99.95 else f"{gib:.0f}"
 
 
 def _details(stage: StagePlan, plan: Plan) -> RenderableType | None:

@@ -32,6 +32,7 @@ EGRESS_USD_MICROS_PER_GB = 90_000  # AWS to the internet, first 10 TB; nothing w
 CLOUD_STARTUP_S = Range(120.0, 300.0, 900.0)  # request to a usable machine with its environment
 LOCAL_STARTUP_S = Range(0.1, 0.5, 2.0)
 OLD_PRICE_DAYS = 180
+LEAST_SHARE = 0.25  # of the samples: fewer is another experiment, not advice
 
 
 @dataclass(frozen=True)
@@ -324,9 +325,9 @@ def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
 def _what_would_fit(recipe: Recipe, plan: Plan, again: Callable[[Recipe], Plan]) -> str:
     """The smallest budget, and the largest number of samples, that would fit."""
     enough = money.budget_for(plan.needed_micros, plan.rate, plan.currency)
-    advice = f"does not fit: give it --budget {enough}"
+    advice = f"give it --budget {enough}"
     share = _largest_share(lambda share: again(_fewer_samples(recipe, share)).fits)
-    if share is None:
+    if share is None or share < LEAST_SHARE:
         return advice
     fewer = [
         (stage.name, stage.samples) for stage in _fewer_samples(recipe, share).stages if isinstance(stage, LabelStage)

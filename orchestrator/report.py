@@ -110,10 +110,13 @@ def render_report(report: Mapping[str, Any], plan: Plan, console: Console) -> No
     from rich.table import Table
     from rich.text import Text
 
-    from orchestrator.money import both
+    from orchestrator.money import both, shown
 
     def money(micros: int | None) -> str:
         return "-" if micros is None else both(micros, plan.rate, plan.currency)
+
+    def short(micros: int | None) -> str:
+        return "-" if micros is None else shown(micros, plan.rate, plan.currency)
 
     state = report["state"]
     colour = {"done": "green", "running": "cyan"}.get(state, "yellow")
@@ -147,7 +150,7 @@ def render_report(report: Mapping[str, Any], plan: Plan, console: Console) -> No
             stage["name"],
             where,
             f"{_hours(predicted['hours'])} -> {_hours(actual['hours'])}",
-            f"{_usd(predicted['cost_micros'])} -> {_usd(actual['cost_micros'])}",
+            f"{short(predicted['cost_micros'])} -> {short(actual['cost_micros'])}",
             f"{_gib(predicted['vram_gib'])} -> {_gib(actual['peak_gib'])}",
             stage["state"] + (f", {stage['attempts']} attempts" if stage["attempts"] > 1 else ""),
         )
@@ -193,7 +196,8 @@ def _quality_table(quality: Mapping[str, Any]) -> Any:
             style="bold" if key == "student" else "",
         )
     sizes = {row["accuracy"]["n"] for row in quality.values() if row}
-    table.caption = f"{', '.join(map(str, sorted(sizes)))} held-out problems; students on the same labels, at equal steps unless named"
+    count = ", ".join(map(str, sorted(sizes)))
+    table.caption = f"{count} held-out problems; students on the same labels, at equal steps unless named"
     table.caption_justify = "left"
     return table
 
@@ -202,12 +206,6 @@ def _hours(hours: float | None) -> str:
     from orchestrator.money import human_seconds
 
     return "-" if hours is None else human_seconds(hours * 3600)
-
-
-def _usd(micros: int | None) -> str:
-    from orchestrator.money import usd
-
-    return "-" if micros is None else usd(micros)
 
 
 def _gib(gib: float | None) -> str:

@@ -20,6 +20,7 @@ from orchestrator.errors import BudgetExceeded, NotOwner
 from orchestrator.handover import fetch_code, supervisor_argv, supervisor_env
 from orchestrator.lease import LEASE_S, Lease
 from orchestrator.ledger import Ledger, MachineRow, Run
+from orchestrator.money import human_seconds, shown
 from orchestrator.names import machine_name
 from orchestrator.plan import Plan, StagePlan
 from orchestrator.planner import later_floor_micros
@@ -223,7 +224,8 @@ class Runner:
         landed = replace(landed, latencies=offer.latencies)
         lifetime = min(float(row.order["lifetime_s"]), spend.lifetime_s(landed, row.reserved_micros))
         self._move(row, Event.UP, data={"landed": offer_to_dict(landed), "lifetime_s": lifetime})
-        self.say("up", row.stage, f"{landed.infra} {landed.instance} is up after {self._age(row):.0f} s")
+        if landed.infra != "local":
+            self.say("up", row.stage, f"{place(landed)} is up after {human_seconds(self._age(row))}")
 
     def _run_job(self, row: MachineRow, offer: Offer, machine: Machine) -> bool:
         stage = self._stage(row.stage)
@@ -302,7 +304,8 @@ class Runner:
             )
         micros = spend.cost_micros(billed, seconds)
         self._move(row, Event.GONE, micros=micros, data={"billed_s": seconds})
-        self.say("gone", row.stage, f"machine is gone after {seconds:.0f} s")
+        cost = shown(micros, self.plan.rate, self.plan.currency)
+        self.say("gone", row.stage, f"its machine is gone; {human_seconds(seconds)}, {cost}")
 
     def _unconfirmed(self, open_: list[MachineRow]) -> Outcome | None:
         for row in open_:
@@ -329,7 +332,7 @@ class Runner:
         if stopping:
             return Outcome(
                 "stopped",
-                "stopped; every machine is gone",
+                "every machine is gone",
                 f"go on with `kdcloud run --resume {self.run_id}`",
                 stage.name,
             ), True
@@ -399,13 +402,8 @@ class Runner:
             self.ledger.reserve(self.run_id, stage.name, name, micros, self._now(), later_floor=floor, order=order)
         except BudgetExceeded as error:
             return Outcome("cap", error.message, error.hint, stage.name), True
-        self.say(
-            "start",
-            stage.name,
-            f"attempt {len(rows) + 1} on {offer.infra} {offer.instance}"
-            if rows
-            else f"on {offer.infra} {offer.instance}",
-        )
+        again = f"attempt {len(rows) + 1} " if rows else ""
+        self.say("start", stage.name, f"{again}on {place(offer)}")
         return None, True
 
     def _note_result(self, stage: str) -> bool:
@@ -518,6 +516,11 @@ def stop_requested(run: Run) -> bool:
     """Whether `kdcloud down` asked this run to stop since it was started or resumed."""
     words = [e.kind for e in run.entries if e.kind in ("stop_requested", "resumed")]
     return bool(words) and words[-1] == "stop_requested"
+
+
+def place(offer: Offer) -> str:
+    """Where a stage runs, in a few words."""
+    return "this machine" if offer.infra == "local" else f"{offer.infra} {offer.instance}"
 
 
 def attempt_of(row: MachineRow) -> Attempt:

@@ -7,6 +7,7 @@ from pathlib import Path
 from orchestrator.recipe import Recipe, parse_recipe
 
 HERE = Path(__file__).resolve().parent
+DATA = HERE.parent / "recipes" / "data"
 
 SMALL = """\
 name: small
@@ -38,17 +39,17 @@ stages:
   - {name: export, kind: export, student: train, formats: [hf]}
 """
 
-RENTED = """\
+RENTED = f"""\
 name: rented
 budget: 50 CNY
 infra: [runpod, aws]
 bucket: s3://bucket/kd
-data: {prompts: "builtin:addition/train", held_out: "builtin:addition/held_out", verify: math}
+data: {{prompts: "{DATA}/algebra.jsonl", held_out: "{DATA}/algebra-test.jsonl", verify: math}}
 stages:
-  - {name: label, kind: label, teacher: deepseek-ai/DeepSeek-R1-Distill-Qwen-7B, samples: 2000}
-  - {name: train, kind: train, student: Qwen/Qwen2.5-1.5B, labels: label, loss: {temperature: 3}}
-  - {name: evaluate, kind: evaluate, student: train, teacher: label}
-  - {name: export, kind: export, student: train}
+  - {{name: label, kind: label, teacher: deepseek-ai/DeepSeek-R1-Distill-Qwen-7B, samples: 1200}}
+  - {{name: train, kind: train, student: Qwen/Qwen2.5-1.5B, labels: label, loss: {{temperature: 3}}}}
+  - {{name: evaluate, kind: evaluate, student: train, teacher: label}}
+  - {{name: export, kind: export, student: train}}
 """
 
 

@@ -75,6 +75,7 @@ def test_labelling_on_an_h200_is_as_fast_as_it_was_measured() -> None:
     """21,321 tokens/s: vLLM, Qwen2.5-1.5B, 256 prompts of 128 tokens, 256 new tokens each."""
     took = generation_s(H200, SHAPE, sequences=256, prompt_len=128, answer_len=256, longest=256, batch_size=256, engine=True)
     assert took.low < 256 * 256 / 21_321 < took.high
+    assert took.expected == pytest.approx(256 * 256 / 21_321, rel=0.15)
 
 
 def test_the_recipes_measured_speed_replaces_the_assumed_one() -> None:

@@ -27,7 +27,7 @@ from tasks.contract import (
     LabelSettings,
     TrainSettings,
 )
-from tests.recipes import RENTED, SMALL, recipe
+from tests.recipes import DATA, RENTED, SMALL, recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -185,7 +185,7 @@ def test_paths_start_at_the_recipes_folder(tmp_path: Path) -> None:
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "vocab_size": 1000,
     }))
-    text = RENTED.replace("builtin:addition/train", "mine.jsonl").replace("Qwen/Qwen2.5-1.5B", "./model")
+    text = RENTED.replace(f"{DATA}/algebra.jsonl", "mine.jsonl").replace("Qwen/Qwen2.5-1.5B", "./model")
     got = recipe(text.replace("s3://bucket/kd", "file:out"), tmp_path)
     assert got.files["mine.jsonl"].rows == 2 and got.files["mine.jsonl"].path == str(tmp_path / "mine.jsonl")
     assert got.models["./model"].hidden == 64 and got.folders["./model"] == str(tmp_path / "model")

@@ -16,7 +16,7 @@ from tasks.bucket import open_bucket
 from tasks.contract import RehearseSettings, Task, TaskError
 from tasks.stage import StageContext, Stopped
 
-STEPS = 12
+STEPS = 8
 
 
 class Killed(BaseException):

@@ -1,0 +1,317 @@
+"""From a recipe and offers to a plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator import spend
+from orchestrator.catalog import GPUS
+from orchestrator.config import Config
+from orchestrator.errors import NothingFits, UsageError
+from orchestrator.money import cap_micros, parse_amount
+from orchestrator.plan import Plan
+from orchestrator.planner import later_floor_micros, make_plan
+from orchestrator.provision import Latencies, Need, Offer
+from orchestrator.testing import fake_offer
+from tasks.contract import EvaluateSettings, LabelSettings, ModelSource, PretrainSettings, TrainSettings
+from tests.recipes import RENTED, SMALL, recipe
+
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+CONFIG = Config(owner="abc123", bucket="file:/home/b")
+LOCAL = fake_offer(
+    100_000, gpu=None, infra="local", instance="2 cores", gpus=0, vram_gib=8.0, as_of=NOW,
+    latencies=Latencies(tick_s=1, flush_s=15, api_s=2, provision_s=3, handover_s=2, slack_s=5),
+)
+
+
+def card(gpu: str, usd_micros: int | None, **changes: Any) -> Offer:
+    return fake_offer(usd_micros, gpu=gpu, infra="runpod", vram_gib=GPUS[gpu].vram_gib.value, as_of=NOW, **changes)
+
+
+CARDS = [card("RTX3090", 340_000), card("A10G", 1_006_000), card("A100-80GB", 1_390_000), card("L4", 800_000)]
+
+
+def offering(*offers: Offer) -> Callable[[Need], list[Offer]]:
+    """A market: what a need's gpus and infra leave of `offers`."""
+
+    def offers_for(need: Need) -> list[Offer]:
+        return [
+            offer for offer in offers
+            if (not need.gpus or offer.gpu in need.gpus) and (not need.infra or offer.infra in need.infra)
+        ]
+
+    return offers_for
+
+
+def plan(text: str = SMALL, *offers: Offer, **changes: Any) -> Plan:
+    return make_plan(recipe(text), config=CONFIG, offers_for=offering(*(offers or (LOCAL,))), now=NOW, **changes)
+
+
+def test_every_stage_gets_full_settings_and_what_it_waits_for() -> None:
+    made = plan()
+    pretrain, label, train, evaluate, export = made.stages
+    assert [stage.after for stage in made.stages] == [(), ("pretrain",), ("label",), ("train", "pretrain"), ("train",)]
+    assert isinstance(pretrain.settings, PretrainSettings) and pretrain.settings.model.hidden_size == 96
+    assert isinstance(label.settings, LabelSettings)
+    assert label.settings.teacher == ModelSource(stage="pretrain")
+    assert (label.settings.prompts.source, label.settings.verify) == ("builtin:addition/train", "exact")
+    assert isinstance(train.settings, TrainSettings)
+    assert train.settings.student.architecture is not None and train.settings.student.architecture.hidden_size == 48
+    assert (train.settings.compare_hard, train.settings.compare_seeds, train.settings.steps, train.settings.epochs) == (True, 3, 800, None)
+    assert isinstance(evaluate.settings, EvaluateSettings)
+    assert evaluate.settings.teacher == ModelSource(stage="pretrain")  # a label stage means its teacher
+    assert evaluate.settings.held_out.source == "builtin:addition/held_out"
+    assert export.settings.student == "train"  # type: ignore[union-attr]
+
+
+def test_what_the_recipe_says_is_never_changed() -> None:
+    text = SMALL.replace("batch_size: 64", "batch_size: 64\n    micro_batch: 16\n    precision: fp32\n    checkpointing: true\n    max_seq_len: 100\n    checkpoint_every: 7s")
+    train = plan(text).stages[2]
+    assert isinstance(train.settings, TrainSettings)
+    assert (train.settings.micro_batch, train.settings.precision, train.settings.checkpointing) == (16, "fp32", True)
+    assert (train.settings.max_seq_len, train.settings.checkpoint_every_s, train.chosen) == (100, 7.0, ())
+
+
+def test_labels_are_stored_at_the_temperature_of_the_training_that_uses_them() -> None:
+    label = plan(RENTED, *CARDS).stages[0]
+    assert isinstance(label.settings, LabelSettings) and label.settings.label_temperature == 3.0
+    said = plan(RENTED.replace("samples: 1200", "samples: 1200, soft_labels: {temperature: 2}"), *CARDS)
+    assert said.stages[0].settings.label_temperature == 2.0  # type: ignore[union-attr]
+    assert any("tail is not learned" in note for note in said.stages[1].notes)
+
+
+def test_the_cheapest_machine_that_fits_is_taken_and_the_others_stay_for_failover() -> None:
+    made = plan(RENTED, *CARDS)
+    for stage in made.stages:
+        assert len(stage.candidates) == len(stage.candidate_hours)
+        assert stage.candidate_hours[0] == stage.hours
+        costs = [
+            spend.cost_micros(offer, hours.expected * 3600) + spend.latency_reserve_micros(offer)
+            for offer, hours in zip(stage.candidates, stage.candidate_hours, strict=True)
+        ]
+        assert costs[0] == min(costs)
+    assert len(made.stages[0].candidates) == len(CARDS)
+
+
+def test_every_candidate_holds_what_the_stage_needs() -> None:
+    for stage in plan(RENTED, *CARDS, card("T4", 100_000)).stages:
+        assert all(offer.vram_gib >= stage.vram_gib.high for offer in stage.candidates)
+
+
+def test_knobs_are_chosen_so_that_the_smallest_card_holds_the_training() -> None:
+    roomy = plan(RENTED, card("H200", 500_000)).stages[1].settings
+    tight = plan(RENTED, card("A10G", 500_000)).stages[1].settings
+    assert isinstance(roomy, TrainSettings) and isinstance(tight, TrainSettings)
+    assert not roomy.checkpointing and tight.checkpointing
+    assert tight.micro_batch < tight.batch_size == 8 and tight.batch_size % tight.micro_batch == 0
+    assert tight.precision == "bf16"
+
+
+def test_a_card_without_bf16_trains_in_fp32_and_is_no_fallback_for_bf16() -> None:
+    text = RENTED.replace("loss:", "max_seq_len: 1024, loss:").replace("samples: 1200", "samples: 1200, max_new_tokens: 900")
+    assert plan(text.replace("R1-Distill-Qwen-7B", "R1-Distill-Qwen-1.5B"), card("V100", 100_000)).stages[1].settings.precision == "fp32"  # type: ignore[union-attr]
+    train = plan(text.replace("R1-Distill-Qwen-7B", "R1-Distill-Qwen-1.5B"), card("A10G", 100_000), card("V100", 900_000)).stages[1]
+    assert [offer.gpu for offer in train.candidates] == ["A10G"]
+    assert any("bf16" in one.why for one in train.rejected)
+
+
+def test_cards_that_are_not_taken_say_why() -> None:
+    label = plan(
+        RENTED, *CARDS, card("T4", 100_000), card("H100", None), card("A100", 1, gpus=8),
+        replace(card("L4", 5), gpu="RTX9999"),
+    ).stages[0]
+    why = {one.gpu: one.why for one in label.rejected}
+    assert "needs" in why["T4"] and "has 14.6" in why["T4"]
+    assert why["H100"] == "its price is not known"
+    assert "8 GPUs" in why["A100"]
+    assert "speed" in why["RTX9999"]
+
+
+def test_cost_is_price_times_hours_rounded_up_to_what_is_billed() -> None:
+    hourly = replace(CARDS[0], quantum_s=3600)
+    for stage in plan(RENTED, hourly).stages:
+        for micros, hours in ((stage.cost_micros.low, stage.hours.low), (stage.cost_micros.high, stage.hours.high)):
+            assert micros % 340_000 == 0 and micros >= 340_000 * hours > micros - 340_000
+    minimum = plan(RENTED, replace(CARDS[0], minimum_s=10 * 24 * 3600)).stages[3]
+    assert minimum.cost_micros.low == minimum.cost_micros.high == 240 * 340_000
+
+
+def test_each_machine_holds_back_its_latencies() -> None:
+    for stage in plan().stages:
+        assert stage.reserve_micros == 778  # 28 s of 100,000 an hour, rounded up
+
+
+def test_a_plan_fits_when_expected_costs_overheads_and_reserves_are_within_the_cap() -> None:
+    made = plan(RENTED, *CARDS)
+    needed = (
+        sum(stage.cost_micros.expected + stage.reserve_micros for stage in made.stages)
+        + sum(item.cost_micros.expected for item in made.overhead)
+    )
+    assert made.overhead  # a bucket that is billed
+    assert plan(RENTED, *CARDS, cap_micros=needed).fits
+    assert not plan(RENTED, *CARDS, cap_micros=needed - 1).fits
+    high = made.cost_micros.high
+    assert plan(RENTED, *CARDS, cap_micros=high - 1).tight and not plan(RENTED, *CARDS, cap_micros=high).tight
+
+
+def test_the_cap_is_the_recipes_unless_one_is_given() -> None:
+    assert plan().cap_micros == cap_micros(parse_amount("1 CNY"), CONFIG.rate) == 140_845
+    assert plan(cap_micros=5).cap_micros == 5
+    with pytest.raises(UsageError):
+        plan(cap_micros=-1)
+
+
+def test_a_plan_that_does_not_fit_says_what_would() -> None:
+    made = plan(RENTED, *CARDS, cap_micros=2_000_000)
+    advice = made.notes[0]
+    assert not made.fits and "--budget" in advice and "set samples:" in advice
+    budget = advice.split("--budget ")[1].split(",")[0]
+    assert plan(RENTED, *CARDS, cap_micros=cap_micros(parse_amount(budget), CONFIG.rate)).fits
+    samples = advice.split("samples: ")[1].split(" ")[0]
+    assert plan(RENTED.replace("samples: 1200", f"samples: {samples}"), *CARDS, cap_micros=2_000_000).fits
+
+
+def test_nothing_fits_names_the_smallest_change_that_would() -> None:
+    def hint(text: str, *offers: Offer) -> str:
+        with pytest.raises(NothingFits) as caught:
+            plan(text, *offers)
+        assert caught.value.exit_code == 4
+        return caught.value.hint
+
+    big = RENTED.replace("R1-Distill-Qwen-7B", "R1-Distill-Qwen-32B")
+    narrow = big.replace("budget:", "gpus: [A10G]\nbudget:")
+    assert "gpus: [A10G, A100-80GB]" in hint(narrow, *CARDS)
+    assert hint(big, card("A10G", 1)) == "teacher: deepseek-ai/DeepSeek-R1-Distill-Qwen-7B would fit"
+    full = RENTED.replace("loss:", "method: full, loss:")
+    assert hint(full, card("A10G", 1)) == "method: lora would fit"
+    elsewhere = RENTED.replace("[runpod, aws]", "[aws]")
+    assert "allow infra: [aws, runpod]" in hint(elsewhere, *CARDS)
+    long = RENTED.replace("loss: {", "micro_batch: 8, loss: {")
+    assert hint(long, card("A10G", 1)).startswith("max_seq_len: ")
+
+
+def test_the_deadline_buys_speed_where_an_hour_costs_least_and_says_when_it_cannot() -> None:
+    slow, fast = card("L4", 100_000), card("H100", 3_000_000)
+    cheap = plan(RENTED, slow, fast)
+    hurried = plan(RENTED, slow, fast, deadline_s=0.6 * cheap.hours.expected * 3600)
+    assert cheap.in_time and hurried.in_time
+    assert hurried.hours.expected < 0.6 * cheap.hours.expected
+    assert hurried.cost_micros.expected > cheap.cost_micros.expected
+    late = plan(RENTED, slow, fast, deadline_s=60.0)
+    assert not late.in_time and any("deadline" in note for note in late.notes)
+
+
+def test_control_arms_and_the_search_are_priced() -> None:
+    train = plan().stages[2]
+    # 3 seeds * (soft 1 + hard 1 + hard twice 2) * 800 steps + 2 kinds * 2 rates * 100 steps
+    assert train.uses["steps_in_all"] == 3 * 4 * 800 + 2 * 2 * 100
+    alone = plan(SMALL.replace("compare: {hard_labels: true, seeds: 3, learning_rates: [1e-3, 3e-3], search_steps: 100}\n", ""))
+    assert alone.stages[2].uses["steps_in_all"] == 800
+    assert alone.stages[2].cost_micros.expected < train.cost_micros.expected / 5
+    assert alone.stages[2].settings.compare_hard is False  # type: ignore[union-attr]
+
+
+def test_only_the_last_student_is_compared() -> None:
+    text = SMALL + (
+        "  - {name: again, kind: label, teacher: train, samples: 100}\n"
+        "  - {name: small, kind: train, student: {hidden_size: 32}, labels: again, method: full, steps: 5}\n"
+    )
+    made = plan(text)
+    assert [stage.settings.compare_hard for stage in made.stages if isinstance(stage.settings, TrainSettings)] == [False, True]
+
+
+def test_epochs_become_steps_of_what_is_expected_to_be_kept() -> None:
+    train = plan(RENTED.replace("loss:", "epochs: 2, loss:"), *CARDS).stages[1]
+    label = plan(RENTED, *CARDS).stages[0]
+    assert train.settings.steps is None and train.settings.epochs == 2.0  # type: ignore[union-attr]
+    assert train.uses["steps"] == -(-label.uses["kept_samples"] * 2 // 8)
+
+
+def test_what_stays_for_later_stages_leaves_each_stage_room_for_its_own() -> None:
+    made = plan(RENTED, *CARDS, cap_micros=plan(RENTED, *CARDS).needed_micros)
+    for index, stage in enumerate(made.stages):
+        before = sum(one.cost_micros.expected for one in made.stages[:index])
+        left = made.cap_micros - before - later_floor_micros(made, index)
+        assert left >= stage.cost_micros.expected + stage.reserve_micros
+    assert later_floor_micros(made, len(made.stages) - 1) == made.overhead[0].cost_micros.low
+
+
+def test_a_free_own_machine_costs_nothing_and_fits_a_cap_of_nothing() -> None:
+    made = plan(SMALL, replace(LOCAL, price_micros_per_hour=0), cap_micros=0)
+    assert made.needed_micros == 0 and made.fits and made.offers_as_of is None
+
+
+def test_the_digest_is_of_what_is_approved_and_of_nothing_else() -> None:
+    first = plan(RENTED, *CARDS).digest
+    aged = [replace(offer, as_of=NOW - timedelta(days=3)) for offer in CARDS]
+    assert plan(f"# a comment\n{RENTED}", *aged).digest == first
+    assert make_plan(recipe(RENTED), config=CONFIG, offers_for=offering(*CARDS), now=NOW + timedelta(days=1)).digest == first
+    dearer = [replace(CARDS[0], price_micros_per_hour=340_001), *CARDS[1:]]
+    others = [
+        plan(RENTED, *dearer), plan(RENTED, *CARDS, cap_micros=7_000_000), plan(RENTED, *CARDS, deadline_s=9e9),
+        plan(RENTED.replace("samples: 1200", "samples: 1201"), *CARDS),
+    ]
+    assert len({first, *(other.digest for other in others)}) == 5
+
+
+def test_calibration_of_a_kind_on_a_card_scales_its_work() -> None:
+    usual = plan(calibration={})
+    slower = plan(calibration={"train:cpu": 2.0})
+    assert slower.stages[0].hours == usual.stages[0].hours
+    work, start = usual.stages[2].hours.expected, usual.stages[2].startup_hours.expected
+    assert slower.stages[2].hours.expected == pytest.approx(2 * (work - start) + start)
+
+
+def test_rented_machines_and_folders_at_home_do_not_meet() -> None:
+    notes = plan(RENTED.replace("bucket: s3://bucket/kd\n", ""), *CARDS).notes
+    assert any("bucket: s3://" in note for note in notes)
+    assert plan(RENTED, *CARDS).overhead[0].cost_micros.expected > 0 and not plan().overhead
+
+
+def test_old_prices_and_unguarded_minutes_are_said() -> None:
+    notes = plan(RENTED, *(replace(offer, as_of=NOW - timedelta(days=400)) for offer in CARDS)).notes
+    assert any("13 months old" in note for note in notes)
+    assert any("unguarded until its supervisor starts: up to 15 min" in note for note in notes)
+    assert not plan().notes
+
+
+def test_a_limit_that_cuts_answers_is_said() -> None:
+    label = plan(RENTED.replace("samples: 1200", "samples: 1200, max_new_tokens: 2048"), *CARDS).stages[0]
+    assert any("cut at 2048 tokens" in note for note in label.notes)
+
+
+def test_a_rehearsal_runs_on_anything_that_has_a_price() -> None:
+    text = "name: r\nbudget: 1 USD\nstages: [{name: rehearse, kind: rehearse, steps: 100, seconds_per_step: 0.5}]\n"
+    stage = plan(text, replace(CARDS[0], gpu="RTX9999")).stages[0]
+    assert stage.hours.expected * 3600 > 50
+    assert plan(text, LOCAL).stages[0].hours.expected * 3600 == pytest.approx(53, abs=2)
+
+
+@given(prices=st.lists(st.integers(1, 10**7), min_size=1, max_size=6))
+@settings(max_examples=30)
+def test_the_order_of_offers_changes_nothing(prices: list[int]) -> None:
+    offers = [card("A10G", price, instance=f"i{index}") for index, price in enumerate(prices)]
+    one, other = plan(RENTED, *offers), plan(RENTED, *reversed(offers))
+    assert one.digest == other.digest
+    assert one.stages[0].offer.price_micros_per_hour == min(prices)
+
+
+def test_planning_is_linear_in_the_offers() -> None:
+    def seconds(count: int) -> float:
+        offers = [card("A10G", 1000 + index, instance=f"i{index}") for index in range(count)]
+        best = float("inf")
+        for _ in range(3):
+            started = time.perf_counter()
+            plan(RENTED, *offers)
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    assert seconds(400) < 8 * seconds(100)
