@@ -307,7 +307,7 @@ def _where(plan: Plan) -> str:
 
 
 def _table(plan: Plan, width: int) -> RenderableType:
-    """A row a stage. Below 100 columns machines have short names, below 72 memory and the ends of the range are left out."""
+    """A row a stage. Below 100 columns machines have short names, below 72 memory, low and high are left out."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,16 +17,17 @@ from typing import Any
 from orchestrator import spend
 from orchestrator.attempts import Attempt, Fate, verdict
 from orchestrator.clock import Clock, Mark, age_s
-from orchestrator.errors import BudgetExceeded, NotOwner
+from orchestrator.errors import BudgetExceeded, NotOwner, TeardownUnconfirmed
+from orchestrator.guarded import CALL_LIMIT_S, Guarded
 from orchestrator.handover import fetch_code, supervisor_argv, supervisor_env
 from orchestrator.lease import LEASE_S, Lease
 from orchestrator.ledger import Ledger, MachineRow, Run
 from orchestrator.money import human_seconds, shown
-from orchestrator.names import machine_name
+from orchestrator.names import machine_name, parse_machine_name
+from orchestrator.offers import known_price
 from orchestrator.plan import Plan, StagePlan
 from orchestrator.planner import later_floor_micros
 from orchestrator.provision import (
-    Job,
     Latencies,
     NoCapacity,
     NotYetGone,
@@ -42,6 +44,8 @@ from tasks.contract import COMMIT_FILE, ENDED_FILE, PROGRESS_FILE, RESULT_FILE, 
 
 PROVISION_LIMIT_S = 1200.0
 MIN_WORK_S = 5.0  # a machine that could not work longer than this is not worth its minimum charge
+JOB_START_LIMIT_S = 180.0
+WARN_EVERY_S = 20.0
 TEARDOWN_PATIENCE_S = 60.0  # or three times the provider's own delays, whichever is longer
 
 
@@ -84,13 +88,17 @@ class Runner:
         code_folder: Path,
         say: Callable[[str, str | None, str], None] = lambda kind, stage, text: None,
         stop: Callable[[], bool] = lambda: False,
+        call_limit_s: float | None = CALL_LIMIT_S,
     ) -> None:
-        self.ledger, self.provider, self.bucket, self.clock = ledger, provider, bucket, clock
+        self.ledger, self.bucket, self.clock = ledger, bucket, clock
+        self.provider = Guarded(provider, self._now, limit_s=call_limit_s)
         self.plan, self.run_id, self.owner, self.lease = plan, run_id, owner, lease
         self.code_folder, self.say, self.stop = code_folder, say, stop
         self._started = clock.mark()
         self._ending_since: dict[str, Mark] = {}
         self._retry: tuple[str, Mark, float] | None = None
+        self._job_since: dict[str, Mark] = {}
+        self._warned: dict[str, Mark] = {}
 
     def run(self, *, on_turn: Callable[[Snapshot], None] = lambda snapshot: None, turn_s: float = 0.3) -> Outcome:
         """Loops until the run has ended. A bug tears everything down before its traceback goes on."""
@@ -112,23 +120,34 @@ class Runner:
                     self.clock.sleep(turn_s)
         except NotOwner:
             raise  # its machines are somebody else's now: touch nothing
-        except Exception:
-            self._emergency()
+        except Exception as error:
+            left = self._emergency()
+            if left:
+                raise TeardownUnconfirmed(
+                    f"kdcloud hit a bug ({error!r}) and could not confirm the end of {', '.join(left)}",
+                    hint=f"repeat `kdcloud down {self.run_id}` until it says that nothing is running",
+                ) from error
             raise
 
     def turn(self) -> tuple[Outcome | None, bool]:
         """One round: every open machine one action further, else the next stage. Returns (outcome, something moved)."""
+        stopping = self.stop() or stop_requested(self.ledger.run(self.run_id))
+        moved = self._turn_machines(stopping)
         run = self.ledger.run(self.run_id)
-        stopping = self.stop() or stop_requested(run)
-        moved = False
-        for row in run.machines:
-            if row.state is not State.GONE:
-                moved = self._turn_machine(run, row, stopping) or moved
-        run = self.ledger.run(self.run_id)
-        open_ = [row for row in run.machines if row.state is not State.GONE]
+        open_ = _open(run)
         if open_:
             return self._unconfirmed(open_), moved
-        return self._next_stage(run, stopping)
+        outcome, moved = self._next_stage(run, stopping)
+        if outcome is not None and self._end_stragglers():
+            return None, False
+        return outcome, moved
+
+    def _turn_machines(self, stopping: bool) -> bool:
+        moved = False
+        run = self.ledger.run(self.run_id)
+        for row in _open(run):
+            moved = self._turn_machine(run, row, stopping) or moved
+        return moved
 
     def snapshot(self) -> Snapshot:
         return snapshot_of(self.ledger.run(self.run_id), self.plan, self.bucket, self.clock)
@@ -136,7 +155,7 @@ class Runner:
     # -- machines ----------------------------------------------------------------------------------------------------
 
     def _turn_machine(self, run: Run, row: MachineRow, stopping: bool) -> bool:
-        seen = None if row.state is State.INTENT else self._observe(row.name)
+        seen = None if row.state is State.INTENT else self.provider.observe(row.name)
         order_offer = offer_from_dict(row.order["offer"])
         lifetime = float(row.facts.get("lifetime_s", row.order["lifetime_s"]))
         machine = Machine(
@@ -207,9 +226,9 @@ class Runner:
         )
         try:
             self.provider.launch(order)
-        except (ProvisionError, OSError) as error:
+        except ProvisionError as error:
             why = f"no capacity: {error}" if isinstance(error, NoCapacity) else f"could not create: {error}"
-            self.say("warn", row.stage, why)
+            self._warn(row.stage, why)
             self._move(row, Event.STOP, data={"why": why, "came_up": False})
             return
         self.ledger.note(
@@ -219,7 +238,7 @@ class Runner:
     def _mark_up(self, row: MachineRow, offer: Offer, seen: Observation | None) -> None:
         """Re-prices from what really landed; a deadline may only come nearer."""
         landed = (seen.landed_offer if seen else None) or offer
-        if not landed.price_micros_per_hour and landed.infra != "local":
+        if not known_price(landed):
             landed = replace(landed, price_micros_per_hour=offer.price_micros_per_hour)
         landed = replace(landed, latencies=offer.latencies)
         lifetime = min(float(row.order["lifetime_s"]), spend.lifetime_s(landed, row.reserved_micros))
@@ -259,12 +278,16 @@ class Runner:
             )
         except BucketError as error:
             why = f"the bucket does not take the order: {error.message}"
-            self.say("warn", row.stage, why)
+            self._warn(row.stage, why)
             self._move(row, Event.STOP, data={"why": why})
             return True
-        except (ProvisionError, OSError) as error:
-            self.say("warn", row.stage, f"could not start the job yet: {error}")
-            return False
+        except ProvisionError as error:
+            self._warn(row.stage, f"could not start the job yet: {error}")
+            since = self._job_since.setdefault(row.name, self.clock.mark())
+            if age_s(since, self.clock.mark()) < JOB_START_LIMIT_S:
+                return False
+            self._move(row, Event.STOP, data={"why": f"its job could not be started: {error}"})
+            return True
         self.ledger.note(
             self.run_id, "job", self._now(), stage=row.stage, machine=row.name, data={"job": f"{stage.name}-{attempt}"}
         )
@@ -288,10 +311,10 @@ class Runner:
             self.provider.terminate(row.name)
         except NotYetGone:
             return False
-        except (ProvisionError, OSError) as error:
-            self.say("warn", row.stage, f"teardown of {row.name} not accepted yet: {error}")
+        except ProvisionError as error:
+            self._warn(row.stage, f"teardown of {row.name} not accepted yet: {error}")
             return False
-        return self._observe(row.name).state is Status.ABSENT
+        return self.provider.observe(row.name).state is Status.ABSENT
 
     def _mark_gone(self, row: MachineRow, offer: Offer) -> None:
         """Settles what was observed: from the moment the request was sent until the provider says it ended."""
@@ -416,7 +439,7 @@ class Runner:
                 return False
             result, _ = self.bucket.get(f"{stage}/{RESULT_FILE}")
         except BucketError as error:
-            self.say("warn", stage, f"the bucket does not answer: {error.message}")
+            self._warn(stage, f"the bucket does not answer: {error.message}")
             return False
         files = {name: entry.size for name, entry in manifest.files.items()}
         self.ledger.note(
@@ -437,33 +460,51 @@ class Runner:
 
     # -- small things ------------------------------------------------------------------------------------------------
 
-    def _emergency(self) -> None:
-        """A bug: end every machine that may bill before the traceback goes on. What fails stays open in the ledger."""
-        for row in self.ledger.run(self.run_id).live:
+    def _emergency(self) -> list[str]:
+        """A bug: ends every machine that may bill before the traceback goes on. Returns those not confirmed."""
+        since = self.clock.mark()
+        while _open(self.ledger.run(self.run_id)) and age_s(since, self.clock.mark()) < TEARDOWN_PATIENCE_S:
             try:
-                if row.state is not State.TEARDOWN_PENDING:
-                    self._move(row, Event.STOP, data={"why": "kdcloud hit a bug"})
-                for _ in range(60):
-                    try:
-                        self.provider.terminate(row.name)
-                        break
-                    except NotYetGone:
-                        self.clock.sleep(0.5)
-            except Exception as error:  # noqa: BLE001 - one machine that will not end must not spare the others
-                self.say("warn", row.stage, f"{row.name} may still run: {error}; `kdcloud down {self.run_id}` ends it")
+                self._turn_machines(stopping=True)
+            except Exception as error:  # noqa: BLE001 - a second bug must not keep the machines of the first alive
+                self._warn(None, f"still tearing down: {error!r}")
+            self.clock.sleep(0.3)
+        return [row.name for row in _open(self.ledger.run(self.run_id))]
 
-    def _observe(self, name: str) -> Observation:
+    def _end_stragglers(self) -> bool:
+        """Ends machines of this run that the ledger holds for gone: a create that was given up and came late."""
         try:
-            return self.provider.observe(name)
-        except (ProvisionError, OSError):
-            return Observation(name, Status.UNKNOWN, None, None, Job(), self._now())
+            names = [seen.name for seen in self.provider.ours() if self._is_straggler(seen)]
+        except ProvisionError:
+            return False
+        for name in names:
+            self._warn(None, f"{name} came up late: ending it")
+            with suppress(ProvisionError):
+                self.provider.terminate(name)
+        waited = self._ending_since.setdefault("stragglers", self.clock.mark())
+        return bool(names) and age_s(waited, self.clock.mark()) < TEARDOWN_PATIENCE_S
+
+    def _is_straggler(self, seen: Observation) -> bool:
+        parsed = parse_machine_name(seen.name)
+        return (
+            seen.state is not Status.ABSENT
+            and parsed is not None
+            and (parsed.owner, parsed.run6) == (self.owner, self.run_id[-6:])
+        )
+
+    def _warn(self, stage: str | None, text: str) -> None:
+        """Says a warning, but not the same one over and over."""
+        mark = self.clock.mark()
+        if text not in self._warned or age_s(self._warned[text], mark) >= WARN_EVERY_S:
+            self._warned[text] = mark
+            self.say("warn", stage, text)
 
     def _renew(self) -> None:
         """A bucket that does not answer for a moment costs nothing; a lease that was taken over ends this client."""
         try:
             self.lease.renew_if_due()
         except BucketError as error:
-            self.say("warn", None, f"the bucket does not answer: {error.message}")
+            self._warn(None, f"the bucket does not answer: {error.message}")
 
     def _last_checkpoint(self, stage: str) -> str | None:
         """Key of the newest committed checkpoint, None when there is none or the bucket does not answer."""
@@ -510,6 +551,10 @@ def machine_age_s(row: MachineRow, clock: Clock) -> float:
     """Seconds since the create request was sent; 0 before."""
     sent = row.facts.get("sent")
     return age_s(mark_from_dict(sent), clock.mark()) if sent else 0.0
+
+
+def _open(run: Run) -> list[MachineRow]:
+    return [row for row in run.machines if row.state is not State.GONE]
 
 
 def stop_requested(run: Run) -> bool:

@@ -1,4 +1,4 @@
-"""What does a recipe mean? Its references followed: models with their shapes, lengths of text, and counts of samples."""
+"""What does a recipe mean? Its references followed: shapes of models, lengths of text, counts of samples."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class _Fused(torch.autograd.Function):
                     if grad_head is not None:
                         grad_head += _product(low.T, h.T, real)
         sums *= scale
-        ctx.grads = (grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         total = alpha * sums[0] + (1.0 - alpha) * sums[1]
         kl, ce = sums[0].clone(), sums[1].clone()
         ctx.mark_non_differentiable(kl, ce)
@@ -118,8 +118,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total, _kl, _ce):  # type: ignore[no-untyped-def]
-        grad_hidden, grad_head = ctx.grads
-        ctx.grads = None
+        grad_hidden, grad_head = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_head is not None:

@@ -31,7 +31,7 @@ from typing import IO, NoReturn, TypeVar
 
 import psutil
 
-from tasks.bucket import Bucket, BucketError, NotFound, open_bucket, read_commit
+from tasks.bucket import Bucket, BucketError, NotFound, open_bucket, os_trouble, read_commit, sha256_of
 from tasks.contract import (
     ENDED_FILE,
     LOG_FILE,
@@ -103,7 +103,7 @@ def supervise(
     given_at_s, work = boottime_s(), work.absolute()
     with _signals() as signals:
         try:
-            work.mkdir(parents=True, exist_ok=True)
+            _make(work)
             with _only_one(work, remaining_s):
                 state, before, rebooted = _State.take(work, attempt, remaining_s - (boottime_s() - given_at_s))
                 if before is not None:  # a supervisor that was killed together with its guard may have left something
@@ -123,6 +123,13 @@ def supervise(
                 raise
             _tell(url, stage, known)
             return _refuse(Exit.BAD_INPUT, f"{known.message}\n{known.hint}".rstrip())
+
+
+def _make(work: Path) -> None:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise os_trouble(error, work) from error
 
 
 def _tell(url: str, stage: str, error: TaskError) -> None:
@@ -149,7 +156,15 @@ def _read_task(bucket: Bucket, stage: str, attempt: int) -> Task:
     if task.attempt < attempt:
         text = f"task.json is of attempt {task.attempt}, this is attempt {attempt}"
         raise TaskError(text, hint="resume the run from the client")
-    return task
+    _check_code(task)
+    return replace(task, bucket=bucket.url)  # as this machine reaches it
+
+
+def _check_code(task: Task) -> None:
+    """Raises TaskError when this code comes from another wheel than the run's own."""
+    wheel = getattr(__spec__.loader, "archive", None)
+    if task.code_sha256 is not None and wheel is not None and sha256_of(Path(wheel)) != task.code_sha256:
+        raise TaskError(f"{wheel} is not the code this run was started with", hint="resume the run: it is sent again")
 
 
 class _Supervision:
@@ -257,7 +272,8 @@ class _Supervision:
             child.terminate()
         while child.poll() is None:
             self._tick(guard)
-            if not may_save_on(self._task.watch, self._activity, stopped_s=stopped_s, stop=stop):
+            left = left_s(self._state)
+            if not may_save_on(self._task.watch, self._activity, stopped_s=stopped_s, stop=stop, remaining_s=left):
                 return
             self._signals.sleep(min(self._task.watch.tick_s, 0.2))
 

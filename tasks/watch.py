@@ -163,12 +163,13 @@ def stage_flush_s(watch: Watch) -> float:
     return watch.flush_s - min(10.0, watch.flush_s / 4)
 
 
-def may_save_on(watch: Watch, activity: Activity, *, stopped_s: float, stop: Exit) -> bool:
+def may_save_on(watch: Watch, activity: Activity, *, stopped_s: float, stop: Exit, remaining_s: float) -> bool:
     """Whether a stage that was told to stop at `stopped_s` (awake) may go on saving: in time, and something moves.
 
     One that works may first finish the step it is in; one that hung has no step to finish.
     """
-    if stop is Exit.FENCED or activity.awake_s - stopped_s >= stage_flush_s(watch):
+    own_s = watch.flush_s - stage_flush_s(watch)
+    if stop is Exit.FENCED or remaining_s <= own_s or activity.awake_s - stopped_s >= stage_flush_s(watch):
         return False
     progress = activity.sight.progress
     step_s = 0.0 if stop is Exit.STALLED or progress is None else 2 * (progress.step_s or 0.0)

@@ -38,10 +38,20 @@ def test_parameters_counted_from_the_shape_are_the_published_ones(name: str, par
 
 def test_a_tiny_model_has_the_parameters_that_its_matrices_have(tmp_path: Path) -> None:
     # embedding 10*8 + norm 8 + layer: q 8*8+8, k and v 8*4+4 each, o 8*8, mlp 3*8*16, norms 2*8
-    (tmp_path / "config.json").write_text(json.dumps({
-        "model_type": "qwen2", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 10, "tie_word_embeddings": True,
-    }))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "qwen2",
+                "hidden_size": 8,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "vocab_size": 10,
+                "tie_word_embeddings": True,
+            }
+        )
+    )
     assert shape_of(str(tmp_path)).params == 80 + 8 + 72 + 36 + 36 + 64 + 384 + 16
 
 
@@ -70,7 +80,10 @@ def test_an_unknown_model_names_the_nearest_and_the_file_that_would_do(name: str
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("text", ['{"model_type": "mamba"}', '{"model_type": "llama"}', "[]", "{", '{"model_type": "llama", "hidden_size": "8"}'])
+@pytest.mark.parametrize(
+    "text",
+    ['{"model_type": "mamba"}', '{"model_type": "llama"}', "[]", "{", '{"model_type": "llama", "hidden_size": "8"}'],
+)
 def test_a_config_that_tells_no_shape_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UnknownModel):
@@ -85,8 +98,21 @@ def test_every_number_has_a_source() -> None:
 
 
 def test_a_card_never_offers_more_memory_than_is_soldered_on() -> None:
-    soldered_gb = {"T4": 16, "V100": 16, "L4": 24, "A10": 24, "A10G": 24, "RTX3090": 24, "RTX4090": 24, "A6000": 48,
-                   "L40S": 48, "A100": 40, "A100-80GB": 80, "H100": 80, "H200": 141}
+    soldered_gb = {
+        "T4": 16,
+        "V100": 16,
+        "L4": 24,
+        "A10": 24,
+        "A10G": 24,
+        "RTX3090": 24,
+        "RTX4090": 24,
+        "A6000": 48,
+        "L40S": 48,
+        "A100": 40,
+        "A100-80GB": 80,
+        "H100": 80,
+        "H200": 141,
+    }
     assert set(soldered_gb) == set(GPUS)
     for name, gpu in GPUS.items():
         assert 0.9 * soldered_gb[name] < gpu.vram_gib.value < soldered_gb[name]

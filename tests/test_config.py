@@ -58,7 +58,7 @@ def test_an_empty_file_gets_an_owner(home: Home) -> None:
 def test_everything_wrong_shows_at_once_with_its_line(home: Home) -> None:
     home.make()
     home.config.write_text(
-        "curency: CNY\nowner: Bob\nusd_to_cny: -1\nrate_as_of: yesterday\nmonthly_cap: 5\ncurrency: EUR\nowner: abc123\n"
+        "curency: CNY\nowner: Bob\nusd_to_cny: -1\nrate_as_of: today\nmonthly_cap: 5\ncurrency: EUR\nowner: abc123\n"
     )
     with pytest.raises(UsageError) as caught:
         load_config(home)

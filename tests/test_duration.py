@@ -23,14 +23,34 @@ SHAPE = MODELS["Qwen/Qwen2.5-1.5B"]
 A10G, H200, CPU = gpu_speed(GPUS["A10G"]), gpu_speed(GPUS["H200"]), cpu_speed(None)
 
 
-def training(speed: Speed, *, steps: float = 1000, full: bool = False, checkpointing: bool = False, batch: int = 8) -> Range:
-    return training_s(speed, SHAPE, steps=steps, batch_size=batch, micro_batch=4, mean_len=1000, full=full,
-                      checkpointing=checkpointing)
+def training(
+    speed: Speed, *, steps: float = 1000, full: bool = False, checkpointing: bool = False, batch: int = 8
+) -> Range:
+    return training_s(
+        speed,
+        SHAPE,
+        steps=steps,
+        batch_size=batch,
+        micro_batch=4,
+        mean_len=1000,
+        full=full,
+        checkpointing=checkpointing,
+    )
 
 
-def writing(speed: Speed, *, sequences: float = 1000, answer: float = 500, engine: bool = True, batch: int = 256) -> Range:
-    return generation_s(speed, SHAPE, sequences=sequences, prompt_len=150, answer_len=answer, longest=1000,
-                        batch_size=batch, engine=engine)
+def writing(
+    speed: Speed, *, sequences: float = 1000, answer: float = 500, engine: bool = True, batch: int = 256
+) -> Range:
+    return generation_s(
+        speed,
+        SHAPE,
+        sequences=sequences,
+        prompt_len=150,
+        answer_len=answer,
+        longest=1000,
+        batch_size=batch,
+        engine=engine,
+    )
 
 
 @pytest.mark.parametrize("speed", [A10G, H200, CPU])
@@ -67,13 +87,17 @@ def test_full_training_and_checkpointing_take_longer() -> None:
 
 def test_the_articles_thousand_steps_on_an_a10g_take_some_fifteen_minutes() -> None:
     """1.5 B, LoRA, rows of 250 tokens (problems with a short solution), batch 8, checkpointing."""
-    took = training_s(A10G, SHAPE, steps=1000, batch_size=8, micro_batch=8, mean_len=250, full=False, checkpointing=True)
+    took = training_s(
+        A10G, SHAPE, steps=1000, batch_size=8, micro_batch=8, mean_len=250, full=False, checkpointing=True
+    )
     assert took.low < 15 * 60 < 2 * took.high
 
 
 def test_labelling_on_an_h200_is_as_fast_as_it_was_measured() -> None:
     """21,321 tokens/s: vLLM, Qwen2.5-1.5B, 256 prompts of 128 tokens, 256 new tokens each."""
-    took = generation_s(H200, SHAPE, sequences=256, prompt_len=128, answer_len=256, longest=256, batch_size=256, engine=True)
+    took = generation_s(
+        H200, SHAPE, sequences=256, prompt_len=128, answer_len=256, longest=256, batch_size=256, engine=True
+    )
     assert took.low < 256 * 256 / 21_321 < took.high
     assert took.expected == pytest.approx(256 * 256 / 21_321, rel=0.15)
 
@@ -81,7 +105,9 @@ def test_labelling_on_an_h200_is_as_fast_as_it_was_measured() -> None:
 def test_the_recipes_measured_speed_replaces_the_assumed_one() -> None:
     assert training(cpu_speed(600.0)).expected < training(cpu_speed(60.0)).expected
     tiny = ModelShape("tiny", 96, 256, 2, 4, 2, 24, 64, True)
-    floor = training_s(cpu_speed(1e9), tiny, steps=100, batch_size=8, micro_batch=8, mean_len=30, full=True, checkpointing=False)
+    floor = training_s(
+        cpu_speed(1e9), tiny, steps=100, batch_size=8, micro_batch=8, mean_len=30, full=True, checkpointing=False
+    )
     assert floor.expected > 0.5  # steps cost Python time however fast the products are
 
 

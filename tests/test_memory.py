@@ -20,11 +20,25 @@ SMALL = MODELS["Qwen/Qwen2.5-1.5B"]
 LARGE = MODELS["Qwen/Qwen2.5-7B"]
 
 
-def training(shape: ModelShape = SMALL, *, micro: int = 1, seq: int = 1024, full: bool = False, half: bool = True,
-             checkpointing: bool = False) -> Memory:
+def training(
+    shape: ModelShape = SMALL,
+    *,
+    micro: int = 1,
+    seq: int = 1024,
+    full: bool = False,
+    half: bool = True,
+    checkpointing: bool = False,
+) -> Memory:
     trainable = shape.params if full else shape.lora_params(8, ("q_proj", "k_proj", "v_proj"))
     return training_memory(
-        shape, trainable=trainable, full=full, micro_batch=micro, seq_len=seq, half=half, checkpointing=checkpointing, gpu=True
+        shape,
+        trainable=trainable,
+        full=full,
+        micro_batch=micro,
+        seq_len=seq,
+        half=half,
+        checkpointing=checkpointing,
+        gpu=True,
     )
 
 
@@ -32,7 +46,9 @@ def generation(shape: ModelShape = SMALL, sequences: int = 4, seq: int = 1024) -
     return generation_memory(shape, sequences=sequences, seq_len=seq, half=True, gpu=True)
 
 
-@pytest.mark.parametrize("memory", [training(), training(full=True), generation(), loading_memory(SMALL, half=True, gpu=False)])
+@pytest.mark.parametrize(
+    "memory", [training(), training(full=True), generation(), loading_memory(SMALL, half=True, gpu=False)]
+)
 def test_parts_sum_to_what_is_expected_between_low_and_high(memory: Memory) -> None:
     assert memory.total_gib.low < memory.total_gib.expected < memory.total_gib.high
     assert sum(memory.parts_gib.values()) == pytest.approx(memory.total_gib.expected)
@@ -87,8 +103,9 @@ def test_the_cache_is_two_values_a_layer_head_and_token() -> None:
 
 def test_without_a_gpu_a_tiny_model_is_the_process_itself() -> None:
     tiny = ModelShape("tiny", 96, 256, 2, 4, 2, 24, 64, True)
-    memory = training_memory(tiny, trainable=tiny.params, full=True, micro_batch=128, seq_len=38, half=False,
-                             checkpointing=False, gpu=False)
+    memory = training_memory(
+        tiny, trainable=tiny.params, full=True, micro_batch=128, seq_len=38, half=False, checkpointing=False, gpu=False
+    )
     assert 0.5 < memory.total_gib.expected < 1.0
     assert "cuda context" not in memory.parts_gib and memory.parts_gib["process"] > 0.5
 

@@ -132,7 +132,15 @@ def test_both_currencies_are_shown_the_users_own_first() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("8h", 28800), ("60min", 3600), ("90s", 90), ("1h30m", 5400), ("1.5 h", 5400), ("2 h 30 min", 9000), ("1d", 86400)],
+    [
+        ("8h", 28800),
+        ("60min", 3600),
+        ("90s", 90),
+        ("1h30m", 5400),
+        ("1.5 h", 5400),
+        ("2 h 30 min", 9000),
+        ("1d", 86400),
+    ],
 )
 def test_a_duration_is_read_as_people_write_it(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
@@ -146,8 +154,17 @@ def test_a_wrong_duration_is_refused(text: object) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.42, "0.4 s"), (48, "48 s"), (99, "99 s"), (100, "1.7 min"), (600, "10 min"), (3599, "1.0 h"), (4320, "1.2 h"),
-     (36000, "10 h"), (86400 * 3.5, "3.5 d")],
+    [
+        (0.42, "0.4 s"),
+        (48, "48 s"),
+        (99, "99 s"),
+        (100, "1.7 min"),
+        (600, "10 min"),
+        (3599, "1.0 h"),
+        (4320, "1.2 h"),
+        (36000, "10 h"),
+        (86400 * 3.5, "3.5 d"),
+    ],
 )
 def test_times_are_shown_in_the_unit_people_think_in(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text

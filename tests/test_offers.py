@@ -41,7 +41,11 @@ def test_the_table_is_of_known_cards_and_says_when_and_where_it_was_read() -> No
 
 def test_a_price_is_of_the_whole_instance_and_exact() -> None:
     found = offers_for(Need(infra=("lambda",), gpus=("H100",)), CLOUD, None, CONFIG)
-    assert {(offer.gpus, offer.price_micros_per_hour) for offer in found} == {(1, 3_290_000), (1, 4_290_000), (8, 31_920_000)}
+    assert {(offer.gpus, offer.price_micros_per_hour) for offer in found} == {
+        (1, 3_290_000),
+        (1, 4_290_000),
+        (8, 31_920_000),
+    }
 
 
 def test_a_need_is_answered_with_what_fits_it() -> None:

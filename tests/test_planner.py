@@ -27,7 +27,13 @@ from tests.recipes import RENTED, SMALL, recipe
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 CONFIG = Config(owner="abc123", bucket="file:/home/b")
 LOCAL = fake_offer(
-    100_000, gpu=None, infra="local", instance="2 cores", gpus=0, vram_gib=8.0, as_of=NOW,
+    100_000,
+    gpu=None,
+    infra="local",
+    instance="2 cores",
+    gpus=0,
+    vram_gib=8.0,
+    as_of=NOW,
     latencies=Latencies(tick_s=1, flush_s=15, api_s=2, provision_s=3, handover_s=2, slack_s=5),
 )
 
@@ -44,7 +50,8 @@ def offering(*offers: Offer) -> Callable[[Need], list[Offer]]:
 
     def offers_for(need: Need) -> list[Offer]:
         return [
-            offer for offer in offers
+            offer
+            for offer in offers
             if (not need.gpus or offer.gpu in need.gpus) and (not need.infra or offer.infra in need.infra)
         ]
 
@@ -65,7 +72,12 @@ def test_every_stage_gets_full_settings_and_what_it_waits_for() -> None:
     assert (label.settings.prompts.source, label.settings.verify) == ("builtin:addition/train", "exact")
     assert isinstance(train.settings, TrainSettings)
     assert train.settings.student.architecture is not None and train.settings.student.architecture.hidden_size == 48
-    assert (train.settings.compare_hard, train.settings.compare_seeds, train.settings.steps, train.settings.epochs) == (True, 3, 800, None)
+    assert (train.settings.compare_hard, train.settings.compare_seeds, train.settings.steps, train.settings.epochs) == (
+        True,
+        3,
+        800,
+        None,
+    )
     assert isinstance(evaluate.settings, EvaluateSettings)
     assert evaluate.settings.teacher == ModelSource(stage="pretrain")  # a label stage means its teacher
     assert evaluate.settings.held_out.source == "builtin:addition/held_out"
@@ -73,7 +85,11 @@ def test_every_stage_gets_full_settings_and_what_it_waits_for() -> None:
 
 
 def test_what_the_recipe_says_is_never_changed() -> None:
-    text = SMALL.replace("batch_size: 64", "batch_size: 64\n    micro_batch: 16\n    precision: fp32\n    checkpointing: true\n    max_seq_len: 100\n    checkpoint_every: 7s")
+    text = SMALL.replace(
+        "batch_size: 64",
+        "batch_size: 64\n    micro_batch: 16\n    precision: fp32\n    checkpointing: true\n"
+        "    max_seq_len: 100\n    checkpoint_every: 7s",
+    )
     train = plan(text).stages[2]
     assert isinstance(train.settings, TrainSettings)
     assert (train.settings.micro_batch, train.settings.precision, train.settings.checkpointing) == (16, "fp32", True)
@@ -116,16 +132,29 @@ def test_knobs_are_chosen_so_that_the_smallest_card_holds_the_training() -> None
 
 
 def test_a_card_without_bf16_trains_in_fp32_and_is_no_fallback_for_bf16() -> None:
-    text = RENTED.replace("loss:", "max_seq_len: 1024, loss:").replace("samples: 1200", "samples: 1200, max_new_tokens: 900")
-    assert plan(text.replace("R1-Distill-Qwen-7B", "R1-Distill-Qwen-1.5B"), card("V100", 100_000)).stages[1].settings.precision == "fp32"  # type: ignore[union-attr]
-    train = plan(text.replace("R1-Distill-Qwen-7B", "R1-Distill-Qwen-1.5B"), card("A10G", 100_000), card("V100", 900_000)).stages[1]
+    text = RENTED.replace("loss:", "max_seq_len: 1024, loss:").replace(
+        "samples: 1200", "samples: 1200, max_new_tokens: 900"
+    )
+    assert (
+        plan(text.replace("R1-Distill-Qwen-7B", "R1-Distill-Qwen-1.5B"), card("V100", 100_000))
+        .stages[1]
+        .settings.precision
+        == "fp32"
+    )  # type: ignore[union-attr]
+    train = plan(
+        text.replace("R1-Distill-Qwen-7B", "R1-Distill-Qwen-1.5B"), card("A10G", 100_000), card("V100", 900_000)
+    ).stages[1]
     assert [offer.gpu for offer in train.candidates] == ["A10G"]
     assert any("bf16" in one.why for one in train.rejected)
 
 
 def test_cards_that_are_not_taken_say_why() -> None:
     label = plan(
-        RENTED, *CARDS, card("T4", 100_000), card("H100", None), card("A100", 1, gpus=8),
+        RENTED,
+        *CARDS,
+        card("T4", 100_000),
+        card("H100", None),
+        card("A100", 1, gpus=8),
         replace(card("L4", 5), gpu="RTX9999"),
     ).stages[0]
     why = {one.gpu: one.why for one in label.rejected}
@@ -151,9 +180,8 @@ def test_each_machine_holds_back_its_latencies() -> None:
 
 def test_a_plan_fits_when_expected_costs_overheads_and_reserves_are_within_the_cap() -> None:
     made = plan(RENTED, *CARDS)
-    needed = (
-        sum(stage.cost_micros.expected + stage.reserve_micros for stage in made.stages)
-        + sum(item.cost_micros.expected for item in made.overhead)
+    needed = sum(stage.cost_micros.expected + stage.reserve_micros for stage in made.stages) + sum(
+        item.cost_micros.expected for item in made.overhead
     )
     assert made.overhead  # a bucket that is billed
     assert plan(RENTED, *CARDS, cap_micros=needed).fits
@@ -213,7 +241,9 @@ def test_control_arms_and_the_search_are_priced() -> None:
     train = plan().stages[2]
     # 3 seeds * (soft 1 + hard 1 + hard twice 2) * 800 steps + 2 kinds * 2 rates * 100 steps
     assert train.uses["steps_in_all"] == 3 * 4 * 800 + 2 * 2 * 100
-    alone = plan(SMALL.replace("compare: {hard_labels: true, seeds: 3, learning_rates: [1e-3, 3e-3], search_steps: 100}\n", ""))
+    alone = plan(
+        SMALL.replace("compare: {hard_labels: true, seeds: 3, learning_rates: [1e-3, 3e-3], search_steps: 100}\n", "")
+    )
     assert alone.stages[2].uses["steps_in_all"] == 800
     assert alone.stages[2].cost_micros.expected < train.cost_micros.expected / 5
     assert alone.stages[2].settings.compare_hard is False  # type: ignore[union-attr]
@@ -225,7 +255,10 @@ def test_only_the_last_student_is_compared() -> None:
         "  - {name: small, kind: train, student: {hidden_size: 32}, labels: again, method: full, steps: 5}\n"
     )
     made = plan(text)
-    assert [stage.settings.compare_hard for stage in made.stages if isinstance(stage.settings, TrainSettings)] == [False, True]
+    assert [stage.settings.compare_hard for stage in made.stages if isinstance(stage.settings, TrainSettings)] == [
+        False,
+        True,
+    ]
 
 
 def test_epochs_become_steps_of_what_is_expected_to_be_kept() -> None:
@@ -253,10 +286,15 @@ def test_the_digest_is_of_what_is_approved_and_of_nothing_else() -> None:
     first = plan(RENTED, *CARDS).digest
     aged = [replace(offer, as_of=NOW - timedelta(days=3)) for offer in CARDS]
     assert plan(f"# a comment\n{RENTED}", *aged).digest == first
-    assert make_plan(recipe(RENTED), config=CONFIG, offers_for=offering(*CARDS), now=NOW + timedelta(days=1)).digest == first
+    assert (
+        make_plan(recipe(RENTED), config=CONFIG, offers_for=offering(*CARDS), now=NOW + timedelta(days=1)).digest
+        == first
+    )
     dearer = [replace(CARDS[0], price_micros_per_hour=340_001), *CARDS[1:]]
     others = [
-        plan(RENTED, *dearer), plan(RENTED, *CARDS, cap_micros=7_000_000), plan(RENTED, *CARDS, deadline_s=9e9),
+        plan(RENTED, *dearer),
+        plan(RENTED, *CARDS, cap_micros=7_000_000),
+        plan(RENTED, *CARDS, deadline_s=9e9),
         plan(RENTED.replace("samples: 1200", "samples: 1201"), *CARDS),
     ]
     assert len({first, *(other.digest for other in others)}) == 5

@@ -135,17 +135,37 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("name: evaluate", "name: Evaluate", "26: stages[3].name: 'Evaluate' may hold a-z, 0-9 and - only"),
         ("name: evaluate", "name: 'rm -rf /'", "26: stages[3].name: 'rm -rf /' may hold"),
         ("name: evaluate", "name: train", "26: stages[3].name: 'train' is also the name of stages[2]"),
-        ("teacher: pretrain", "teacher: pretrian", "16: stages[1].teacher: there is no stage 'pretrian' before this one; did you mean pretrain?"),
+        (
+            "teacher: pretrain",
+            "teacher: pretrian",
+            "16: stages[1].teacher: there is no stage 'pretrian' before this one; did you mean pretrain?",
+        ),
         ("teacher: pretrain", "teacher: train", "16: stages[1].teacher: stage 'train' comes later"),
         ("teacher: pretrain", "teacher: label", "16: stages[1].teacher: a stage cannot use its own result"),
-        ("teacher: pretrain", "teacher: Qwen/Qwen2.5-15B", "16: stages[1].teacher: the shape of model 'Qwen/Qwen2.5-15B' is not known; did you mean"),
-        ("labels: label", "labels: pretrain", "20: stages[2].labels: stage 'pretrain' is of kind pretrain; needed is one of kind label"),
-        ("{name: evaluate, kind: evaluate, student: train", "{name: evaluate, kind: evaluate, student: label", "26: stages[3].student: stage 'label' is of kind label"),
+        (
+            "teacher: pretrain",
+            "teacher: Qwen/Qwen2.5-15B",
+            "16: stages[1].teacher: the shape of model 'Qwen/Qwen2.5-15B' is not known; did you mean",
+        ),
+        (
+            "labels: label",
+            "labels: pretrain",
+            "20: stages[2].labels: stage 'pretrain' is of kind pretrain; needed is one of kind label",
+        ),
+        (
+            "{name: evaluate, kind: evaluate, student: train",
+            "{name: evaluate, kind: evaluate, student: label",
+            "26: stages[3].student: stage 'label' is of kind label",
+        ),
         ("verify: exact", "verify: none", "26: stages[3].verify: an evaluation needs right answers"),
         ("method: full", "method: lora", "21: stages[2].method: LoRA on random weights learns nothing"),
         ("top_k: 8", "top_k: 0", "22: stages[2].loss: alpha above 0 learns from soft labels"),
         ("steps: 800", "steps: 800\n    epochs: 2", "24: stages[2].epochs: steps and epochs exclude each other"),
-        ("batch_size: 64", "batch_size: 64\n    micro_batch: 48", "25: stages[2].micro_batch: must divide batch_size 64"),
+        (
+            "batch_size: 64",
+            "batch_size: 64\n    micro_batch: 48",
+            "25: stages[2].micro_batch: must divide batch_size 64",
+        ),
         ("alpha: 0.9", "alpha: 1.9", "22: stages[2].loss.alpha: must be at most 1, not 1.9"),
         ("temperature: 1}", "temperature: 0}", "22: stages[2].loss.temperature: must be above 0, not 0"),
         ("steps: 550", "steps: 5.5", "13: stages[0].steps: 5.5 is not a whole number"),
@@ -163,7 +183,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("kind: export", "kind: exprot", "27: stages[4].kind: unknown kind of stage 'exprot'; did you mean export?"),
         ("kind: export, ", "", "27: stages[4].kind: is missing: one of pretrain"),
         ("formats: [hf]", "formats: []", "27: stages[4].formats: must be a list with at least one entry"),
-        ("formats: [hf]", "formats: [gguff]", "27: stages[4].formats[0]: 'gguff' is not known here; did you mean gguf?"),
+        (
+            "formats: [hf]",
+            "formats: [gguff]",
+            "27: stages[4].formats[0]: 'gguff' is not known here; did you mean gguf?",
+        ),
         ("formats: [hf]", "student: train", "27: stages[4].student: stands here twice, first in line 27"),
     ],
 )
@@ -181,10 +205,18 @@ def test_numbers_mean_what_people_read() -> None:
 def test_paths_start_at_the_recipes_folder(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text('{"input": "1+1", "answer": "2"}\n\n{"input": "1+2", "answer": "3"}\n')
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps({
-        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "vocab_size": 1000,
-    }))
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "vocab_size": 1000,
+            }
+        )
+    )
     text = RENTED.replace(f"{DATA}/algebra.jsonl", "mine.jsonl").replace("Qwen/Qwen2.5-1.5B", "./model")
     got = recipe(text.replace("s3://bucket/kd", "file:out"), tmp_path)
     assert got.files["mine.jsonl"].rows == 2 and got.files["mine.jsonl"].path == str(tmp_path / "mine.jsonl")
@@ -195,8 +227,14 @@ def test_paths_start_at_the_recipes_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_named_like_no_stage_can_be_a_model(tmp_path: Path) -> None:
-    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "vocab_size": 1000}
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 1000,
+    }
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
     got = recipe(SMALL.replace("teacher: pretrain", "teacher: teacher"), tmp_path)
@@ -215,7 +253,15 @@ def test_every_setting_a_user_may_want_has_a_key() -> None:
     """What the machine is told (contract) can be said in a recipe, apart from what the planner fills in itself."""
     elsewhere = {
         "label": {"prompts", "verify", "top_k", "label_temperature"},
-        "train": {"alpha", "temperature", "compare_hard", "compare_seeds", "learning_rates", "search_steps", "checkpoint_every_s"},
+        "train": {
+            "alpha",
+            "temperature",
+            "compare_hard",
+            "compare_seeds",
+            "learning_rates",
+            "search_steps",
+            "checkpoint_every_s",
+        },
         "pretrain": {"checkpoint_every_s"},
     }
     for kind, settings in SETTINGS.items():
@@ -227,11 +273,20 @@ def test_every_setting_a_user_may_want_has_a_key() -> None:
 def test_defaults_of_the_recipe_are_those_of_the_machine() -> None:
     label = LabelStage(name="l", kind="label", teacher="t", samples=1)
     assert (label.temperature, label.top_p, label.soft_labels.top_k, label.keep, label.max_cut_share) == (
-        LabelSettings.temperature, LabelSettings.top_p, LabelSettings.top_k, LabelSettings.keep, LabelSettings.max_cut_share)
+        LabelSettings.temperature,
+        LabelSettings.top_p,
+        LabelSettings.top_k,
+        LabelSettings.keep,
+        LabelSettings.max_cut_share,
+    )
     train = TrainStage(name="t", kind="train", student="s", labels="l")
     assert (train.loss.alpha, train.loss.temperature, train.learning_rate, train.warmup_share, train.batch_size) == (
-        TrainSettings.alpha, TrainSettings.temperature, TrainSettings.learning_rate, TrainSettings.warmup_share,
-        TrainSettings.batch_size)
+        TrainSettings.alpha,
+        TrainSettings.temperature,
+        TrainSettings.learning_rate,
+        TrainSettings.warmup_share,
+        TrainSettings.batch_size,
+    )
 
 
 def test_the_schema_accepts_what_the_types_accept_and_describes_every_stage() -> None:
@@ -244,7 +299,9 @@ def test_the_schema_accepts_what_the_types_accept_and_describes_every_stage() ->
     for text in (SMALL, RENTED, *(path.read_text() for path in builtin_recipes().values())):
         checker.validate(yaml.load(text, Loader=module._Loader))
     assert not checker.is_valid({"name": "x", "budget": "1 CNY", "stages": [], "colour": "red"})
-    assert {"PretrainStage", "LabelStage", "TrainStage", "EvaluateStage", "ExportStage", "RehearseStage"} <= set(schema["$defs"])
+    assert {"PretrainStage", "LabelStage", "TrainStage", "EvaluateStage", "ExportStage", "RehearseStage"} <= set(
+        schema["$defs"]
+    )
     assert schema["properties"]["budget"]["description"]
     json.dumps(schema)
 

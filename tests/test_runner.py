@@ -6,6 +6,8 @@ Money is read from the fake provider's own invoice, not from the ledger.
 from __future__ import annotations
 
 import random
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +87,7 @@ class World:
             code_folder=self.folder / "code",
             say=lambda *words: self.said.append(words),
             stop=stop,
+            call_limit_s=None,
         )
         try:
             return runner.run(turn_s=5.0)
@@ -334,6 +337,78 @@ def test_killed_between_any_two_steps_of_its_own_it_ends_in_the_same_place(tmp_p
     assert world.client(take_over=True).state == "done"
     assert [e.stage for e in world.run.entries if e.kind == "stage_done"] == list(WORK)
     world.check_money()
+
+
+def test_whatever_a_provider_raises_the_machines_end_and_the_cap_holds(tmp_path):
+    for number, (call, error) in enumerate(
+        [
+            ("observe", RuntimeError),
+            ("run", KeyError),
+            ("launch", ZeroDivisionError),
+            ("terminate", RuntimeError),
+            ("ours", ValueError),
+        ]
+    ):
+        world = World(tmp_path / str(number))
+        original, random_ = getattr(world.provider, call), random.Random(number)
+
+        def sometimes(*args, original=original, random_=random_, error=error, **kwargs):
+            if random_.random() < 0.5:
+                raise error("surprise")
+            return original(*args, **kwargs)
+
+        setattr(world.provider, call, sometimes)
+        assert world.client().state in ("done", "no_capacity"), call
+        world.check_money()
+
+
+def test_a_job_that_can_never_be_started_does_not_use_the_money_up(tmp_path):
+    world = World(tmp_path, make_plan(WORK, cap_micros=5_000_000))
+
+    def never(*args, **kwargs):
+        raise ProvisionError("ssh is broken")
+
+    world.provider.run = never
+    assert world.client().state == "failed"
+    assert world.provider.invoice_micros() < 500_000
+    world.check_money(5_000_000)
+
+
+def test_a_call_that_hangs_is_given_up_and_the_machine_it_makes_late_is_ended(tmp_path):
+    world = World(tmp_path, make_plan({"train": 60.0}), work_s={"train": 60.0})
+    provider, release, late = world.provider, threading.Event(), []
+    launch = provider.launch
+
+    def hanging(order):
+        if not late:
+            late.append(order)
+            release.wait(20)
+        launch(order)
+
+    provider.launch = hanging
+    ledger = Ledger(world.path)
+    runner = Runner(
+        ledger=ledger,
+        provider=provider,
+        bucket=world.bucket,
+        clock=world.clock,
+        plan=world.plan,
+        run_id="test-abc123",
+        owner="owner1",
+        lease=Lease.acquire(world.bucket, "owner1", world.clock),
+        code_folder=tmp_path / "code",
+        call_limit_s=0.2,
+    )
+
+    def on_turn(snapshot):
+        if not release.is_set() and snapshot.run.machines[0].state is State.GONE:
+            release.set()
+            while late[0].name not in provider.live():
+                time.sleep(0.01)
+
+    assert runner.run(on_turn=on_turn, turn_s=5.0).state == "done"
+    assert provider.live() == []
+    assert len(world.run.machines) == 2
 
 
 def test_an_old_client_that_wakes_up_touches_nothing(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 
 import tasks
 from tasks import supervisor
-from tasks.bucket import Bucket, fetch_folder, open_bucket, read_commit
+from tasks.bucket import Bucket, fetch_folder, open_bucket, read_commit, sha256_of
 from tasks.contract import Ended, Exit, Progress, RehearseSettings, Task, Watch
 from tasks.rehearse import payload
 
@@ -174,9 +174,11 @@ def test_a_stage_runs_from_a_wheel_that_is_only_on_the_path(bench: Bench, tmp_pa
     with zipfile.ZipFile(tmp_path / "kdcloud.whl", "w") as wheel:
         for path in Path(tasks.__file__).parent.glob("*.py"):
             wheel.write(path, f"tasks/{path.name}")
-    bench.task(steps=2, step_s=0.0)
-    rc, output = bench.run(code=tmp_path / "kdcloud.whl")
-    assert rc == 0, output
+    task = bench.task(steps=2, step_s=0.0)
+    for sha256, expected in [("0" * 64, Exit.BAD_INPUT), (sha256_of(tmp_path / "kdcloud.whl"), Exit.DONE)]:
+        bench.bucket.put(f"{STAGE}/task.json", replace(task, code_sha256=sha256).to_json().encode())
+        rc, output = bench.run(code=tmp_path / "kdcloud.whl")
+        assert (rc, bench.ended().rc) == (expected, expected), output
 
 
 def test_a_hung_loop_is_ended_although_a_heartbeat_thread_lives(bench: Bench) -> None:
@@ -248,6 +250,16 @@ def test_the_deadline_saves_a_checkpoint_in_time_and_the_next_attempt_goes_on_fr
     assert steps == list(range(1, 41))  # none twice, none left out
     log = bench.bucket.get(f"{STAGE}/log.txt")[0].decode()
     assert "attempt 1 of" in log and "attempt 2 of" in log
+
+
+def test_a_stage_that_will_not_stop_is_gone_before_the_deadline(bench: Bench) -> None:
+    bench.task()
+    began = time.monotonic()
+    moving = "with ctx._moving('upload') as moved:\n    while True: time.sleep(0.02); moved(1)"
+    rc, output = bench.run("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + moving, remaining_s=2.5)
+    assert (rc, bench.ended().reason) == (Exit.DEADLINE, "deadline"), output
+    assert time.monotonic() - began < 2.5 + 0.3
+    assert bench.alive() == []
 
 
 def test_the_deadline_holds_while_the_store_hangs(bench: Bench) -> None:

@@ -233,7 +233,8 @@ def test_a_stopped_stage_saves_for_as_long_as_something_moves(
         Sight(0.0, replace(TRAINING, step_s=step_s)), awake_s=stopped_s + since_s,
         moved_s=moved_s and stopped_s + moved_s, io_s=io_s and stopped_s + io_s,
     )
-    assert may_save_on(WATCH, activity, stopped_s=stopped_s, stop=stop) is goes_on
+    assert may_save_on(WATCH, activity, stopped_s=stopped_s, stop=stop, remaining_s=61.0 - since_s) is goes_on
+    assert not may_save_on(WATCH, activity, stopped_s=stopped_s, stop=stop, remaining_s=10.0)  # the machine slept
 
 
 @given(st.floats(min_value=0.1, max_value=1e5))

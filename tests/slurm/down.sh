@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Ends what up.sh started, each process by its id, and takes the account and the lines of /etc/hosts away again.
+#
+#     sudo bash tests/slurm/down.sh          # --purge: removes $KDSLURM_ROOT as well
+set -uo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+R=$KDSLURM_ROOT
+export SLURM_CONF=$R/etc/slurm.conf
+say_pid() { [ -s "$1" ] && cat "$1"; }
+
+if [ -f "$R/env.sh" ]; then # SkyPilot ends only the server on the port in env.sh
+    as_account bash -c '. "$1/env.sh"; cd "$1"; timeout 60 "$1/client-env/bin/python" -m sky.cli api stop || timeout 60 "$1/client-env/bin/python" -c "import sky; sky.api_stop()"' - "$R" >/dev/null 2>&1
+fi
+if is_alive "$R/run/slurmctld.pid"; then
+    timeout 10 scancel --user=$ACCOUNT
+    for _ in $(seq 30); do [ -z "$(timeout 5 squeue -h)" ] && break; sleep 0.5; done
+fi
+sessions=$(pid=$(say_pid "$R/run/sshd.pid") && ps -o pid= --ppid "$pid")
+for file in "$R"/run/slurmd.*.pid "$R/run/slurmctld.pid" "$R/run/sshd.pid" "$R/run/munge/munged.pid"; do
+    is_alive "$file" && kill "$(say_pid "$file")" && echo "ended $(basename "$file" .pid)"
+done
+for pid in $sessions; do kill "$pid" 2>/dev/null; done
+for folder in /tmp/kd-*; do # what a node that ended the hard way leaves behind
+    [ -d "$folder/skypilot-runtime" ] && [ "$(stat -c %U "$folder")" = $ACCOUNT ] && rm -rf -- "$folder"
+done
+left=$(ps -o pid= -u $ACCOUNT 2>/dev/null)
+for pid in $left; do kill "$pid" 2>/dev/null; done
+for _ in $(seq 20); do [ -z "$(ps -o pid= -u $ACCOUNT 2>/dev/null)" ] && break; sleep 0.25; done
+for pid in $(ps -o pid= -u $ACCOUNT 2>/dev/null); do kill -KILL "$pid" 2>/dev/null; done
+[ -w /etc/hosts ] && { lines=$(grep -v '# kdcloud-slurm$' /etc/hosts); printf '%s\n' "$lines" > /etc/hosts; }
+getent passwd $ACCOUNT >/dev/null && userdel $ACCOUNT 2>/dev/null
+[ "${1:-}" = --purge ] && rm -rf "${R:?}"
+exit 0

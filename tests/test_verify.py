@@ -1,0 +1,139 @@
+"""Is the answer read where it stands, judged by the asked rule, and never executed?"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tasks import verify
+from tasks.verify import Verdict, check
+
+OK = Verdict(True, "ok")
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("work 95\n</think>95", OK),
+        ("work\n</think>\n\n 95 \n", OK),
+        ("95", OK),  # a model that does not think aloud
+        ("it is 95\n</think>94", Verdict(False, "wrong")),  # the right number stands in the thinking only
+        ("95</think>94</think>95", OK),
+        ("<think>95", Verdict(False, "no_answer")),
+        ("95\n</think>  ", Verdict(False, "no_answer")),
+    ],
+)
+def test_the_answer_is_read_after_the_thinking_only(text: str, verdict: Verdict) -> None:
+    assert check("exact", text, "95") == verdict
+
+
+def test_an_answer_inside_thinking_that_the_prompt_opened_does_not_count() -> None:
+    assert check("exact", "95", "95", thinking=True) == Verdict(False, "no_answer")
+    assert check("exact", "w</think>95", "95", thinking=True) == OK
+
+
+def test_without_a_reference_nothing_is_right_but_none_accepts_everything() -> None:
+    assert check("exact", "95", None) == Verdict(False, "no_reference")
+    assert check("none", "", None, thinking=True) == OK
+
+
+def test_an_unknown_kind_is_a_bug_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="maths"):
+        check("maths", "1", "1")
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "ok"),
+    [
+        ("So the answer is \\boxed{42}.", "42", True),
+        ("We get 1,234 in all", "1234", True),
+        ("x = 0.50", "0.5", True),
+        ("\\boxed{\\frac{1}{2}}", "\\boxed{\\frac{1}{2}}", True),
+        ("first 42, then 43", "42", False),
+        ("\\boxed{41} is not 42", "42", False),
+        ("no idea", "42", False),
+    ],
+)
+def test_without_math_verify_the_last_boxed_value_or_number_decides_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, said: str, answer: str, ok: bool
+) -> None:
+    monkeypatch.setattr(verify, "math_verify_installed", lambda: False)
+    assert check("math", said, answer).ok is ok
+    assert "math-verify is not installed" in (verify.note("math") or "")
+    assert verify.note("exact") is None
+
+
+def test_math_answers_are_compared_by_value_in_a_child() -> None:
+    pytest.importorskip("math_verify")
+    assert check("math", "thus $\\frac{1}{2}$", "0.5") == OK
+    assert check("math", "thus $\\boxed{x^2+2x+1}$", "(x+1)^2") == OK
+    assert check("math", "thus $\\boxed{3}$", "4") == Verdict(False, "wrong")
+    # What would harm if it were run is text like any other.
+    assert not check("math", "\\boxed{__import__('os').abort()}", "1").ok
+    assert verify.note("math") is None
+
+
+FAKE = """
+import json, sys
+print("ready", flush=True)
+for line in sys.stdin:
+    said, answer = json.loads(line)
+    if said == "die":
+        sys.exit(9)
+    if said != "hang":
+        print(json.dumps(said == answer), flush=True)
+"""
+
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> verify._Child:
+    """A child that answers at once, hangs or dies on demand, and its parent with a short patience."""
+    script = tmp_path / "child.py"
+    script.write_text(FAKE)
+    monkeypatch.setattr(verify, "__file__", str(script))
+    made = verify._Child(timeout_s=0.3)
+    yield made
+    made.close()
+
+
+def test_a_comparison_that_hangs_is_ended_and_the_next_one_works(child: verify._Child) -> None:
+    assert child.check("1", "1") == OK
+    assert child._process is not None
+    pid = child._process.pid
+    assert child.check("hang", "1") == Verdict(False, "check_timed_out")
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert child.check("1", "1") == OK
+
+
+def test_a_child_that_dies_costs_one_answer_only(child: verify._Child) -> None:
+    assert child.check("die", "1").ok is False
+    assert child.check("2", "1") == Verdict(False, "wrong")
+
+
+GOOD = (
+    "Distillation trains a small model on the outputs of a large one. The small model sees probabilities, "
+    "not only words, and therefore learns from fewer examples than it would otherwise need."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (GOOD, "ok"),
+        ("thinking </think>" + GOOD, "ok"),
+        ("蒸馏让小模型学习大模型的输出，因此只需要更少的样本。", "ok"),
+        ("Yes.", "too_short"),
+        ("I will say this again and again. " * 12, "repetitive"),
+        ("loop the loop of loops again " * 12 + "</think>" + GOOD, "repetitive"),
+        ("The answer, 因此我们得到答案是四十二个苹果和橙子, is plain to see.", "mixed_language"),
+        ("The answer \ufffd\ufffd\ufffd is not readable here", "unreadable"),
+        ("a " + "word" * 40_000 + " is too long", "too_long"),
+    ],
+)
+def test_free_text_is_judged_by_length_repetition_and_language(text: str, reason: str) -> None:
+    assert check("text", text, None).reason == reason
+
+
