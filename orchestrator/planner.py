@@ -383,7 +383,8 @@ def _widen(stage: Stage, world: World, offers_for: OffersFor, calibration: Calib
     if need.gpus:
         found = fits(replace(need, gpus=()), stage)
         if found is not None:
-            return f"allow gpus: [{', '.join((*need.gpus, found.machine.offer.gpu or 'none'))}]"
+            card = found.machine.offer.gpu
+            return f"allow gpus: [{', '.join((*need.gpus, card))}]" if card else "leave out gpus: this machine has none"
     if (
         isinstance(stage, TrainStage)
         and stage.method == "full"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -764,6 +764,3 @@ def _stages_nearest(word: str, fitting: list[str]) -> str:
 def _problem(loc: Loc, message: str | None) -> Iterator[tuple[Loc, str]]:
     if message is not None:
         yield loc, message
-
-
-assert set(KINDS) == {get_args(model.model_fields["kind"].annotation)[0] for model in KINDS.values()}

@@ -223,6 +223,7 @@ class Fit:
     use_mass_at_t: bool = False  # the labels' log_mass_at_t belongs to this temperature
     warmup_share: float = 0.05
     weight_decay: float = 0.0
+    beta2: float = 0.999
     max_grad_norm: float = 1.0
     precision: str = "auto"
     checkpoint_every_s: float = 300.0
@@ -284,8 +285,9 @@ def fit(
     device = next(model.parameters()).device
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
-        weights.values(), lr=how.learning_rate, weight_decay=how.weight_decay, fused=device.type in ("cpu", "cuda")
-    )
+        weights.values(), lr=how.learning_rate, betas=(0.9, how.beta2), weight_decay=how.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )  # fmt: skip
     order = Order(len(examples), how.batch_size, how.seed)
     torch.manual_seed(how.seed)
     start, tokens, recent = 0, 0, []

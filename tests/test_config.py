@@ -90,3 +90,15 @@ def test_a_home_that_cannot_be_made_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load_config(Home(tmp_path / "file" / "kd"))
     assert "KDCLOUD_HOME" in caught.value.hint
+
+
+def test_two_clients_that_start_at_once_agree_on_the_owner(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one writes its file after this one has looked and before it writes."""
+
+    def other_is_faster() -> str:
+        home.config.write_text("owner: first1\n")
+        return "second"
+
+    monkeypatch.setattr("orchestrator.config.new_id", other_is_faster)
+    assert load_config(home).owner == "first1"
+    assert home.config.read_text() == "owner: first1\n"

@@ -220,6 +220,7 @@ def test_nothing_fits_names_the_smallest_change_that_would() -> None:
     assert hint(big, card("A10G", 1)) == "teacher: deepseek-ai/DeepSeek-R1-Distill-Qwen-7B would fit"
     full = RENTED.replace("loss:", "method: full, loss:")
     assert hint(full, card("A10G", 1)) == "method: lora would fit"
+    assert hint(SMALL.replace("budget:", "gpus: [A10G]\nbudget:"), LOCAL) == "leave out gpus: this machine has none"
     elsewhere = RENTED.replace("[runpod, aws]", "[aws]")
     assert "allow infra: [aws, runpod]" in hint(elsewhere, *CARDS)
     long = RENTED.replace("loss: {", "micro_batch: 8, loss: {")

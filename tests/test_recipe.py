@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
@@ -264,7 +264,9 @@ def test_every_setting_a_user_may_want_has_a_key() -> None:
         },
         "pretrain": {"checkpoint_every_s"},
     }
+    assert set(KINDS) == set(SETTINGS)
     for kind, settings in SETTINGS.items():
+        assert KINDS[kind].model_fields["kind"].annotation == Literal[kind]  # type: ignore[valid-type]
         keys = set(KINDS[kind].model_fields)
         missing = set(settings.__dataclass_fields__) - keys - elsewhere.get(kind, set())
         assert not missing, f"{kind}: {missing}"

@@ -27,6 +27,8 @@ need rsync rsync
 need nc netcat-openbsd
 need socat socat
 need setpriv util-linux
+need patchelf patchelf
+need python3 python3
 if [ ${#missing[@]} -gt 0 ]; then
     policy=/usr/sbin/policy-rc.d # so that no package starts a daemon of its own
     [ -e $policy ] || { printf '#!/bin/sh\nexit 101\n' > $policy && chmod 755 $policy && trap 'rm -f /usr/sbin/policy-rc.d' EXIT; }
@@ -45,7 +47,7 @@ install -d -o $ACCOUNT -g $ACCOUNT -m 700 "$R/home/.ssh"
 
 # --- environments that the account can read, wherever the checkout lies
 clone() { # VENV NAME: hard links where they can be made
-    local from base to=$R/$2 stamp
+    local from base program to=$R/$2 stamp
     from=$(realpath "$1")
     stamp="$from $(find "$from"/lib/python3*/site-packages -maxdepth 1 -name '*.dist-info' -printf '%f %T@\n' | sort | sha256sum)"
     [ "$(cat "$to.stamp" 2>/dev/null)" = "$stamp" ] && return
@@ -54,6 +56,9 @@ clone() { # VENV NAME: hard links where they can be made
     base=$("$from/bin/python" -c 'import sys; print(sys.base_prefix)')
     if ! as_account "$base/bin/python3" -c '' 2>/dev/null; then # such as a Python below /root
         link_or_copy "$base" "$to.base"
+        program=$(realpath "$to.base/bin/python3")
+        cp -p "$program" "$program.own" && mv "$program.own" "$program"
+        patchelf --set-rpath '$ORIGIN/../lib' "$program" # it would look for its library where it was built
         rm "$to"/bin/python* "$to/pyvenv.cfg"
         ln -s "$to.base/bin/python3" "$to/bin/python3" && ln -s python3 "$to/bin/python"
         sed "s|^home = .*|home = $to.base/bin|" "$from/pyvenv.cfg" > "$to/pyvenv.cfg"
@@ -77,7 +82,7 @@ if [ ! -e "$R/sky-runtime/.made-for-$SKY" ]; then
     rm -rf "$R/sky-runtime"
     export UV_CACHE_DIR=$R/uv-cache UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=copy
     uv=$R/node-tools/bin/uv
-    $uv venv --quiet --seed --relocatable --python "$(realpath "$R/client-env/bin/python3")" "$R/sky-runtime"
+    $uv venv --quiet --seed --relocatable --python /usr/bin/python3 "$R/sky-runtime"
     VIRTUAL_ENV=$R/sky-runtime $uv pip install --quiet "skypilot[slurm,remote]==$SKY"
     VIRTUAL_ENV=$R/sky-runtime $uv pip uninstall --quiet skypilot # each launch brings its own
     rm -rf "$R/uv-cache"

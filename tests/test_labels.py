@@ -1,0 +1,359 @@
+"""Do labels survive storing, are they those of the right token, and is a label stage resumed shard by shard?"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ml_support import context, run_stage
+from transformers import Qwen2Tokenizer
+
+from tasks import label, models
+from tasks.contract import Architecture, DataSource, LabelSettings, ModelSource, PretrainSettings, TaskError
+from tasks.label import Completion, TransformersGenerator, score
+from tasks.labels import Header, Sample, read_labels, shard_name, write_shard
+from tasks.losses import distillation_loss
+
+TINY = Architecture(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+HEADER = Header(teacher="t", ordinary_sha256="o", special_sha256="s", top_k=3, temperature=2.0)
+LABEL = LabelSettings(
+    teacher=ModelSource(stage="pretrain"), prompts=DataSource("builtin:addition/train"), verify="exact", samples=20,
+    max_new_tokens=6, temperature=1.0, top_p=1.0, top_k=4, label_temperature=2.0, batch_size=8, shard_size=8,
+    keep="all", max_cut_share=1.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the stage `pretrain` is done: a teacher that has seen a few steps."""
+    root = tmp_path_factory.mktemp("run")
+    settings = PretrainSettings(TINY, "builtin:addition/corpus?slips=0", 200, 30, 16, 1e-2)
+    assert run_stage(root, "pretrain", "pretrain", settings) is not None
+    return root
+
+
+def sample(key: str, prompt: int, completion: int, k: int = 3) -> Sample:
+    gen = torch.Generator().manual_seed(prompt * 100 + completion)
+    logp = torch.log_softmax(torch.randn(completion, 50, generator=gen) * 3, 1)
+    top, ids = logp.topk(k, 1)
+    tail = torch.log1p(-top.exp().sum(1))
+    return Sample(key, torch.arange(prompt), torch.arange(completion) + 7, ids.int(), top, tail, tail / 2)
+
+
+def test_what_was_stored_is_read_back_by_key_however_it_was_cut(tmp_path: Path) -> None:
+    samples = [sample("c", 2, 5), sample("a", 4, 1), sample("b", 3, 2)]
+    for name, cuts in (("one", [samples]), ("three", [[s] for s in reversed(samples)]), ("gap", [samples, []])):
+        (tmp_path / name).mkdir()
+        for i, part in enumerate(cuts):
+            write_shard(tmp_path / name / shard_name(i), HEADER, part)
+        labels = read_labels(tmp_path / name)
+        assert labels.header == HEADER and labels.keys == ["a", "b", "c"]
+        for i, expected in enumerate(sorted(samples, key=lambda s: s.key)):
+            got = labels.sample(i)
+            assert got.prompt_ids.tolist() == expected.prompt_ids.tolist()
+            assert got.completion_ids.tolist() == expected.completion_ids.tolist()
+            assert got.topk_ids.tolist() == expected.topk_ids.tolist()
+            torch.testing.assert_close(got.topk_logprobs.float(), expected.topk_logprobs, rtol=1e-3, atol=1e-6)
+            assert torch.equal(got.log_tail_mass, expected.log_tail_mass)  # fp32, to the bit
+            assert torch.equal(got.log_mass_at_t, expected.log_mass_at_t)
+
+
+def test_missing_labels_stay_missing_and_tiny_ones_stay_finite(tmp_path: Path) -> None:
+    one = sample("a", 1, 2)
+    one.topk_ids[0, 2], one.topk_logprobs[0, 2] = -1, -math.inf
+    one.topk_logprobs[1, 2] = -1e6
+    write_shard(tmp_path / shard_name(0), HEADER, [one])
+    got = read_labels(tmp_path).sample(0)
+    assert got.topk_ids[0, 2] == -1 and got.topk_logprobs[0, 2] == -math.inf
+    assert got.topk_logprobs[1, 2].isfinite()
+
+
+def test_labels_that_cannot_be_used_are_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="holds no labels"):
+        read_labels(tmp_path)
+    write_shard(tmp_path / shard_name(0), HEADER, [])
+    with pytest.raises(TaskError, match="no sample was kept"):
+        read_labels(tmp_path)
+    write_shard(tmp_path / shard_name(0), replace(HEADER, schema=99), [sample("a", 1, 1)])
+    with pytest.raises(TaskError, match="label schema 99"):
+        read_labels(tmp_path)
+    write_shard(tmp_path / shard_name(0), HEADER, [sample("a", 1, 1)])
+    write_shard(tmp_path / shard_name(1), replace(HEADER, teacher="other"), [sample("b", 1, 1)])
+    with pytest.raises(TaskError, match="different settings"):
+        read_labels(tmp_path)
+    (tmp_path / shard_name(1)).write_bytes(b"garbage" * 9)
+    with pytest.raises(TaskError, match="damaged"):
+        read_labels(tmp_path)
+
+
+def tiny_model(seed: int = 0) -> tuple[Any, Any]:
+    tokenizer = models.tiny_tokenizer()
+    return models.from_architecture(TINY, tokenizer, seed=seed).eval(), tokenizer
+
+
+def test_each_row_is_the_distribution_of_its_own_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against logits of one unpadded sequence at a time, with uneven lengths, chunks of few rows and T = 2."""
+    model, tokenizer = tiny_model()
+    monkeypatch.setattr(label, "SCORE_ELEMENTS", 3 * len(tokenizer))
+    pairs = [([5, 6, 7], [8, 9]), ([1], [2, 3, 4, 5, 6]), ([9, 8], [7])]
+    for (prompt, completion), (ids, logp, tail, mass) in zip(
+        pairs, score(model, pairs, 4, 2.0, real_vocabulary=len(tokenizer)), strict=True
+    ):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0]
+        for j in range(len(completion)):
+            exact = torch.log_softmax(logits[len(prompt) + j - 1], 0)
+            top = exact.topk(4)
+            assert ids[j].tolist() == top.indices.tolist()
+            torch.testing.assert_close(logp[j], top.values, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(tail[j].exp(), 1 - top.values.exp().sum(), rtol=1e-4, atol=1e-5)
+            at_t = torch.softmax(logits[len(prompt) + j - 1] / 2, 0)[top.indices].sum().log()
+            torch.testing.assert_close(mass[j], at_t, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tail_is_exact_where_one_minus_the_sum_is_all_rounding() -> None:
+    hidden, head = torch.tensor([[30.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    _, _, tail, _ = label._top(hidden, head, 1, 1.0, 3)
+    assert math.isclose(tail.item(), math.log(2) - 30, rel_tol=1e-5)
+
+
+def test_rows_of_a_wider_head_are_never_labels_but_count_as_tail() -> None:
+    hidden, head = torch.eye(1), torch.tensor([[1.0], [2.0], [9.0]])  # the third id is no token
+    ids, logp, tail, _ = label._top(hidden, head, 2, 1.0, 2)
+    assert ids.tolist() == [[1, 0]]
+    assert math.isclose(logp.exp().sum().item() + tail.exp().item(), 1.0, rel_tol=1e-6) and tail > -0.01
+
+
+def test_the_teacher_itself_as_student_has_no_loss_on_its_own_stored_labels(pretrained: Path) -> None:
+    """Through generation, scoring, storing and reading; shifted by one it does."""
+    run_stage(pretrained, "label", "label", LABEL)
+    labels = read_labels(pretrained / "label" / "done")
+    assert labels.header.top_k == 4 and labels.header.temperature == 2.0
+    teacher = models.load_stage(pretrained / "pretrain" / "done", context(pretrained, "x", "label", LABEL),
+                                dtype=torch.float32).model.eval()  # fmt: skip
+    for shift, small in ((0, True), (1, False)):
+        total, count = 0.0, 0
+        for i in range(len(labels)):
+            s = labels.sample(i)
+            ids = torch.cat([s.prompt_ids, s.completion_ids]).long()[None]
+            first = len(s.prompt_ids) - 1
+            with torch.no_grad():
+                hidden = models.hidden_states(teacher, ids)[0, first : first + len(s.completion_ids)]
+                total += distillation_loss(
+                    hidden.roll(shift, 0), models.head_weight(teacher), s.completion_ids.long(), s.topk_ids,
+                    s.topk_logprobs.float(), alpha=1.0, temperature=2.0, token_count=1,
+                    log_tail_mass=s.log_tail_mass, log_mass_at_t=s.log_mass_at_t,
+                ).item()  # fmt: skip
+            count += len(s.completion_ids)
+        assert (total / count < 1e-4) is small
+
+
+def test_the_thinking_is_opened_in_the_prompt_and_stays_in_the_labels(pretrained: Path) -> None:
+    run_stage(pretrained, "label", "label", LABEL)
+    labels = read_labels(pretrained / "label" / "done")
+    tokenizer = models.load_tokenizer(ModelSource(path=str(pretrained / "label" / "done" / "tokenizer")))
+    for i in range(len(labels)):
+        text = tokenizer.decode(labels.sample(i).prompt_ids, skip_special_tokens=False)
+        assert text.startswith("<|user|>") and text.endswith("<|assistant|><think>\n")
+    assert labels.header.ordinary_sha256 == models.vocabulary_hashes(tokenizer).ordinary
+
+
+class Scripted:
+    """A generator that answers as it is told, by call."""
+
+    def __init__(self, tokenizer: Any, *texts: str) -> None:
+        self._tokenizer, self._texts, self.calls = tokenizer, texts, 0
+
+    def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]:
+        done = []
+        for prompt in prompts:
+            a, b = self._tokenizer.decode(prompt).split("<|user|>")[1].split("<|assistant|>")[0].split("+")
+            text = self._texts[self.calls % len(self._texts)].replace("SUM", str(int(a) + int(b)))
+            self.calls += 1
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+            cut = text.endswith("...")
+            done.append(Completion(ids if cut else [*ids, self._tokenizer.eos_token_id], "length" if cut else "stop"))
+        return done
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def use(*texts: str) -> Scripted:
+        made = Scripted(models.tiny_tokenizer(), *texts)
+        monkeypatch.setattr(label._Teacher, "generator", lambda self: made)
+        return made
+
+    return use
+
+
+def test_wrong_and_cut_answers_are_dropped_and_counted_by_reason(pretrained: Path, scripted: Any) -> None:
+    scripted("w\n</think>SUM", "w\n</think>0", "SUM", "w...")
+    result = run_stage(pretrained, "judged", "label", replace(LABEL, keep="correct", samples=20))
+    assert result is not None
+    assert (result["prompts"], result["generated"], result["kept"]) == (20, 20, 5)
+    assert result["dropped"] == {"wrong": 5, "no_answer": 5, "cut": 5}
+    assert result["cut_share"] == 0.25
+    assert {s["reason"] for s in result["samples"]} >= {"ok"} and all("</think>" in s["text"] for s in result["samples"][:5])
+    kept = read_labels(pretrained / "judged" / "done")
+    eos = models.tiny_tokenizer().eos_token_id
+    assert all(kept.sample(i).completion_ids[-1] == eos for i in range(len(kept)))
+    assert result["tokens"] == len(kept.completion_ids)
+    rows = [json.loads(line) for p in sorted((pretrained / "judged" / "done").glob("generated-*"))
+            for line in p.read_text().splitlines()]  # fmt: skip
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+
+
+def test_shortest_keeps_one_right_answer_a_prompt(pretrained: Path, scripted: Any) -> None:
+    scripted("long long\n</think>SUM", "s\n</think>SUM", "\n</think>0")
+    settings = replace(LABEL, keep="shortest", samples=4, samples_per_prompt=3, batch_size=3)
+    result = run_stage(pretrained, "shortest", "label", settings)
+    assert result is not None and result["kept"] == 4 and result["dropped"] == {"longer": 4, "wrong": 4}
+    labels = read_labels(pretrained / "shortest" / "done")
+    assert {len(labels.sample(i).completion_ids) for i in range(4)} <= {6, 7}  # "s", newline, mark, 2-3 digits, end
+
+
+def test_labelling_pauses_when_too_many_answers_are_cut(pretrained: Path, scripted: Any) -> None:
+    made = scripted("w...", "w\n</think>SUM")
+    with pytest.raises(TaskError, match="50% of 32 answers were cut off at 6 tokens") as raised:
+        run_stage(pretrained, "cut", "label", replace(LABEL, samples=400, max_cut_share=0.3))
+    assert "max_new_tokens" in raised.value.hint
+    assert made.calls == 32  # and not 400
+
+
+def test_nothing_kept_is_said_with_the_reasons(pretrained: Path, scripted: Any) -> None:
+    scripted("w\n</think>0")
+    with pytest.raises(TaskError, match="none of 20 answers was kept .20 wrong."):
+        run_stage(pretrained, "none", "label", replace(LABEL, keep="correct"))
+
+
+def test_a_resumed_stage_repeats_no_kept_shard_and_ends_the_same(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_stage(pretrained, "whole", "label", LABEL)
+    generated: list[int] = []
+    real = TransformersGenerator.generate
+
+    def counting(self: Any, prompts: list[list[int]], *, seed: int) -> list[Completion]:
+        generated.append(len(prompts))
+        if sum(generated) == 16:
+            raise KeyboardInterrupt
+        return real(self, prompts, seed=seed)
+
+    monkeypatch.setattr(TransformersGenerator, "generate", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(pretrained, "broken", "label", LABEL)
+    result = run_stage(pretrained, "broken", "label", LABEL, attempt=2)
+    assert generated == [8, 8, 8, 4]  # the second shard was repeated, the first was not
+    assert whole is not None and result is not None
+    for name in ("prompts", "generated", "kept", "dropped", "tokens", "mass_inside_mean", "samples"):
+        assert result[name] == whole[name]
+    one, two = (read_labels(pretrained / stage / "done") for stage in ("whole", "broken"))
+    assert one.keys == two.keys and torch.equal(one.completion_ids, two.completion_ids)
+    assert torch.equal(one.topk_logprobs, two.topk_logprobs)
+
+
+def test_hard_labels_only_store_no_soft_ones(pretrained: Path) -> None:
+    result = run_stage(pretrained, "hard", "label", replace(LABEL, top_k=0))
+    assert result is not None and result["mass_inside_mean"] is None
+    assert read_labels(pretrained / "hard" / "done").topk_ids.shape[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"keep": "best"}, "keep: best is unknown"),
+        ({"verify": "maths"}, "verify: maths is unknown"),
+        ({"engine": "tgi"}, "engine: tgi is unknown"),
+        ({"engine": "vllm"}, "vLLM is not installed"),
+        ({"teacher": ModelSource(architecture=TINY)}, "knows nothing"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(pretrained: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(TaskError, match=says):
+        run_stage(pretrained, "refused", "label", replace(LABEL, **change))
+
+
+def test_prompts_without_answers_cannot_be_checked_exactly(pretrained: Path) -> None:
+    (pretrained / "open.jsonl").write_text('{"input": "why?"}\n')
+    with pytest.raises(TaskError, match="no answer to check against: 'why"):
+        run_stage(pretrained, "open", "label", replace(LABEL, prompts=DataSource("open.jsonl"), keep="correct"))
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+BASE = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}
+
+
+def tokenizer_with(specials: list[str], base: dict[str, int] = BASE, merges: list[Any] | None = None) -> Any:
+    """A byte-level tokenizer over `base`, with added tokens behind it, the first of which ends a sequence."""
+    merges = [("a", "b"), ("ab", "c")] if merges is None else merges
+    return Qwen2Tokenizer(
+        vocab=base, merges=merges, eos_token=specials[0], pad_token=specials[0], unk_token=specials[0],
+        extra_special_tokens=specials[1:],
+    )  # fmt: skip
+
+
+def compatible(teacher: Any, student: Any, head_rows: int = 64) -> list[int]:
+    hashes = models.vocabulary_hashes(teacher)
+    return models.check_compatible(teacher, student, teacher_hash=hashes.ordinary, head_rows=head_rows)
+
+
+def test_the_same_base_with_other_special_tokens_is_accepted_and_their_ids_are_named() -> None:
+    teacher = tokenizer_with(["<end>", "<user>", "<think>"])
+    student = tokenizer_with(["<|endoftext|>", "<user>", "<|box|>"])
+    assert compatible(teacher, student) == [5, 7]  # 6 means the same to both
+    one, two = models.vocabulary_hashes(teacher), models.vocabulary_hashes(student)
+    assert one.ordinary == two.ordinary and one.special != two.special
+
+
+def test_an_equal_tokenizer_needs_no_trained_rows() -> None:
+    assert compatible(tokenizer_with(["<e>"]), tokenizer_with(["<e>"])) == []
+
+
+def test_special_tokens_the_student_has_no_name_for_need_trained_rows_but_no_wider_head() -> None:
+    teacher, student = tokenizer_with(["<e>", "<think>"]), tokenizer_with(["<e>"])
+    assert compatible(teacher, student, head_rows=7) == [6]
+    with pytest.raises(TaskError, match="head has 6 rows, the teacher's vocabulary needs 7"):
+        compatible(teacher, student, head_rows=6)
+
+
+@pytest.mark.parametrize(
+    "base", [{**BASE, "abc": 2, "c": 4}, {**BASE, "x": 5}], ids=["two ids swapped", "one token more"]
+)
+def test_another_base_vocabulary_is_refused(base: dict[str, int]) -> None:
+    with pytest.raises(TaskError, match="another base vocabulary") as raised:
+        compatible(tokenizer_with(["<e>"]), tokenizer_with(["<e>"], base))
+    assert "teacher's family" in raised.value.hint
+
+
+def test_the_same_vocabulary_cut_by_other_merges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_PROBES", ("abcab",))
+    with pytest.raises(TaskError, match="cut text differently"):
+        compatible(tokenizer_with(["<e>"]), tokenizer_with(["<e>"], merges=[("a", "b")]))
+
+
+def test_labels_of_another_tokenizer_than_the_one_beside_them_are_refused() -> None:
+    with pytest.raises(TaskError, match="do not belong"):
+        models.check_compatible(tokenizer_with(["<e>"]), tokenizer_with(["<e>"]), teacher_hash="0", head_rows=9)
+
+
+def test_the_tiny_tokenizer_spells_any_text_and_loads_as_what_it_was_saved(tmp_path: Path) -> None:
+    tokenizer = models.tiny_tokenizer()
+    models.save(tmp_path, models.from_architecture(TINY, tokenizer, seed=0), tokenizer)
+    again = models.load_tokenizer(ModelSource(path=str(tmp_path)))
+    assert models.vocabulary_hashes(again) == models.vocabulary_hashes(tokenizer)
+    for text in ("12+34", "é 蒸馏\n\n\t  x", "a</think>b"):
+        ids = again.encode(text, add_special_tokens=False)
+        assert ids == tokenizer.encode(text, add_special_tokens=False)
+        assert again.decode(ids) == text
+    assert models.prompt_ids(again, "12+34") == models.prompt_ids(tokenizer, "12+34")
+    assert models.opens_thinking(again) and again.padding_side == "left"
+    past = again.apply_chat_template(
+        [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "w</think>2"}], tokenize=False
+    )
+    assert past == "<|user|>1+1<|assistant|>2<|end|>"
