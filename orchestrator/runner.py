@@ -28,6 +28,8 @@ from orchestrator.offers import known_price
 from orchestrator.plan import Plan, StagePlan
 from orchestrator.planner import later_floor_micros
 from orchestrator.provision import (
+    Job,
+    JobState,
     Latencies,
     NoCapacity,
     NotYetGone,
@@ -39,7 +41,7 @@ from orchestrator.provision import (
     Status,
 )
 from orchestrator.states import Do, Event, Machine, State, next_action
-from tasks.bucket import Bucket, BucketError, NotFound, read_commit
+from tasks.bucket import Bucket, BucketError, read_commit
 from tasks.contract import COMMIT_FILE, ENDED_FILE, PROGRESS_FILE, RESULT_FILE, TASK_FILE, Ended, Progress, Task, Watch
 
 PROVISION_LIMIT_S = 1200.0
@@ -98,6 +100,7 @@ class Runner:
         self._ending_since: dict[str, Mark] = {}
         self._retry: tuple[str, Mark, float] | None = None
         self._job_since: dict[str, Mark] = {}
+        self._alive_s: dict[str, float] = {}  # the age at which each machine was last seen
         self._warned: dict[str, Mark] = {}
 
     def run(self, *, on_turn: Callable[[Snapshot], None] = lambda snapshot: None, turn_s: float = 0.3) -> Outcome:
@@ -171,6 +174,10 @@ class Runner:
             absent_seen=row.absent_seen,
             launched=bool(row.facts.get("launched")),
         )
+        if seen is not None and seen.state not in (Status.ABSENT, Status.UNKNOWN):
+            self._alive_s[row.name] = machine.age_s
+        if row.state is State.LIVE and seen is not None and seen.state in (Status.ABSENT, Status.STOPPING):
+            seen = self._with_last_words(row, seen)
         do, why = next_action(machine, seen, stopping=stopping or self._stage_is_done(run, row))
         return self._act(run, row, order_offer, machine, seen, do, why)
 
@@ -205,7 +212,15 @@ class Runner:
             case Do.TERMINATE:
                 return self._terminate(row)
             case Do.MARK_ABSENT:
-                self._move(row, Event.ABSENT, data={"absent_age_s": self._age(row), **self._ended_at(seen)})
+                self._move(
+                    row,
+                    Event.ABSENT,
+                    data={
+                        "absent_age_s": self._age(row),
+                        "alive_s": self._alive_s.get(row.name, 0.0),
+                        **self._ended_at(seen),
+                    },
+                )
             case Do.MARK_PRESENT:
                 self._move(row, Event.PRESENT)
             case Do.MARK_GONE:
@@ -289,7 +304,12 @@ class Runner:
             self._move(row, Event.STOP, data={"why": f"its job could not be started: {error}"})
             return True
         self.ledger.note(
-            self.run_id, "job", self._now(), stage=row.stage, machine=row.name, data={"job": f"{stage.name}-{attempt}"}
+            self.run_id,
+            "job",
+            self._now(),
+            stage=row.stage,
+            machine=row.name,
+            data={"job": f"{stage.name}-{attempt}", "job_age_s": machine.age_s},
         )
         return False
 
@@ -300,10 +320,17 @@ class Runner:
             **self._ended_at(seen),
         }
         ended = read_ended(self.bucket, row.stage)
-        if ended is not None and ended.rc == seen.job.rc:
+        if ended is not None and ended.attempt == int(row.order["attempt"]):
             data["ended"] = asdict(ended)
         self._move(row, Event.JOB_ENDED, data=data)
         self._note_result(row.stage)
+
+    def _with_last_words(self, row: MachineRow, seen: Observation) -> Observation:
+        """A machine that ended itself after its job left word of it in the bucket: the job is done, not lost."""
+        ended = read_ended(self.bucket, row.stage)
+        if ended is None or ended.attempt != int(row.order["attempt"]):
+            return seen
+        return replace(seen, state=Status.RUNNING, job=Job(str(row.facts.get("job")), JobState.DONE, ended.rc))
 
     def _terminate(self, row: MachineRow) -> bool:
         self._ending_since.setdefault(row.name, self.clock.mark())
@@ -319,16 +346,29 @@ class Runner:
     def _mark_gone(self, row: MachineRow, offer: Offer) -> None:
         """Settles what was observed: from the moment the request was sent until the provider says it ended."""
         billed = offer_from_dict(row.facts["landed"]) if "landed" in row.facts else offer
-        seconds = float(row.facts.get("absent_age_s") or self._age(row))
-        if row.facts.get("ended_at"):
-            sent = mark_from_dict(row.facts["sent"])
-            seconds = min(
-                seconds, max(0.0, (datetime.fromisoformat(row.facts["ended_at"]) - sent.wall).total_seconds())
-            )
-        micros = spend.cost_micros(billed, seconds)
+        seconds = self._billed_until_s(row, offer.latencies)
+        micros = spend.settled_micros(
+            billed, until_s=seconds, alive_s=float(row.facts.get("alive_s", 0.0)), reserved=row.reserved_micros
+        )
         self._move(row, Event.GONE, micros=micros, data={"billed_s": seconds})
         cost = shown(micros, self.plan.rate, self.plan.currency)
         self.say("gone", row.stage, f"its machine is gone; {human_seconds(seconds)}, {cost}")
+
+    def _billed_until_s(self, row: MachineRow, latencies: Latencies) -> float:
+        """The age at which the machine ended: when it was first missing, or earlier where there is word of it.
+
+        The provider may tell when billing stopped; a supervisor that ended its own machine told how long it ran.
+        """
+        seconds = float(row.facts.get("absent_age_s") or self._age(row))
+        if row.facts.get("ended_at"):
+            sent = mark_from_dict(row.facts["sent"])
+            told = (datetime.fromisoformat(row.facts["ended_at"]) - sent.wall).total_seconds()
+            seconds = min(seconds, max(0.0, told))
+        ended = row.facts.get("ended")
+        if ended and "job_age_s" in row.facts:
+            delays = latencies.handover_s + latencies.tick_s + latencies.api_s + latencies.provision_s
+            seconds = min(seconds, float(row.facts["job_age_s"]) + float(ended["seconds"]) + delays)
+        return seconds
 
     def _unconfirmed(self, open_: list[MachineRow]) -> Outcome | None:
         for row in open_:
@@ -602,9 +642,10 @@ def read_progress(bucket: Bucket, stage: str) -> Progress | None:
 
 
 def read_ended(bucket: Bucket, stage: str) -> Ended | None:
+    """The supervisor's last words; None when there are none or the bucket does not answer."""
     try:
         return Ended.from_json(bucket.get(f"{stage}/{ENDED_FILE}")[0].decode())
-    except NotFound:
+    except BucketError:
         return None
 
 

@@ -89,9 +89,8 @@ def choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
         case TrainStage():
             yield from _train_choices(stage, world, machine)
         case EvaluateStage():
-            for batch_size in (
-                [stage.batch_size] if stage.batch_size else _batches(world.shape(stage.teacher or stage.student))
-            ):
+            free = _batches(world.shape(stage.teacher or stage.student))
+            for batch_size in [stage.batch_size] if stage.batch_size else free:
                 yield _evaluate_settings(stage, world, batch_size)
         case ExportStage():
             yield ExportSettings(student=stage.student, formats=stage.formats, threads=stage.threads)
@@ -105,6 +104,7 @@ def choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
 
 
 def _batches(shape: ModelShape) -> list[int]:
+    """Sizes to try, largest first."""
     return [256] if shape.params < 10_000_000 else [64, 32, 16, 8, 4, 2, 1]
 
 
@@ -219,21 +219,21 @@ def measure(stage: Stage, settings: Settings, world: World, machine: Machine) ->
     """What `stage` needs with `settings`, which are its own kind's."""
     match stage, settings:
         case PretrainStage(), PretrainSettings():
-            return __measure_pretrain(settings, machine)
+            return _measure_pretrain(settings, machine)
         case LabelStage(), LabelSettings():
-            return __measure_label(stage, settings, world, machine)
+            return _measure_label(stage, settings, world, machine)
         case TrainStage(), TrainSettings():
-            return __measure_train(stage, settings, world, machine)
+            return _measure_train(stage, settings, world, machine)
         case EvaluateStage(), EvaluateSettings():
-            return __measure_evaluate(stage, settings, world, machine)
+            return _measure_evaluate(stage, settings, world, machine)
         case ExportStage(), ExportSettings():
-            return __measure_export(settings, world, machine)
+            return _measure_export(settings, world, machine)
         case RehearseStage(), RehearseSettings():
-            return __measure_rehearse(settings, machine)
+            return _measure_rehearse(settings, machine)
     raise TypeError(f"stage {stage.name} has settings of another kind: {type(settings).__name__}")
 
 
-def __measure_pretrain(settings: PretrainSettings, machine: Machine) -> Measured:
+def _measure_pretrain(settings: PretrainSettings, machine: Machine) -> Measured:
     shape = made_shape("pretrain", settings.model, BUILTIN_VOCAB)
     length = BUILTIN_PROMPT_TOKENS + BUILTIN_ANSWER_TOKENS
     need = memory.training_memory(
@@ -261,7 +261,7 @@ def __measure_pretrain(settings: PretrainSettings, machine: Machine) -> Measured
     )
 
 
-def __measure_label(stage: LabelStage, settings: LabelSettings, world: World, machine: Machine) -> Measured:
+def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, machine: Machine) -> Measured:
     shape, lengths, speed = world.shape(stage.teacher), world.label_lengths(stage), machine.speed
     engine = speed.gpu and settings.engine != "transformers"
     answers, kept = stage.samples * stage.samples_per_prompt, world.kept(stage)
@@ -299,7 +299,7 @@ def __measure_label(stage: LabelStage, settings: LabelSettings, world: World, ma
     )
 
 
-def __measure_train(stage: TrainStage, settings: TrainSettings, world: World, machine: Machine) -> Measured:
+def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, machine: Machine) -> Measured:
     label = world.label(settings.labels)
     shape, lengths, speed = world.student_shape(stage), world.label_lengths(label), machine.speed
     full = settings.method == "full"
@@ -352,7 +352,7 @@ def _steps_in_all(settings: TrainSettings, steps: int) -> float:
     return settings.compare_seeds * arms * steps + (2 if settings.compare_hard else 1) * searches * search
 
 
-def __measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: World, machine: Machine) -> Measured:
+def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: World, machine: Machine) -> Measured:
     train, speed = world.train(stage.student), machine.speed
     lengths = world.evaluate_lengths(stage)
     held_out = stage.held_out or world.recipe.data.held_out
@@ -397,7 +397,7 @@ def __measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: 
     )
 
 
-def __measure_export(settings: ExportSettings, world: World, machine: Machine) -> Measured:
+def _measure_export(settings: ExportSettings, world: World, machine: Machine) -> Measured:
     stage = world.train(settings.student)
     shape = world.student_shape(stage)
     need = memory.loading_memory(shape, half=machine.speed.gpu, gpu=machine.speed.gpu)
@@ -406,7 +406,7 @@ def __measure_export(settings: ExportSettings, world: World, machine: Machine) -
     return Measured(need, seconds + Range(writing / 3, writing, writing * 3), {"params": shape.params})
 
 
-def __measure_rehearse(settings: RehearseSettings, machine: Machine) -> Measured:
+def _measure_rehearse(settings: RehearseSettings, machine: Machine) -> Measured:
     own = settings.steps * settings.seconds_per_step
     seconds = duration.stage_s(machine.speed, downloads_gb=0.0, bare=True) + Range(own, own * 1.02, own * 1.2)
     return Measured(memory.bare_memory(), seconds, {"steps": settings.steps})

@@ -49,6 +49,15 @@ def latency_reserve_micros(offer: Offer) -> int:
     return cost_micros(offer, offer.latencies.total_s) if _price(offer) else 0
 
 
+def settled_micros(offer: Offer, *, until_s: float, alive_s: float, reserved: int) -> int:
+    """What a machine is settled at that was last seen at the age `alive_s` and missing at `until_s`.
+
+    It may have ended at any moment between the two: all of it is counted, but no more than its reservation, since its
+    own watchdog ended it by then; what was seen alive is counted whatever was reserved.
+    """
+    return max(cost_micros(offer, min(alive_s, until_s)), min(cost_micros(offer, until_s), reserved))
+
+
 def available_micros(*, cap: int, spent: int, open_: int, later_floor: int) -> int:
     """What the stage at hand may reserve, so that it cannot eat the later ones: cap - spent - open - their floor."""
     return max(0, cap - spent - open_ - later_floor)

@@ -127,25 +127,25 @@ def _creating(machine: Machine, seen: Observation | None, stopping: bool) -> tup
 
 
 def _live(machine: Machine, seen: Observation | None, stopping: bool) -> tuple[Do, str]:
+    known = seen is not None and seen.state not in (Status.UNKNOWN, Status.CREATING)
+    job = seen.job.state if seen is not None else JobState.NONE
+    if known and seen is not None and seen.state is Status.RUNNING and job is JobState.DONE:
+        return Do.MARK_ENDED, ""
     if stopping:
         return Do.STOP, "the run stops"
+    if known and seen is not None and seen.state is not Status.RUNNING:
+        return Do.STOP, "the machine was lost"
     if machine.age_s >= machine.hard_limit_s:
         return Do.STOP, "its time is used up"
-    if seen is None or seen.state in (Status.UNKNOWN, Status.CREATING):
+    if not known:
         return Do.WAIT, ""
-    if seen.state in (Status.ABSENT, Status.STOPPING, Status.FAILED):
-        return Do.STOP, "the machine was lost"
-    match seen.job.state:
-        case JobState.DONE:
-            return Do.MARK_ENDED, ""
-        case JobState.LOST:
-            return Do.STOP, "the job was lost"
-        case JobState.NONE:
-            if machine.age_s >= machine.lifetime_s:
-                return Do.STOP, "its time is used up"
-            return Do.RUN_JOB, ""
-        case _:
-            return Do.WAIT, ""
+    if job is JobState.LOST:
+        return Do.STOP, "the job was lost"
+    if job is not JobState.NONE:
+        return Do.WAIT, ""
+    if machine.age_s >= machine.lifetime_s:
+        return Do.STOP, "its time is used up"
+    return Do.RUN_JOB, ""
 
 
 def _ending(machine: Machine, seen: Observation | None) -> tuple[Do, str]:

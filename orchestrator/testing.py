@@ -31,6 +31,7 @@ from tasks.bucket import Bucket, Moved, NotFound, PreconditionFailed, Stat
 from tasks.contract import Ended, Exit
 
 _REASONS = {int(code): code.name.lower() for code in Exit}
+ENDS_ITSELF_AFTER_S = 30.0  # a client that is there has seen the job's end by then
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -131,6 +132,7 @@ class Faults:
     refuses_teardown: bool = False
     landed: Offer | None = None  # something else than was ordered
     supervisor_dead: bool = False  # nothing on the machine stops it
+    ends_itself: bool = True  # the supervisor ends the machine after its job, as on a cloud
 
 
 @dataclass
@@ -260,6 +262,9 @@ class FakeProvisioner:
                 and now - machine.created >= faults.lost_after_s
             ):
                 machine.ended = machine.created + faults.lost_after_s
+            alone = machine.ended is None and machine.rc is not None and now - machine.rc_at >= ENDS_ITSELF_AFTER_S
+            if alone and faults.ends_itself:
+                machine.ended = machine.rc_at + ENDS_ITSELF_AFTER_S
             if machine.ended is not None and now - machine.ended >= faults.gone_delay_s:
                 self._dead.append(self._machines.pop(name))
 
@@ -295,7 +300,9 @@ class FakeProvisioner:
 
     def _end(self, machine: _Machine, rc: int, at: float) -> None:
         machine.rc, machine.rc_at = int(rc), at
-        ended = Ended(reason=_REASONS.get(int(rc), "bug"), rc=int(rc), message="" if rc == 0 else f"ended with {rc}")
+        attempt = int(str(machine.job).rsplit("-", 1)[1]) if "-" in str(machine.job) else 0
+        message = "" if rc == 0 else f"ended with {rc}"
+        ended = Ended(_REASONS.get(int(rc), "bug"), int(rc), message, seconds=at - machine.job_started, attempt=attempt)
         self.bucket.put(f"{machine.stage}/ended.json", ended.to_json().encode())
 
     def _job(self, machine: _Machine) -> Job:

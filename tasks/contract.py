@@ -281,6 +281,7 @@ class Ended:
     seconds: float = 0.0  # from the supervisor's start
     peak_gib: float | None = None  # largest resident memory of the process tree, or of the GPU
     last_checkpoint: str | None = None
+    attempt: int = 0
     schema: int = SCHEMA
 
     def to_json(self) -> str:

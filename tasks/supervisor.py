@@ -121,7 +121,7 @@ def supervise(
             known = explain(error, work)
             if known is None:
                 raise
-            _tell(url, stage, known)
+            _tell(url, stage, attempt, known)
             return _refuse(Exit.BAD_INPUT, f"{known.message}\n{known.hint}".rstrip())
 
 
@@ -132,10 +132,10 @@ def _make(work: Path) -> None:
         raise os_trouble(error, work) from error
 
 
-def _tell(url: str, stage: str, error: TaskError) -> None:
+def _tell(url: str, stage: str, attempt: int, error: TaskError) -> None:
     """Leaves ended.json for the client, if the bucket takes it: the stage never started."""
     code = Exit.BAD_INPUT
-    ended = Ended(reason=code.name.lower(), rc=int(code), message=error.message, hint=error.hint).to_json().encode()
+    ended = Ended(code.name.lower(), int(code), error.message, error.hint, attempt=attempt).to_json().encode()
     with suppress(BucketError, OutOfTime):
         within(5.0, lambda: open_bucket(url).put(f"{stage}/{ENDED_FILE}", ended))
 
@@ -341,7 +341,7 @@ class _Supervision:
         return Ended(
             reason=decision.stop.name.lower(), rc=int(decision.stop), message=decision.message, hint=decision.hint,
             seconds=round(time.monotonic() - self._began_s, 3), peak_gib=gpu_gib or self._meter.peak_gib or None,
-            last_checkpoint=checkpoint,
+            last_checkpoint=checkpoint, attempt=self._task.attempt,
         )
 
 

@@ -205,7 +205,10 @@ def test_local_a_job_killed_from_outside_is_lost_not_running_for_ever(tmp_path):
     rig = local_rig(tmp_path)
     name = rig.up()
     rig.provider.run(name, "j1", rig.never_ends, {})
-    rig.until(name, lambda seen: seen.job.state is JobState.RUNNING)
+    for _ in range(400):
+        if "still here" in list(rig.provider.logs(name, "j1")):
+            break
+        time.sleep(0.05)
     for process in marked(name):
         process.kill()
     seen = rig.until(name, lambda seen: seen.job.state is JobState.LOST)

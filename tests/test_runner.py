@@ -261,7 +261,7 @@ def test_a_refused_teardown_is_repeated_until_it_is_accepted(tmp_path):
 
 
 def test_a_teardown_that_is_never_confirmed_ends_with_unconfirmed_and_an_open_row(tmp_path):
-    world = World(tmp_path, faults=lambda order, count: Faults(refuses_teardown=True))
+    world = World(tmp_path, faults=lambda order, count: Faults(refuses_teardown=True, ends_itself=False))
     outcome = world.client()
     assert outcome.state == "unconfirmed" and "kdcloud down" in outcome.hint
     assert world.run.open_micros > 0 and world.run.live
@@ -471,6 +471,16 @@ def test_the_wall_clock_may_step_by_hours(tmp_path):
 
     world.provider.launch = stepping
     assert world.client().state == "done"
+    world.check_money()
+
+
+def test_a_laptop_that_sleeps_finds_its_result_and_pays_for_no_more_than_the_machine_lived(tmp_path):
+    world = World(tmp_path)
+    world.client(turns=12)
+    assert world.run.machines[0].state is State.LIVE
+    world.clock.sleep(8 * 3600)
+    assert world.client(take_over=True).state == "done"
+    assert [m.stage for m in world.run.machines] == list(WORK)  # labels were not made twice
     world.check_money()
 
 

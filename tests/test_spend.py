@@ -73,6 +73,20 @@ def test_a_stage_may_not_reserve_what_later_stages_need_at_least():
     assert spend.available_micros(cap=100, spent=90, open_=30, later_floor=40) == 0
 
 
+@pytest.mark.parametrize(
+    ("until_s", "alive_s", "reserved", "expected"),
+    [
+        (100.0, 95.0, 500_000, 100_000),  # 100 s at 1,000 a second
+        (30_000.0, 95.0, 500_000, 500_000),  # nobody looked for hours: its watchdog held the reservation
+        (30_000.0, 900.0, 500_000, 900_000),  # seen alive beyond its reservation: that is what it cost
+    ],
+)
+def test_a_machine_is_settled_at_what_was_seen_and_else_at_most_at_its_reservation(
+    until_s, alive_s, reserved, expected
+):
+    assert spend.settled_micros(fake_offer(3_600_000), until_s=until_s, alive_s=alive_s, reserved=reserved) == expected
+
+
 def test_the_supervisor_has_its_last_upload_on_top_of_the_lifetime_and_not_what_is_gone_already():
     latencies = Latencies(tick_s=5, flush_s=120)
     assert spend.supervisor_remaining_s(1000, 40, latencies) == 1000 + 5 + 120 - 40

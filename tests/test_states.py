@@ -51,6 +51,8 @@ DECISIONS = [
     (State.LIVE, seen(Status.UNKNOWN), {"age_s": 1100.0}, False, Do.STOP),
     (State.LIVE, seen(Status.RUNNING, JobState.RUNNING), {}, True, Do.STOP),
     (State.LIVE, seen(Status.RUNNING, JobState.DONE, 0), {}, False, Do.MARK_ENDED),
+    (State.LIVE, seen(Status.RUNNING, JobState.DONE, 0), {"age_s": 30_000.0}, False, Do.MARK_ENDED),  # nobody looked
+    (State.LIVE, seen(Status.RUNNING, JobState.DONE, 0), {}, True, Do.MARK_ENDED),  # its result is not thrown away
     (State.LIVE, seen(Status.RUNNING, JobState.LOST), {}, False, Do.STOP),
     (State.LIVE, seen(Status.ABSENT), {}, False, Do.STOP),  # preempted
     (State.LIVE, seen(Status.UNKNOWN), {}, False, Do.WAIT),

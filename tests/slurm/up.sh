@@ -155,7 +155,7 @@ EOF
 # already have, or fetch: uv and SkyPilot's runtime (each cluster has a home of its own), and Python with torch.
 cat > "$R/etc/task-prolog" <<EOF
 #!/bin/bash
-echo export UV_OFFLINE=1 UV_PYTHON_DOWNLOADS=never
+printf 'export %s\n' UV_OFFLINE=1 UV_PYTHON_DOWNLOADS=never
 case "\${SLURM_STEP_ID:-4294967291}" in 4294967291 | -5) ;; *) exit 0 ;; esac
 name=\$SLURM_JOB_NAME
 [ -f "$R/home/.sky_provision/\$name.sh" ] || exit 0
