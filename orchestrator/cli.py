@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from orchestrator import __version__
-from orchestrator.errors import BudgetExceeded, KdcloudError, UsageError
+from orchestrator.errors import BudgetExceeded, KdcloudError, TeardownUnconfirmed, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +34,7 @@ SECTIONS = {
     "Plan": ["plan", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down"],
     "Look": ["report"],
+    "Forgotten": ["reap"],
 }
 
 
@@ -241,6 +242,34 @@ def report(run_id: str | None, as_json: bool) -> None:
         _report(ledger, newest(ledger, run_id), as_json)
 
 
+@kdcloud.command()
+@click.option("--yes", "-y", is_flag=True, help="End what is forgotten; without it nothing is touched.")
+@click.option("--orphans", is_flag=True, help="Also end machines of yours that no run here knows.")
+@click.option("--older-than", metavar="TIME", help="Only machines older than this, like 2h.")
+@click.option("--watch", metavar="TIME", help="Look again every so often, like 10min, until stopped.")
+@json_option
+def reap(yes: bool, orphans: bool, older_than: str | None, watch: str | None, as_json: bool) -> None:
+    """Find forgotten machines, and end them with --yes; a healthy run's or somebody else's are never touched.
+
+    \b
+    kdcloud reap
+    kdcloud reap --yes --watch 10min
+    """
+    import time
+
+    seconds = _duration(watch, "--watch") if watch else None
+    while True:
+        left = _reap_once(yes, orphans, _duration(older_than, "--older-than") if older_than else None, as_json)
+        if seconds is None:
+            if left:
+                raise TeardownUnconfirmed(
+                    f"still there: {', '.join(left)}",
+                    hint="repeat `kdcloud reap --yes`, or end them in the provider's console",
+                )
+            return
+        time.sleep(seconds)
+
+
 @kdcloud.command("recipe-schema")
 def recipe_schema_command() -> None:
     """JSON schema of a recipe, for editors that complete and check.
@@ -380,6 +409,45 @@ def _too_dear(made: Plan) -> BudgetExceeded:
     )
 
 
+def _reap_once(yes: bool, orphans: bool, older_than_s: float | None, as_json: bool) -> list[str]:
+    """One look; prints it, and returns what would not end."""
+    from dataclasses import asdict
+    from datetime import timedelta
+
+    from orchestrator import money
+    from orchestrator.clock import SystemClock
+    from orchestrator.reap import reap as look
+    from orchestrator.session import reapable_providers
+
+    home, config = _home()
+    older = timedelta(seconds=older_than_s) if older_than_s is not None else None
+    with _ledger() as ledger:
+        result = look(
+            ledger=ledger, providers=reapable_providers(home), owner=config.owner, clock=SystemClock(), do_end=yes,
+            orphans=orphans, older_than=older, say=_talk,
+        )  # fmt: skip
+    if as_json:
+        rows = [{**asdict(f), "created_at": f.created_at and f.created_at.isoformat()} for f in result.findings]
+        _print_json({
+            "schema": 1, "machines": rows, "ended": result.ended, "left": result.left, "unanswered": result.unanswered,
+            "saved_micros_per_hour": result.saved_micros_per_hour,
+        })  # fmt: skip
+        return list(result.left)
+    for finding in result.findings:
+        click.echo(f"{finding.action:<8} {finding.name}  {finding.why}")
+    for text in result.unanswered:
+        _talk(f"no answer from {text}")
+    forgotten = [f for f in result.findings if f.action == "end"]
+    if not result.findings:
+        click.echo("no machine of kdcloud anywhere")
+    elif yes:
+        saved = money.both(result.saved_micros_per_hour, config.rate, config.currency)
+        click.echo(f"ended {len(result.ended)}, which saves {saved} an hour")
+    elif forgotten:
+        click.echo(f"{len(forgotten)} forgotten; `kdcloud reap --yes` ends them")
+    return list(result.left)
+
+
 def _provider_of(known: Any) -> Provisioner | None:
     from orchestrator.session import infra_of, local_price, plan_of, provider_for
 
@@ -416,15 +484,15 @@ def _amount(text: str) -> Any:
     return amount
 
 
-def _duration(text: str) -> float:
+def _duration(text: str, option: str = "--deadline") -> float:
     from orchestrator import money
 
     try:
         seconds = money.parse_duration(text)
     except ValueError as error:
-        raise UsageError(f"--deadline: {error}", hint="write it like --deadline 8h") from error
+        raise UsageError(f"{option}: {error}", hint=f"write it like {option} 8h") from error
     if seconds <= 0:
-        raise UsageError("--deadline must be above 0", hint="write it like --deadline 8h")
+        raise UsageError(f"{option} must be above 0", hint=f"write it like {option} 8h")
     return seconds
 
 

@@ -181,6 +181,12 @@ def plan_of(run: Run) -> Plan:
     return plan_from_dict(run.data["plan"])
 
 
+def reapable_providers(home: Home) -> dict[str, Provisioner]:
+    """Everywhere this computer may have machines, by name."""
+    named = os.environ.get("KDCLOUD_PROVIDER")
+    return {named: named_provider(named)} if named else {"local": LocalProvisioner(home.root)}
+
+
 def infra_of(plan: Plan) -> str:
     return plan.stages[0].candidates[0].infra
 

@@ -152,10 +152,7 @@ def check_compatible(
     Raises TaskError when the base vocabularies differ or the head is too narrow.
     """
     hint = "take a student of the teacher's family (same tokenizer), or label again with a teacher of the student's"
-    # An id that is special to either is compared apart; the rest has to be the same map.
-    specials = set(added_vocabulary(teacher)) | set(added_vocabulary(student))
-    mine, theirs = ordinary_vocabulary(student), ordinary_vocabulary(teacher)
-    if {i: t for i, t in mine.items() if i not in specials} != {i: t for i, t in theirs.items() if i not in specials}:
+    if vocabulary_hashes(student).ordinary != vocabulary_hashes(teacher).ordinary:
         raise TaskError("the labels were made with another base vocabulary than the student's", hint=hint)
     if teacher_hash != vocabulary_hashes(teacher).ordinary:
         raise TaskError("the labels do not belong to the tokenizer stored beside them", hint="label again")
@@ -165,8 +162,8 @@ def check_compatible(
     needed = 1 + max(teacher.get_vocab().values())
     if head_rows < needed:
         raise TaskError(f"the student's head has {head_rows} rows, the teacher's vocabulary needs {needed}", hint=hint)
-    full_student = mine | added_vocabulary(student)
-    return sorted(i for i, token in added_vocabulary(teacher).items() if full_student.get(i) != token)
+    known = added_vocabulary(student)
+    return sorted(i for i, token in added_vocabulary(teacher).items() if known.get(i) != token)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

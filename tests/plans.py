@@ -7,9 +7,11 @@ from datetime import date
 from decimal import Decimal
 
 from orchestrator import spend
+from orchestrator.ledger import MachineRow
 from orchestrator.money import Rate
 from orchestrator.plan import Micros, Plan, Range, StagePlan
 from orchestrator.provision import Offer
+from orchestrator.states import State
 from orchestrator.testing import START, fake_offer
 from tasks.contract import RehearseSettings
 
@@ -63,4 +65,22 @@ def _stage(name: str, seconds: float, candidates: tuple[Offer, ...]) -> StagePla
         rejected=(),
         notes=(),
         uses={},
+    )
+
+
+def make_row(name: str, state: State) -> MachineRow:
+    """A ledger row of a machine in some state."""
+    return MachineRow(
+        name=name,
+        run="r-abc123",
+        stage="train",
+        state=state,
+        reserved_micros=1000,
+        settled_micros=0,
+        order={},
+        facts={},
+        reasons=(),
+        reserved_at=START,
+        absent_seen=False,
+        job_rc=None,
     )
