@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.ledger import Run
@@ -12,15 +12,16 @@ from orchestrator.states import State
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 SCHEMA = 1
 QUALITY = ("teacher", "student_before", "student_hard", "student_hard_2x", "student")
 QUALITY_NAMES = {
     "teacher": "teacher",
     "student_before": "student before",
-    "student_hard": "student, hard labels",
-    "student_hard_2x": "student, hard labels, twice the steps",
-    "student": "student, distilled",
+    "student_hard": "hard labels",
+    "student_hard_2x": "hard labels, 2x steps",
+    "student": "distilled",
 }
 
 
@@ -105,111 +106,94 @@ def _quality(run: Run) -> dict[str, Any]:
 
 
 def render_report(report: Mapping[str, Any], plan: Plan, console: Console) -> None:
-    """The report for a terminal."""
-    from rich import box
-    from rich.table import Table
+    """The report for a terminal, 80 columns or wider."""
     from rich.text import Text
 
-    from orchestrator.money import both, shown
-
-    def money(micros: int | None) -> str:
-        return "-" if micros is None else both(micros, plan.rate, plan.currency)
-
-    def short(micros: int | None) -> str:
-        return "-" if micros is None else shown(micros, plan.rate, plan.currency)
+    from orchestrator.money import both
 
     state = report["state"]
     colour = {"done": "green", "running": "cyan"}.get(state, "yellow")
     console.print(Text.assemble(("run ", "bold"), (report["run"], "bold"), "  ", (state, colour)))
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title="stages: predicted -> actual",
-        title_justify="left",
-        title_style="bold",
-    )
-    for name, justify in (
-        ("stage", "left"),
-        ("machine", "left"),
-        ("time", "right"),
-        ("cost", "right"),
-        ("memory", "right"),
-        ("", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for stage in report["stages"]:
-        predicted, actual, offer = stage["predicted"], stage["actual"], stage["offer"]
-        where = (
-            "-"
-            if offer is None
-            else "this machine"
-            if offer["infra"] == "local"
-            else f"{offer['infra']} {offer['gpu'] or offer['instance']}"
-        )
-        table.add_row(
-            stage["name"],
-            where,
-            f"{_hours(predicted['hours'])} -> {_hours(actual['hours'])}",
-            f"{short(predicted['cost_micros'])} -> {short(actual['cost_micros'])}",
-            f"{_gib(predicted['vram_gib'])} -> {_gib(actual['peak_gib'])}",
-            stage["state"] + (f", {stage['attempts']} attempts" if stage["attempts"] > 1 else ""),
-        )
-    console.print(table)
-    console.print(
-        f"spent {money(report['spend_micros'])} of {money(report['cap_micros'])}"
-        + (f"; {len(report['live'])} machines may still bill" if report["live"] else "; nothing is running")
-    )
+    console.print()
+    console.print(_stage_table(report["stages"], plan))
+    spent, cap = (both(report[key], plan.rate, plan.currency) for key in ("spend_micros", "cap_micros"))
+    live = f"{len(report['live'])} machines may still bill" if report["live"] else "nothing is running"
+    console.print(f"spent {spent} of {cap}; {live}")
     if any(report["quality"].values()):
         console.print()
         console.print(_quality_table(report["quality"]))
     if report["message"]:
-        console.print(f"[bold]{state}[/]: {report['message']}" + (f"\n  -> {report['hint']}" if report["hint"] else ""))
+        console.print(Text.assemble((f"{state}: ", "bold"), report["message"]), soft_wrap=True)
+    if report["hint"]:
+        console.print(f"  -> {report['hint']}", soft_wrap=True, markup=False)
 
 
-def _quality_table(quality: Mapping[str, Any]) -> Any:
-    from rich import box
-    from rich.table import Table
+def _stage_table(stages: Sequence[Mapping[str, Any]], plan: Plan) -> Table:
+    from orchestrator.money import human_seconds, shown
 
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title="quality on the held-out set",
-        title_justify="left",
-        title_style="bold",
-    )
-    table.add_column("model")
-    for name in ("accuracy", "min - max", "seeds", "tokens/s", "first token", "memory"):
-        table.add_column(name, justify="right")
+    def hours(value: float | None) -> str:
+        return "-" if value is None else human_seconds(value * 3600)
+
+    def money(micros: int | None) -> str:
+        return "-" if micros is None else shown(micros, plan.rate, plan.currency)
+
+    table = _table("stages, planned → actual")
+    for name, justify in (("stage", "left"), ("on", "left"), ("time", "right"), ("cost", "right"), ("GiB", "right")):
+        table.add_column(name, justify=justify, no_wrap=name != "on")  # type: ignore[arg-type]
+    table.add_column("")
+    for stage in stages:
+        predicted, actual, offer = stage["predicted"], stage["actual"], stage["offer"]
+        table.add_row(
+            stage["name"],
+            "-" if offer is None else offer["infra"] + (f" {offer['gpu']}" if offer["gpu"] else ""),
+            f"{hours(predicted['hours'])} → {hours(actual['hours'])}",
+            f"{money(predicted['cost_micros'])} → {money(actual['cost_micros'])}",
+            f"{_number(predicted['vram_gib'], '{:.2f}')} → {_number(actual['peak_gib'], '{:.2f}')}",
+            stage["state"] + (f", {stage['attempts']} attempts" if stage["attempts"] > 1 else ""),
+        )
+    return table
+
+
+def _quality_table(quality: Mapping[str, Any]) -> Table:
+    table = _table("quality on the held-out set")
+    table.add_column("model", no_wrap=True)
+    for name in ("accuracy", "min - max", "tokens/s", "first token", "GiB"):
+        table.add_column(name, justify="right", no_wrap=True)
     for key in QUALITY:
         row = quality.get(key)
         if row is None:
             continue
         accuracy, seeds = row["accuracy"], len(row["accuracy"]["seeds"])
+        first_ms = None if row.get("first_token_s") is None else row["first_token_s"] * 1000
         table.add_row(
             QUALITY_NAMES[key],
             f"{accuracy['mean']:.3f}",
             f"{accuracy['min']:.3f} - {accuracy['max']:.3f}" if seeds > 1 else "",
-            str(seeds),
             _number(row.get("tokens_per_s"), "{:,.0f}"),
-            _number(row.get("first_token_s"), "{:.4f} s"),
-            _gib(row.get("peak_gib")),
+            _number(first_ms, "{:,.1f} ms"),
+            _number(row.get("peak_gib"), "{:.2f}"),
             style="bold" if key == "student" else "",
         )
-    sizes = {row["accuracy"]["n"] for row in quality.values() if row}
-    count = ", ".join(map(str, sorted(sizes)))
-    table.caption = f"{count} held-out problems; students on the same labels, at equal steps unless named"
-    table.caption_justify = "left"
+    count = ", ".join(sorted({str(row["accuracy"]["n"]) for row in quality.values() if row}))
+    seeds = max(len(row["accuracy"]["seeds"]) for row in quality.values() if row)
+    many = f", mean of {seeds} seeds" if seeds > 1 else ""
+    table.caption = f"{count} held-out problems{many}; same labels and steps unless named"
     return table
 
 
-def _hours(hours: float | None) -> str:
-    from orchestrator.money import human_seconds
+def _table(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
 
-    return "-" if hours is None else human_seconds(hours * 3600)
-
-
-def _gib(gib: float | None) -> str:
-    return _number(gib, "{:.2f} GiB")
+    return Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        caption_style="dim",
+    )
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,6 +1,6 @@
 """What happens on a rented machine before the supervisor runs? Sent as text, run by whatever Python 3 is there.
 
-    python3 -c "$(cat tasks/bootstrap.py)" --job label-1 --end slurm --code PATH_OR_EMPTY --sha256 HEX -- python -m tasks.supervisor ...
+    python3 -c "$(cat tasks/bootstrap.py)" --job label-1 --end slurm --sha256 HEX -- python -m tasks.supervisor ...
 
 Standard library only. It makes sure that a job starts once, that the code is the run's own (by sha256), that Python has
 the packages it needs, and that all of this is taken off the time the supervisor is given. When the job is over it says
@@ -77,7 +77,7 @@ def fetch(path: str, url: str, sha256: str, folder: Path) -> Path:
     else:
         if not url.startswith(("https://", "http://127.0.0.1", "http://localhost")):
             raise ValueError("no link to the code was given")
-        with urllib.request.urlopen(url, timeout=60) as answer:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=60) as answer:
             data = answer.read()
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError("the code in the bucket is not what the run was started with")

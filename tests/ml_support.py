@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tasks import data
 from tasks.contract import DataSource, Settings, Task, TaskError
 from tasks.stage import Stopped
+
+torch.set_num_threads(1)  # models this small only lose by more
 
 
 class FolderContext:
@@ -83,7 +87,9 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def context(root: Path, stage: str, kind: str, settings: Settings, *, attempt: int = 1, stop_after: int | None = None) -> FolderContext:
+def context(
+    root: Path, stage: str, kind: str, settings: Settings, *, attempt: int = 1, stop_after: int | None = None
+) -> FolderContext:
     task = Task(run="test", stage=stage, kind=kind, attempt=attempt, fence=1, bucket="file:test", settings=settings)
     return FolderContext(root, task, stop_after=stop_after)
 

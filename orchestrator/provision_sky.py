@@ -1,0 +1,900 @@
+"""Machines of every infra that SkyPilot knows, behind the seam: one pinned candidate a launch, bare, ending by itself.
+
+What SkyPilot's words mean is decided by `SkyProvisioner` and the pure functions below it; `SkyApi` talks to SkyPilot,
+and is the only place that imports it; `SlurmQueue` hears what Slurm itself says. Each machine has a note,
+`<home>/sky/<name>.json`, so that a client that was killed finds its request again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from decimal import ROUND_CEILING, Decimal
+from pathlib import Path
+from typing import Any
+
+from orchestrator.catalog import GPUS
+from orchestrator.provision import (
+    NAME_PREFIX,
+    Job,
+    JobState,
+    Latencies,
+    Need,
+    NoCapacity,
+    NotYetGone,
+    Observation,
+    Offer,
+    Order,
+    ProvisionError,
+    Status,
+)
+
+BOOTSTRAP = "bootstrap.py"  # of tasks: sent as text
+SLURM_LATENCIES = Latencies(tick_s=5, flush_s=60, api_s=40, provision_s=60, handover_s=45, slack_s=90)
+CLOUD_LATENCIES = Latencies(tick_s=5, flush_s=120, api_s=60, provision_s=90, handover_s=60, slack_s=90)
+SLURM_LATE_S = 90  # Slurm looks at time limits once a minute, and then gives a job KillWait (30 s)
+SLURM = "slurm"
+# SkyPilot cannot make these end a machine by themselves (clouds/<name>.py: AUTODOWN is unsupported).
+NO_AUTODOWN = frozenset({"hyperbolic", "primeintellect", "verda", "yotta"})
+ONE_PRICE = frozenset({SLURM, "lambda", "hyperbolic"})  # no spot
+COUNTED = frozenset({SLURM, "kubernetes", "ssh"})  # as many GPUs as asked for; elsewhere the instance type says it
+DOWN_WAIT_S = 15.0  # a teardown is usually done by then
+COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+LOG_LINE = re.compile(r"^\(([^()]*), (?:rank=\d+, )?pid=\d+(?:, ip=[^)]*)?\) ?(.*)$")
+JOB_RC = re.compile(r"^\[kdcloud\] job (\S+) ended with (\d+)$")
+CLOUDS_WITH_LABELS = frozenset({"aws", "gcp", "azure", "kubernetes"})
+MOVING = frozenset({"PENDING", "WAITING", "RUNNING"})  # of a request
+JOB_STATES = {
+    "INIT": JobState.QUEUED,
+    "PENDING": JobState.QUEUED,
+    "SETTING_UP": JobState.QUEUED,
+    "RUNNING": JobState.RUNNING,
+    "SUCCEEDED": JobState.DONE,
+    "FAILED": JobState.DONE,
+    "FAILED_SETUP": JobState.DONE,
+    "FAILED_DRIVER": JobState.LOST,
+    "CANCELLED": JobState.LOST,
+}
+
+
+def from_env() -> SkyProvisioner:
+    """KDCLOUD_PROVIDER=orchestrator.provision_sky:from_env"""
+    return SkyProvisioner(Path(os.environ.get("KDCLOUD_HOME") or Path.home() / ".kdcloud"))
+
+
+@dataclass
+class Note:
+    """What this client asked SkyPilot for, written before it asks."""
+
+    name: str
+    order: dict[str, Any] | None = None
+    asked_at: str | None = None
+    request: str | None = None  # of the launch
+    trouble: str | None = None  # why the launch failed
+    ending: bool = False
+    ended: bool = False  # seen gone after an end was asked for: the name is used up
+    down: str | None = None  # request of the teardown
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by job id: {"request", "rc"}
+    provider: dict[str, Any] | None = None  # how SkyPilot's own code reaches it once its record is gone
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of `sky status`."""
+
+    name: str
+    status: str  # INIT | UP | STOPPED
+    launched_at: datetime
+    price_micros_per_hour: int | None
+    infra: str
+    region: str | None
+    zone: str | None
+    instance: str
+    gpu: str | None
+    gpus: int
+    spot: bool
+    autodown: bool
+    provider: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """A row of `squeue`: an allocation, which is a machine."""
+
+    id: str
+    name: str
+    state: str
+    began_at: datetime | None
+    cluster: str
+
+
+class SkyProvisioner:
+    """`home` is kdcloud's own folder; `allow_account_key`: the recipe's word. `api` and `slurm` are replaced in tests."""
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        allow_account_key: bool = False,
+        api: SkyApi | None = None,
+        slurm: SlurmQueue | None = None,
+    ) -> None:
+        self._folder, self._allow_account_key = home / "sky", allow_account_key
+        self._api = api or SkyApi(self._folder)
+        self._slurm = slurm or SlurmQueue(self._folder)
+
+    # -- the seven calls ---------------------------------------------------------------------------------------------
+
+    def offers(self, need: Need) -> list[Offer]:
+        """From SkyPilot's catalogue, of the infra named or of all that are enabled. Slurm is asked live."""
+        named = need.infra or tuple(self._api.enabled())
+        found: list[Offer] = []
+        for infra in named:
+            cloud, _, place = infra.lower().partition("/")
+            if cloud == "local":
+                continue
+            if cloud in NO_AUTODOWN:
+                if need.infra:
+                    refuse(infra)
+                continue
+            for where in [place] if place else (self._slurm.clusters() if cloud == SLURM else [""]):
+                found += [o for o in self._of(cloud, where) if serves(o, need)]
+        return found
+
+    def launch(self, order: Order) -> None:
+        refuse(order.offer.infra)
+        if not order.offer.price_micros_per_hour:
+            raise ProvisionError(
+                f"the price of {order.offer.instance} is not known", hint="choose an offer with a price"
+            )
+        note = self._read(order.name)
+        if note.ended or note.ending:
+            raise ProvisionError(f"{order.name} was ended before", hint="a name is used once: order another machine")
+        if note.request is not None:
+            return
+        if note.asked_at is not None:  # the last client was killed while it asked
+            note.request = self._api.find("launch", order.name)
+        if note.request is None:
+            self._keep_keys()
+            note.order, note.asked_at = order_to_dict(order), now().isoformat()
+            self._write(note)
+            note.request = self._api.launch(launch_task(order), order.name, timer_minutes(order))
+        self._write(note)
+
+    def observe(self, name: str) -> Observation:
+        note = self._read(name)
+        with ThreadPoolExecutor(3) as pool:
+            listed = pool.submit(self._slurm.jobs, self._clusters_of(note))
+            asked = pool.submit(self._request, note.request) if note.request and not note.trouble else None
+            rows = pool.submit(self._api.records, [name], force=not self._is_slurm(note))
+            queue = pool.submit(self._api.queue, name) if note.jobs and not note.ending else None
+            request = asked.result() if asked else None
+            record = next(iter(rows.result()), None)
+            allocation = next((j for j in listed.result() if is_named(j.name, name)), None)
+        jobs = queue.result() if queue else []
+        exists = self._exists(note, record, allocation)
+        if request is not None and request[0] == "FAILED" and note.trouble is None:
+            note.trouble = request[1]
+            self._write(note)
+        state = decide(note, request[0] if request else None, record, exists)
+        if state is Status.ABSENT and record is not None and not note.ending:
+            self._api.records([name], force=True)  # lets SkyPilot see it too, and drop its row
+        if state is Status.RUNNING and record is not None and note.provider != record.provider:
+            note.provider = record.provider
+            self._write(note)
+        return Observation(
+            name=name,
+            state=state,
+            landed_offer=landed(note, record) if state in (Status.RUNNING, Status.STOPPING) else None,
+            created_at=created_at(record, allocation),
+            job=self._job(note, jobs) if state is Status.RUNNING else Job(),
+            read_at=now(),
+        )
+
+    def run(self, name: str, job_id: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        note = self._read(name)
+        if note.ending or note.ended:
+            raise ProvisionError(f"{name} is being ended")
+        before = note.jobs.get(job_id)
+        if before is not None:
+            request = before.get("request") or self._api.find("exec", name)
+            if request is not None and self._request(request)[0] not in ("FAILED", "CANCELLED"):
+                note.jobs[job_id] = {**before, "request": request}
+                self._write(note)
+                return
+        if any(row[1] == job_id for row in self._api.queue(name)):
+            return
+        note.jobs[job_id] = {"request": None}
+        self._write(note)
+        request = self._api.exec(job_task(note, job_id, argv, env), name)
+        note.jobs[job_id] = {"request": request}
+        self._write(note)
+
+    def logs(self, name: str, job_id: str) -> Iterator[str]:
+        numbers = [row[0] for row in self._api.queue(name) if row[1] == job_id]
+        if numbers:
+            yield from printed(self._api.log(name, min(numbers)))
+
+    def terminate(self, name: str) -> None:
+        """Cancels a launch in progress, asks SkyPilot for the teardown, then the provider itself. Drops no record."""
+        note = self._read(name)
+        if not note.ending:
+            note.ending = True
+            self._write(note)
+        if note.request is not None and self._request(note.request)[0] in MOVING:
+            self._api.cancel(note.request)
+            if self._request(note.request)[0] in MOVING:
+                raise NotYetGone(f"the launch of {name} is being cancelled")
+        record = next(iter(self._api.records([name], force=False)), None)
+        if record is not None:
+            self._down(note)
+        left = [j for j in self._slurm.jobs(self._clusters_of(note)) if is_named(j.name, name)]
+        for job in left:  # SkyPilot does not know it (any more): a launch that was cancelled half-way
+            if job.state not in ("COMPLETING",):
+                self._slurm.cancel(job)
+        if left or (record is None and self._exists(note, None, None)):
+            raise NotYetGone(f"{name} is still listed by its provider")
+        if note.order is not None:
+            note.ended = True
+            self._write(note)
+        else:
+            self._path(name).unlink(missing_ok=True)
+
+    def ours(self) -> list[Observation]:
+        """By name prefix, from SkyPilot and from every Slurm it knows. Their jobs are not asked for."""
+        records = {r.name: r for r in self._api.records(None, force=True) if r.name.startswith(NAME_PREFIX)}
+        listed = [j for j in self._slurm.jobs(self._slurm.clusters()) if j.name.startswith(NAME_PREFIX)]
+        allocations = {re.sub(r"-[0-9a-f]{8}$", "", job.name): job for job in listed}
+        found = []
+        for name in sorted({*records, *allocations, *self._being_made()}):
+            note, record, allocation = self._read(name), records.get(name), allocations.get(name)
+            request = self._request(note.request)[0] if note.request and record is None else None
+            state = decide(note, request, record, record is not None or allocation is not None)
+            if record is None and state is Status.CREATING and allocation is not None and note.order is None:
+                state = Status.RUNNING  # SkyPilot has forgotten it
+            found.append(Observation(name, state, landed(note, record), created_at(record, allocation), Job(), now()))
+        return found
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _being_made(self) -> list[str]:
+        """Machines this client asked for that nobody lists yet."""
+        notes = [self._read(path.stem) for path in self._folder.glob(f"{NAME_PREFIX}*.json")]
+        asked = [note for note in notes if note.request is not None and not note.ended and note.trouble is None]
+        return [note.name for note in asked if self._request(str(note.request))[0] in MOVING]
+
+    def _keep_keys(self) -> None:
+        """Raises ProvisionError when SkyPilot would copy keys of an account to the machine and nobody allowed it."""
+        keys = [] if self._allow_account_key else self._api.keys_that_travel()
+        if keys:
+            raise ProvisionError(
+                f"SkyPilot would copy {', '.join(keys)} to the machine, and whoever owns it could use your account",
+                hint="move them away while this runs, or set `allow_account_key: true` in the recipe",
+            )
+
+    def _of(self, cloud: str, where: str) -> Iterator[Offer]:
+        as_of = now() if cloud in COUNTED else self._api.catalogue_date(cloud)
+        for row in self._api.accelerators(cloud, where):
+            yield from offers_of(cloud, where, row, as_of)
+
+    def _down(self, note: Note) -> None:
+        """Asks for the teardown and waits a little. Raises NotYetGone while it goes on, ProvisionError when it failed."""
+        if note.down is None or self._request(note.down)[0] not in MOVING:
+            note.down = self._api.down(note.name)
+            self._write(note)
+        until_s = time.monotonic() + DOWN_WAIT_S
+        while (seen := self._request(note.down))[0] in MOVING:
+            if time.monotonic() > until_s:
+                raise NotYetGone(f"{note.name} is being torn down")
+            time.sleep(0.25)
+        if seen[0] == "FAILED" and "does not exist" not in seen[1]:
+            for job in self._slurm.jobs(self._clusters_of(note)):
+                if is_named(job.name, note.name):
+                    self._slurm.cancel(job)
+            raise ProvisionError(f"SkyPilot could not tear {note.name} down: {seen[1]}", hint="it is asked again")
+
+    def _exists(self, note: Note, record: Record | None, allocation: SlurmJob | None) -> bool:
+        """Whether the provider itself has it; where only SkyPilot's word can be had, that."""
+        if self._is_slurm(note) and self._slurm.knows(self._clusters_of(note)):
+            return allocation is not None
+        if record is not None:
+            return True
+        return note.provider is not None and self._api.instances(note.name, note.provider) > 0
+
+    def _job(self, note: Note, rows: list[tuple[int, str, str]]) -> Job:
+        mine = [row for row in rows if row[1] in note.jobs]
+        if not mine:
+            asked = {job_id: job["request"] for job_id, job in note.jobs.items() if job["request"]}
+            waiting = [job_id for job_id, request in asked.items() if self._request(request)[0] in MOVING]
+            return Job(waiting[-1], JobState.QUEUED) if waiting else Job()
+        newest = max(mine)[1]
+        number, job_id, status = min(row for row in mine if row[1] == newest)  # a second start of it does nothing
+        state = JOB_STATES.get(status, JobState.LOST)
+        rc = self._rc(note, job_id, number, status) if state is JobState.DONE else None
+        return Job(job_id, JobState.LOST if state is JobState.DONE and rc is None else state, rc)
+
+    def _rc(self, note: Note, job_id: str, number: int, status: str) -> int | None:
+        """Exit status of a job that is over: SkyPilot says only whether it failed, the job's last line says how."""
+        if status == "SUCCEEDED":
+            return 0
+        known = note.jobs[job_id].get("rc")
+        if known is None:
+            said = [JOB_RC.match(line) for line in printed(self._api.log(note.name, number))]
+            found = [int(match[2]) for match in said if match and match[1] == job_id]
+            known = found[-1] if found else None  # killed before it could say so
+            note.jobs[job_id]["rc"] = known
+            self._write(note)
+        return known
+
+    def _request(self, request: str) -> tuple[str, str]:
+        """(status, why it failed); LOST when the server does not know it any more."""
+        return self._api.request(request)
+
+    def _clusters_of(self, note: Note) -> list[str]:
+        """Slurm clusters to look at: the one ordered, or all when nothing is known of the machine."""
+        if note.order is None:
+            return self._slurm.clusters()
+        cloud, _, place = str(note.order["offer"]["infra"]).partition("/")
+        if cloud != SLURM:
+            return []
+        return [place] if place else self._slurm.clusters()
+
+    def _is_slurm(self, note: Note) -> bool:
+        return bool(self._clusters_of(note))
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+    def _read(self, name: str) -> Note:
+        try:
+            return Note(**json.loads(self._path(name).read_text()))
+        except FileNotFoundError:
+            return Note(name)
+
+    def _write(self, note: Note) -> None:
+        try:
+            write_private(self._path(note.name), json.dumps(asdict(note)))
+        except OSError as error:
+            raise ProvisionError(
+                f"cannot write {self._path(note.name)}: {error.strerror}", hint="check disk space and KDCLOUD_HOME"
+            ) from error
+
+
+# -- pure: what is asked for, and what the answers mean --------------------------------------------------------------
+
+
+def decide(note: Note, request: str | None, record: Record | None, exists: bool) -> Status:
+    """What a machine is: by what was asked for, how its request fares, SkyPilot's row and the provider's word."""
+    if note.ending:
+        return Status.STOPPING if exists or request in MOVING else Status.ABSENT
+    if request in MOVING:
+        return Status.CREATING
+    if note.trouble is not None:
+        return Status.FAILED
+    if record is not None and record.status == "UP":
+        return Status.RUNNING if exists else Status.ABSENT
+    if record is not None and exists:
+        return Status.FAILED if request is not None else Status.CREATING
+    if exists:
+        return Status.CREATING if note.request is not None else Status.STOPPING if note.ended else Status.CREATING
+    return Status.ABSENT
+
+
+def launch_task(order: Order) -> dict[str, Any]:
+    """SkyPilot's task for a bare machine of exactly this offer, with the provider's own time limit where it has one."""
+    offer = order.offer
+    cloud, _, place = offer.infra.partition("/")
+    resources: dict[str, Any] = {"infra": "/".join(part for part in (cloud, place, offer.region or "") if part)}
+    if cloud not in COUNTED:
+        resources["instance_type"] = offer.instance
+    if offer.gpu is not None:
+        resources["accelerators"] = f"{offer.gpu}:{offer.gpus}"
+    if offer.spot:
+        resources["use_spot"] = True
+    if cloud in CLOUDS_WITH_LABELS:
+        resources["labels"] = {"kdcloud-name": order.name, "kdcloud-run": order.run, "kdcloud-stage": order.stage}
+    task: dict[str, Any] = {"name": order.name, "num_nodes": 1, "resources": resources}
+    limits = time_to_live(cloud, order)
+    return {**task, "config": limits} if limits else task
+
+
+def time_to_live(cloud: str, order: Order) -> dict[str, Any]:
+    """SkyPilot configuration by which the provider itself ends the machine in time; empty where none can be passed."""
+    whole_s = order.lifetime_s + order.offer.latencies.total_s
+    if cloud == SLURM:
+        return {SLURM: {"sbatch_options": {"time": str(max(1, int((whole_s - SLURM_LATE_S) // 60)))}}}
+    if cloud == "kubernetes":
+        return {"kubernetes": {"pod_config": {"spec": {"activeDeadlineSeconds": int(whole_s)}}}}
+    return {}
+
+
+def timer_minutes(order: Order) -> int:
+    """SkyPilot's own timer, as a lifetime: late enough that the supervisor's last upload is never cut short by it."""
+    late_s = order.lifetime_s + order.offer.latencies.tick_s + order.offer.latencies.flush_s
+    return max(1, math.ceil((late_s + order.offer.latencies.handover_s) / 60))
+
+
+def job_task(note: Note, job_id: str, argv: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
+    """SkyPilot's task for one job: the bootstrap, which becomes the supervisor. Every value is quoted or a secret."""
+    offer = (note.order or {}).get("offer", {})
+    wheel = Path(env.get("PYTHONPATH", ""))
+    sha256 = wheel.stem if wheel.suffix == ".whl" else ""
+    command = ["python3", "-c", bootstrap_text(), "--job", job_id]
+    if str(offer.get("infra", "")).partition("/")[0] == SLURM:
+        command += ["--end", SLURM]
+    if sha256:
+        command += ["--sha256", sha256]
+        bucket = value_after(argv, "--bucket")
+        if bucket.startswith("file:"):
+            command += ["--code", f"{bucket.removeprefix('file:')}/code/{sha256}.whl"]
+    task: dict[str, Any] = {"name": job_id, "num_nodes": 1, "run": "exec " + shlex.join([*command, "--", *argv])}
+    if offer.get("gpu"):
+        task["resources"] = {"accelerators": f"{offer['gpu']}:{offer['gpus']}"}
+    secrets = {key: value for key, value in env.items() if key != "PYTHONPATH"}
+    return {**task, "secrets": secrets} if secrets else task
+
+
+def bootstrap_text() -> str:
+    import tasks
+
+    return (Path(tasks.__file__).parent / BOOTSTRAP).read_text()
+
+
+def value_after(argv: Sequence[str], option: str) -> str:
+    words = list(argv)
+    return words[words.index(option) + 1] if option in words[:-1] else ""
+
+
+def refuse(infra: str) -> None:
+    """Raises ProvisionError for an infra whose machines cannot be made to end by themselves."""
+    if infra.partition("/")[0].lower() in NO_AUTODOWN:
+        raise ProvisionError(
+            f"machines on {infra} cannot end themselves: if this computer dies they go on costing money",
+            hint="leave it out of `infra:` in the recipe",
+        )
+
+
+def serves(offer: Offer, need: Need) -> bool:
+    cloud = offer.infra.partition("/")[0]
+    enough = offer.gpus == need.gpu_count if cloud in COUNTED else offer.gpus >= need.gpu_count
+    return (
+        enough
+        and (not need.gpus or offer.gpu in need.gpus)
+        and (need.spot is None or offer.spot == need.spot)
+        and offer.vram_gib >= need.vram_gib
+    )
+
+
+def offers_of(cloud: str, where: str, row: Any, as_of: datetime) -> Iterator[Offer]:
+    """One row of SkyPilot's catalogue (InstanceTypeInfo) as one offer, or two where it has a spot price."""
+    gpu, gpus = str(row.accelerator_name), int(row.accelerator_count)
+    known = GPUS.get(gpu)
+    region = str(row.region).rstrip("*") or None  # Slurm marks its default partition
+    offer = Offer(
+        infra=f"{cloud}/{where}" if cloud == SLURM and where else cloud,
+        region=region,
+        instance=str(row.instance_type) if row.instance_type else f"{gpus}x {gpu}",
+        gpu=gpu,
+        gpus=gpus,
+        vram_gib=known.vram_gib.value if known else number(row.device_memory) or 0.0,
+        spot=False,
+        price_micros_per_hour=micros(row.price),
+        as_of=as_of,
+        source="slurm.pricing of SkyPilot's configuration" if cloud == SLURM else "SkyPilot's catalogue",
+        minimum_s=60 if cloud == "aws" else 0,
+        latencies=SLURM_LATENCIES if cloud == SLURM else CLOUD_LATENCIES,
+    )
+    if where and cloud != SLURM and region != where.partition("/")[0]:
+        return
+    yield offer
+    if cloud not in ONE_PRICE and micros(row.spot_price) is not None:
+        yield replace(offer, spot=True, price_micros_per_hour=micros(row.spot_price))
+
+
+def micros(price_usd: Any) -> int | None:
+    """Micro-USD, rounded up; None for what is no price: missing, NaN, infinite, 0."""
+    price = number(price_usd)
+    return None if price is None else int((Decimal(str(price)) * 1_000_000).to_integral_value(ROUND_CEILING))
+
+
+def number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else None
+
+
+def landed(note: Note, record: Record | None) -> Offer | None:
+    """What was really launched, at its own price; None when SkyPilot does not say."""
+    if record is None:
+        return None
+    ordered = note.order["offer"] if note.order else None
+    slurm = record.infra == SLURM
+    return Offer(
+        infra=f"{SLURM}/{record.region}" if slurm else record.infra,
+        region=record.zone if slurm else record.region,
+        instance=ordered["instance"] if ordered else record.instance,
+        gpu=record.gpu,
+        gpus=record.gpus,
+        vram_gib=ordered["vram_gib"] if ordered else 0.0,
+        spot=record.spot,
+        price_micros_per_hour=record.price_micros_per_hour,
+        as_of=now(),
+        source="SkyPilot, for what was launched",
+        quantum_s=ordered["quantum_s"] if ordered else 1,
+        minimum_s=ordered["minimum_s"] if ordered else 0,
+        latencies=Latencies(**ordered["latencies"]) if ordered else CLOUD_LATENCIES,
+    )
+
+
+def created_at(record: Record | None, allocation: SlurmJob | None) -> datetime | None:
+    if allocation is not None and allocation.began_at is not None:
+        return allocation.began_at
+    return record.launched_at if record is not None else None
+
+
+def printed(text: str) -> Iterator[str]:
+    """What the job itself printed: without colours, SkyPilot's own remarks and the mark before each line."""
+    for line in COLOURS.sub("", text).splitlines():
+        match = LOG_LINE.match(line)
+        if match:
+            yield match[2]
+
+
+def is_named(listed: str, name: str) -> bool:
+    """Whether a provider's name is ours: SkyPilot adds eight digits that stand for the user."""
+    return listed == name or re.fullmatch(re.escape(name) + r"-[0-9a-f]{8}", listed) is not None
+
+
+def order_to_dict(order: Order) -> dict[str, Any]:
+    raw = asdict(order)
+    raw["deadline_at"] = order.deadline_at.isoformat()
+    raw["offer"]["as_of"] = order.offer.as_of.isoformat()
+    return raw
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def write_private(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# -- the edges -------------------------------------------------------------------------------------------------------
+
+
+class SkyApi:
+    """SkyPilot's SDK as plain values. Each call may start its API server. Raises ProvisionError for whatever it raises."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def enabled(self) -> list[str]:
+        sdk = self._sdk()
+        with translated("ask which infras are enabled"):
+            return [str(cloud).lower() for cloud in sdk.get(sdk.enabled_clouds())]
+
+    def accelerators(self, cloud: str, where: str) -> list[Any]:
+        """Rows of the catalogue; for Slurm those of one cluster, asked live."""
+        sdk = self._sdk()
+        with translated(f"list what {cloud} offers"):
+            if cloud == SLURM:  # answers at once, with no request to wait for
+                found = sdk.list_accelerators(True, None, where or None, None, SLURM, True, False)
+            else:
+                found = sdk.list_accelerators(True, None, None, None, cloud, True, False)
+            found = found if isinstance(found, dict) else sdk.get(found)
+        return [row for rows in found.values() for row in rows]
+
+    def catalogue_date(self, cloud: str) -> datetime:
+        """When the prices were really fetched: a failed refresh touches the table, not its checksum."""
+        home = Path.home() / ".sky" / "catalogs"
+        for pattern in (f"*/.meta/{cloud}/vms.csv.md5", f"*/{cloud}/vms.csv"):
+            dates = [path.stat().st_mtime for path in home.glob(pattern)]
+            if dates:
+                return datetime.fromtimestamp(max(dates), UTC)
+        return now()
+
+    def launch(self, task: dict[str, Any], name: str, timer_minutes: int) -> str:
+        sdk, sky = self._sdk(), self._sky()
+        from sky.skylet import autostop_lib
+
+        with translated(f"launch {name}"):
+            return str(
+                sdk.launch(
+                    sky.Task.from_yaml_config(task),
+                    cluster_name=name,
+                    down=True,
+                    idle_minutes_to_autostop=timer_minutes,
+                    wait_for=autostop_lib.AutostopWaitFor.NONE,
+                )
+            )
+
+    def exec(self, task: dict[str, Any], name: str) -> str:
+        sdk, sky = self._sdk(), self._sky()
+        with translated(f"start a job on {name}"):
+            return str(sdk.exec(sky.Task.from_yaml_config(task), cluster_name=name))
+
+    def down(self, name: str) -> str:
+        sdk = self._sdk()
+        with translated(f"tear {name} down"):
+            return str(sdk.down(name))
+
+    def cancel(self, request: str) -> None:
+        sdk = self._sdk()
+        with translated("cancel a launch"):
+            sdk.get(sdk.api_cancel([request], silent=True))
+
+    def request(self, request: str) -> tuple[str, str]:
+        """(status, why it failed). LOST: the server has never heard of it."""
+        sdk = self._sdk()
+        with translated("ask how a request fares"):
+            found = sdk.api_status([request], all_status=True)
+        if not found:
+            return "LOST", ""
+        status = getattr(found[0].status, "value", str(found[0].status))
+        if status != "FAILED":
+            return status, ""
+        try:
+            sdk.get(request)
+        except Exception as error:  # noqa: BLE001 - whatever the server raised is what we came to read
+            return status, plain(error)
+        return status, "it does not say why"
+
+    def find(self, kind: str, name: str) -> str | None:
+        """A request of this kind (launch, exec) for this machine that has not failed."""
+        sdk = self._sdk()
+        with translated("look for a request"):
+            found = sdk.api_status(None, all_status=True, limit=None)
+        for row in found:
+            status = getattr(row.status, "value", str(row.status))
+            if row.cluster_name == name and row.name.endswith(kind) and status not in ("FAILED", "CANCELLED"):
+                return str(row.request_id)
+        return None
+
+    def records(self, names: list[str] | None, *, force: bool) -> list[Record]:
+        """Rows of `sky status`; `force` asks the cloud first, and drops rows of machines that are gone."""
+        sdk, sky = self._sdk(), self._sky()
+        mode = sky.StatusRefreshMode.FORCE if force else sky.StatusRefreshMode.NONE
+        with translated("ask for machines"):
+            rows = sdk.get(sdk.status(names, refresh=mode))
+        return [self._record(row) for row in rows]
+
+    def queue(self, name: str) -> list[tuple[int, str, str]]:
+        """(number, name, status) of every job. A machine that is gone or not ready has none."""
+        sdk = self._sdk()
+        from sky import exceptions
+
+        with translated(f"ask for the jobs of {name}"):
+            try:
+                rows = sdk.get(sdk.queue(name))
+            except (exceptions.ClusterDoesNotExist, exceptions.ClusterNotUpError):
+                return []
+        return [(int(row["job_id"]), str(row["job_name"]), str(row["status"].value)) for row in rows]
+
+    def log(self, name: str, number: int) -> str:
+        sdk = self._sdk()
+        text = io.StringIO()
+        with translated(f"read the log of {name}"):
+            sdk.tail_logs(name, number, follow=False, output_stream=text)
+        return text.getvalue()
+
+    def keys_that_travel(self) -> list[str]:
+        """Files with keys that SkyPilot copies to every machine all the same. Not public SDK."""
+        self._sky()
+        from sky import check
+        from sky.utils import registry
+
+        with translated("see which keys SkyPilot copies"):
+            kept = [cloud for name, cloud in registry.CLOUD_REGISTRY.items() if name.lower() in CAN_KEEP_KEYS]
+            return sorted(check.get_cloud_credential_file_mounts(kept))
+
+    def instances(self, name: str, provider: dict[str, Any]) -> int:
+        """How many instances the cloud itself still has, when SkyPilot has dropped its row.
+
+        Not public SDK: `sky.provision.query_instances` with the configuration that was saved at launch.
+        """
+        self._sky()
+        from sky import provision
+
+        with translated(f"ask the cloud for {name}"):
+            found = provision.query_instances(
+                provider["name"], name, provider["cluster_name_on_cloud"], provider["config"]
+            )
+        return len(found)
+
+    def _record(self, row: Any) -> Record:
+        handle = row["handle"]
+        resources = getattr(handle, "launched_resources", None)
+        gpu, gpus = next(iter((getattr(resources, "accelerators", None) or {}).items()), (None, 0))
+        return Record(
+            name=str(row["name"]),
+            status=str(row["status"].value),
+            launched_at=datetime.fromtimestamp(row["launched_at"], UTC),
+            price_micros_per_hour=self._price(handle, resources),
+            infra=str(getattr(resources, "cloud", row["cloud"])).lower(),
+            region=getattr(resources, "region", None),
+            zone=getattr(resources, "zone", None),
+            instance=str(getattr(resources, "instance_type", "")),
+            gpu=gpu,
+            gpus=int(gpus),
+            spot=bool(getattr(resources, "use_spot", False)),
+            autodown=bool(row["to_down"]) and int(row["autostop"]) >= 0,
+            provider=self._provider(handle) if str(row["status"].value) == "UP" else None,
+        )
+
+    def _price(self, handle: Any, resources: Any) -> int | None:
+        if resources is None:
+            return None
+        with translated("price what was launched"):
+            return micros(resources.get_cost(3600) * handle.launched_nodes)
+
+    def _provider(self, handle: Any) -> dict[str, Any] | None:
+        """How `instances` finds it later; None where that is not known."""
+        self._sky()
+        from sky import global_user_state
+
+        with translated("read a machine's configuration"):
+            config = global_user_state.get_cluster_yaml_dict(handle.cluster_yaml) if handle.cluster_yaml else None
+        if not config:
+            return None
+        cloud = str(handle.launched_resources.cloud).lower()
+        found = {"name": cloud, "cluster_name_on_cloud": handle.cluster_name_on_cloud, "config": config["provider"]}
+        found["config"].pop("ssh_proxy_command", None)
+        return dict(json.loads(json.dumps(found)))
+
+    def _sky(self) -> Any:
+        self._prepare()
+        import sky
+
+        return sky
+
+    def _sdk(self) -> Any:
+        self._prepare()
+        from sky.client import sdk
+
+        return sdk
+
+    def _prepare(self) -> None:
+        """Before SkyPilot is loaded: no key of any cloud is to be copied to a machine, and it talks to nobody at home."""
+        import sys
+
+        if "sky" in sys.modules:
+            return
+        own = self._folder / "config.yaml"
+        theirs = os.environ.get("SKYPILOT_PROJECT_CONFIG")
+        if theirs != str(own):
+            write_private(own, no_upload(Path(theirs).read_text() if theirs and Path(theirs).exists() else ""))
+            os.environ["SKYPILOT_PROJECT_CONFIG"] = str(own)
+        try:
+            import sky
+        except ImportError as error:
+            raise ProvisionError(
+                "SkyPilot is not installed", hint="pip install 'kdcloud[sky]', or set `infra: local` in the recipe"
+            ) from error
+        from sky import sky_logging
+
+        self._silence = sky_logging.silent()
+        self._silence.__enter__()
+        if not sky.__version__.startswith("0.14."):
+            raise ProvisionError(
+                f"SkyPilot {sky.__version__} is installed, kdcloud knows 0.14", hint="pip install 'skypilot==0.14.*'"
+            )
+
+
+# Every infra whose keys SkyPilot 0.14 can be told to keep at home; its configuration refuses the word for the others.
+CAN_KEEP_KEYS = ("aws", "azure", "gcp", "kubernetes", "nebius", "oci", "slurm", "ssh", "vast")
+
+
+def no_upload(theirs: str) -> str:
+    """A SkyPilot project configuration in which keys stay at home wherever that can be said, over the one given."""
+    import yaml
+
+    config = yaml.safe_load(theirs) or {}
+    for cloud in CAN_KEEP_KEYS:
+        config.setdefault(cloud, {})["remote_identity"] = "NO_UPLOAD"
+    return str(yaml.safe_dump(config, sort_keys=False))
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Whatever SkyPilot raises, here or on its server, becomes a ProvisionError that says what was tried."""
+    try:
+        yield
+    except ProvisionError:
+        raise
+    except Exception as error:
+        kind = NoCapacity if type(error).__name__ == "ResourcesUnavailableError" else ProvisionError
+        raise kind(f"could not {doing}: {plain(error)}", hint="`sky api info` says whether SkyPilot answers") from error
+
+
+def plain(error: Exception) -> str:
+    """The first sentence of an error, without colours."""
+    text = COLOURS.sub("", str(error)).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+class SlurmQueue:
+    """What Slurm itself says, over ssh to the hosts of ~/.slurm/config: SkyPilot's record of a machine is a cache."""
+
+    def __init__(self, folder: Path, *, run: Callable[..., Any] = subprocess.run) -> None:
+        self._folder, self._run = folder, run
+        self._config = Path.home() / ".slurm" / "config"
+
+    def clusters(self) -> list[str]:
+        """Every host that SkyPilot takes for a Slurm cluster."""
+        try:
+            lines = self._config.read_text().splitlines()
+        except OSError:
+            return []
+        words = [line.split() for line in lines]
+        hosts = [host for parts in words if parts and parts[0].lower() == "host" for host in parts[1:]]
+        return [host for host in hosts if not set(host) & set("*?!")]
+
+    def knows(self, clusters: list[str]) -> bool:
+        return bool(clusters) and set(clusters) <= set(self.clusters())
+
+    def jobs(self, clusters: list[str]) -> list[SlurmJob]:
+        """Every allocation of this user. Raises ProvisionError when a cluster does not answer."""
+        found: dict[str, SlurmJob] = {}
+        for cluster in clusters:
+            if not self.knows([cluster]):
+                continue
+            for line in self._ssh(cluster, "squeue", "--me", "--noheader", "--format=%i|%T|%M|%j").splitlines():
+                number, state, elapsed, name = line.split("|", 3)
+                began = None if state == "PENDING" else now() - timedelta(seconds=elapsed_s(elapsed))
+                found.setdefault(f"{number} {name}", SlurmJob(number, name, state, began, cluster))
+        return list(found.values())
+
+    def cancel(self, job: SlurmJob) -> None:
+        """Ends one allocation; only one whose name is still the one it was found by."""
+        self._ssh(job.cluster, "scancel", "--name", job.name, job.id)
+
+    def _ssh(self, cluster: str, *words: str) -> str:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        options = {
+            "BatchMode": "yes",
+            "ConnectTimeout": "10",
+            "StrictHostKeyChecking": "accept-new",
+            "UserKnownHostsFile": str(self._folder / "known_hosts"),
+            "LogLevel": "ERROR",
+        }
+        flags = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        command = ["ssh", "-F", str(self._config), *flags, "--", cluster, shlex.join(words)]
+        try:
+            done = self._run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ProvisionError(f"Slurm cluster {cluster} does not answer: {error}") from error
+        if done.returncode != 0:
+            raise ProvisionError(
+                f"Slurm cluster {cluster} refused {words[0]}: {done.stderr.strip()[:300]}",
+                hint=f"try `ssh -F {self._config} {cluster} {words[0]}`",
+            )
+        return str(done.stdout)
+
+
+def elapsed_s(text: str) -> int:
+    """Seconds of Slurm's [days-][hours:]minutes:seconds; 0 for what it calls INVALID."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in parts):
+        return 0
+    seconds = 0
+    for part in parts:
+        seconds = seconds * 60 + int(part)
+    return seconds + int(days or 0) * 86400
