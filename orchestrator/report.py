@@ -157,7 +157,7 @@ def _stage_table(stages: Sequence[Mapping[str, Any]], plan: Plan) -> Table:
 def _quality_table(quality: Mapping[str, Any]) -> Table:
     table = _table("quality on the held-out set")
     table.add_column("model", no_wrap=True)
-    for name in ("accuracy", "min - max", "tokens/s", "first token", "GiB"):
+    for name in ("accuracy", "min - max", "tokens/s", "1st token", "GiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for key in QUALITY:
         row = quality.get(key)
@@ -168,7 +168,7 @@ def _quality_table(quality: Mapping[str, Any]) -> Table:
         table.add_row(
             QUALITY_NAMES[key],
             f"{accuracy['mean']:.3f}",
-            f"{accuracy['min']:.3f} - {accuracy['max']:.3f}" if seeds > 1 else "",
+            f"{accuracy['min']:.2f} - {accuracy['max']:.2f}" if seeds > 1 else "",
             _number(row.get("tokens_per_s"), "{:,.0f}"),
             _number(first_ms, "{:,.1f} ms"),
             _number(row.get("peak_gib"), "{:.2f}"),

@@ -71,8 +71,8 @@ def write_shard(path: Path, header: Header, samples: Sequence[Sample]) -> None:
         "log_tail_mass": joined([s.log_tail_mass for s in samples], torch.float32),
         "log_mass_at_t": joined([s.log_mass_at_t for s in samples], torch.float32),
     }
-    metadata = {"header": json.dumps(asdict(header)), "keys": json.dumps([s.key for s in samples])}
-    save_file(tensors, path, metadata=metadata)
+    told = {"header": asdict(header), "keys": [s.key for s in samples]}
+    save_file(tensors, path, metadata={"kdcloud": json.dumps(told)})  # one key: safetensors keeps no order of several
 
 
 def _offsets(lengths: list[int]) -> Tensor:
@@ -142,15 +142,16 @@ def _read_shard(path: Path) -> tuple[Header, list[str], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise TaskError(f"{path.name} is damaged: {error}", hint="label again in a new run") from error
-    if "header" not in metadata:
+    if "kdcloud" not in metadata:
         raise TaskError(f"{path.name} has no header of kdcloud labels", hint="name a label stage under labels")
-    raw = json.loads(metadata["header"])
+    told = json.loads(metadata["kdcloud"])
+    raw = told["header"]
     if raw.get("schema") != LABELS_SCHEMA:
         raise TaskError(
             f"{path.name} has label schema {raw.get('schema')}, this kdcloud reads {LABELS_SCHEMA}",
             hint="use the kdcloud version that wrote it",
         )
-    return Header(**raw), json.loads(metadata["keys"]), tensors
+    return Header(**raw), told["keys"], tensors
 
 
 def _sorted(labels: Labels) -> Labels:

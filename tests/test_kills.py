@@ -31,7 +31,39 @@ stages:
   - {name: first, kind: rehearse, steps: 15, seconds_per_step: 0.1, checkpoint_every_steps: 4}
   - {name: second, kind: rehearse, steps: 15, seconds_per_step: 0.1, checkpoint_every_steps: 4}
 """
+TRAINING = """
+name: kill
+budget: 1 CNY
+infra: local
+local: {price: 0.10 USD/h}
+data: {prompts: "builtin:addition/train", held_out: "builtin:addition/held_out", verify: exact}
+stages:
+  - name: pretrain
+    kind: pretrain
+    model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1}
+    corpus: "builtin:addition/corpus?slips=0.3"
+    examples: 1000
+    steps: 200
+    batch_size: 16
+    learning_rate: 0.004
+    checkpoint_every: 1s
+    threads: 1
+  - {name: label, kind: label, teacher: pretrain, samples: 60, max_new_tokens: 16, keep: all, max_cut_share: 1.0,
+     temperature: 1.0, soft_labels: {top_k: 8}, shard_size: 20, threads: 1}
+  - name: train
+    kind: train
+    student: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1}
+    labels: label
+    method: full
+    loss: {alpha: 0.9, temperature: 2.0}
+    steps: 300
+    batch_size: 16
+    learning_rate: 0.004
+    checkpoint_every: 1s
+    threads: 1
+"""
 SEEDS = range(17)
+TRAINING_SEEDS = range(3)
 AT_ONCE = 5
 
 
@@ -102,6 +134,27 @@ def killed(tmp_path_factory) -> dict[int, Future[Home]]:
 def test_killed_and_resumed_a_run_ends_in_the_same_place(killed, unbroken, seed):
     assert len(unbroken) == 4
     check_same(killed[seed].result(), unbroken, stages=2)
+
+
+@pytest.fixture(scope="module")
+def unbroken_training(tmp_path_factory) -> Home:
+    home = run_once(tmp_path_factory.mktemp("unbroken-training"), TRAINING)
+    home.check_over()
+    return home
+
+
+@pytest.mark.parametrize("seed", TRAINING_SEEDS)
+def test_real_training_killed_and_resumed_ends_with_the_same_weights_and_labels(unbroken_training, tmp_path, seed):
+    expected = weights(unbroken_training)
+    assert len(expected) >= 3
+    home = kill_and_resume(tmp_path, TRAINING, seed, until_s=24.0, kills=2)
+    assert home.check_over()["state"] == "done"
+    assert weights(home) == expected
+
+
+def weights(home: Home) -> dict[str, str]:
+    """Hashes of everything that was computed: models and labels."""
+    return {name: sha for name, sha in home.hashes().items() if name.endswith(".safetensors")}
 
 
 def test_a_client_that_is_killed_and_never_resumed_leaves_no_process_and_a_checkpoint(tmp_path):
