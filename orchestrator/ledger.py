@@ -140,6 +140,15 @@ class Ledger:
         except (sqlite3.DatabaseError, OSError) as error:
             raise UsageError(f"the ledger {path} cannot be used: {error}", hint=_ledger_hint(path, error)) from error
 
+    @classmethod
+    def in_memory(cls) -> Ledger:
+        """A ledger that lives as long as this object, for drills and tests."""
+        ledger = cls.__new__(cls)
+        ledger.path, ledger._known = Path(":memory:"), {}
+        ledger._db = sqlite3.connect(":memory:", isolation_level=None)
+        ledger._open_tables()
+        return ledger
+
     def close(self) -> None:
         self._db.close()
 

@@ -132,17 +132,9 @@ class LocalProvisioner:
         folder = self._machines / name
         if not folder.exists():
             return
-        ending = folder / "ending"
         processes = _processes_of(name)
         if processes:
-            limit = LOCAL_LATENCIES.flush_s + LOCAL_LATENCIES.tick_s
-            if _overdue(folder):
-                _signal(processes, signal.SIGKILL)
-            elif not ending.exists():
-                ending.write_text(str(time.monotonic()))
-                _signal([p for p in processes if _is_supervisor(p)] or processes, signal.SIGTERM)
-            elif abs(time.monotonic() - float(ending.read_text() or 0)) > limit:
-                _signal(processes, signal.SIGKILL)
+            _press(folder, processes)
             raise NotYetGone(f"{name} is saving what it has")
         grave = self._machines / f".{name}.gone"
         try:
@@ -236,6 +228,24 @@ def _is_supervisor(process: Any) -> bool:
         return "tasks.supervisor" in process.cmdline()
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
         return False
+
+
+def _press(folder: Path, processes: list[Any]) -> None:
+    """SIGTERM to every supervisor once (to all processes where there is none), SIGKILL to all when time is up."""
+    ending = folder / "ending"
+    told: dict[str, Any] = {"since": time.monotonic(), "pids": []}
+    if ending.exists():
+        told = json.loads(ending.read_text())
+    waited = time.monotonic() - told["since"]
+    if _overdue(folder) or not 0 <= waited <= LOCAL_LATENCIES.flush_s + LOCAL_LATENCIES.tick_s:
+        _signal(processes, signal.SIGKILL)
+        return
+    supervisors = [p for p in processes if _is_supervisor(p)]
+    fresh = [p for p in supervisors or processes if p.pid not in told["pids"]]
+    _signal(fresh, signal.SIGTERM)
+    temporary = folder / "ending.part"
+    temporary.write_text(json.dumps({**told, "pids": [*told["pids"], *(p.pid for p in fresh)]}))
+    temporary.replace(ending)
 
 
 def _overdue(folder: Path) -> bool:

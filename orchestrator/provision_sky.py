@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_CEILING, Decimal
@@ -50,6 +50,7 @@ SLURM = "slurm"
 NO_AUTODOWN = frozenset({"hyperbolic", "primeintellect", "verda", "yotta"})
 ONE_PRICE = frozenset({SLURM, "lambda", "hyperbolic"})  # no spot
 COUNTED = frozenset({SLURM, "kubernetes", "ssh"})  # as many GPUs as asked for; elsewhere the instance type says it
+SILENT_S = 15.0  # a bootstrap that was not heard of for longer may be dead
 DOWN_WAIT_S = 15.0  # a teardown is usually done by then
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 LOG_LINE = re.compile(r"^\(([^()]*), (?:rank=\d+, )?pid=\d+(?:, ip=[^)]*)?\) ?(.*)$")
@@ -118,6 +119,16 @@ class SlurmJob:
     state: str
     began_at: datetime | None
     cluster: str
+    work: tuple[Trace, ...] = ()  # only when a machine was named
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the bootstrap of one job left on the shared file system: its exit status, or how long ago it was alive."""
+
+    job_id: str
+    rc: int | None
+    silent_s: float
 
 
 class SkyProvisioner:
@@ -176,14 +187,12 @@ class SkyProvisioner:
     def observe(self, name: str) -> Observation:
         note = self._read(name)
         with ThreadPoolExecutor(3) as pool:
-            listed = pool.submit(self._slurm.jobs, self._clusters_of(note))
+            listed = pool.submit(self._slurm.jobs, self._clusters_of(note), name)
             asked = pool.submit(self._request, note.request) if note.request and not note.trouble else None
             rows = pool.submit(self._api.records, [name], force=not self._is_slurm(note))
-            queue = pool.submit(self._api.queue, name) if note.jobs and not note.ending else None
             request = asked.result() if asked else None
             record = next(iter(rows.result()), None)
             allocation = next((j for j in listed.result() if is_named(j.name, name)), None)
-        jobs = queue.result() if queue else []
         exists = self._exists(note, record, allocation)
         if request is not None and request[0] == "FAILED" and note.trouble is None:
             note.trouble = request[1]
@@ -199,7 +208,7 @@ class SkyProvisioner:
             state=state,
             landed_offer=landed(note, record) if state in (Status.RUNNING, Status.STOPPING) else None,
             created_at=created_at(record, allocation),
-            job=self._job(note, jobs) if state is Status.RUNNING else Job(),
+            job=self._job(note, allocation) if state is Status.RUNNING else Job(),
             read_at=now(),
         )
 
@@ -214,7 +223,7 @@ class SkyProvisioner:
                 note.jobs[job_id] = {**before, "request": request}
                 self._write(note)
                 return
-        if any(row[1] == job_id for row in self._api.queue(name)):
+        if self._has(note, job_id):
             return
         note.jobs[job_id] = {"request": None}
         self._write(note)
@@ -313,17 +322,33 @@ class SkyProvisioner:
             return True
         return note.provider is not None and self._api.instances(note.name, note.provider) > 0
 
-    def _job(self, note: Note, rows: list[tuple[int, str, str]]) -> Job:
-        mine = [row for row in rows if row[1] in note.jobs]
-        if not mine:
-            asked = {job_id: job["request"] for job_id, job in note.jobs.items() if job["request"]}
-            waiting = [job_id for job_id, request in asked.items() if self._request(request)[0] in MOVING]
-            return Job(waiting[-1], JobState.QUEUED) if waiting else Job()
-        newest = max(mine)[1]
-        number, job_id, status = min(row for row in mine if row[1] == newest)  # a second start of it does nothing
+    def _has(self, note: Note, job_id: str) -> bool:
+        """Whether the machine knows the job."""
+        listed = self._slurm.jobs(self._clusters_of(note), note.name)
+        if any(trace.job_id == job_id for job in listed if is_named(job.name, note.name) for trace in job.work):
+            return True
+        return note.jobs.get(job_id) is not None and job_id in [row[1] for row in self._api.queue(note.name)]
+
+    def _job(self, note: Note, allocation: SlurmJob | None) -> Job:
+        """The newest job: by its own traces where they are fresh, else by SkyPilot's table, which takes seconds to read."""
+        if not note.jobs:
+            return Job()
+        newest = list(note.jobs)[-1]
+        request = note.jobs[newest]["request"]
+        if request is not None and self._request(request)[0] in MOVING:
+            return Job(newest, JobState.QUEUED)
+        trace = next((t for t in (allocation.work if allocation else ()) if t.job_id == newest), None)
+        if trace is not None and trace.rc is not None:
+            return Job(newest, JobState.DONE, trace.rc)
+        if trace is not None and trace.silent_s < SILENT_S:
+            return Job(newest, JobState.RUNNING)
+        rows = [row for row in self._api.queue(note.name) if row[1] == newest]
+        if not rows:
+            return Job()
+        number, _, status = min(rows)  # a second start of it does nothing
         state = JOB_STATES.get(status, JobState.LOST)
-        rc = self._rc(note, job_id, number, status) if state is JobState.DONE else None
-        return Job(job_id, JobState.LOST if state is JobState.DONE and rc is None else state, rc)
+        rc = self._rc(note, newest, number, status) if state is JobState.DONE else None
+        return Job(newest, JobState.LOST if state is JobState.DONE and rc is None else state, rc)
 
     def _rc(self, note: Note, job_id: str, number: int, status: str) -> int | None:
         """Exit status of a job that is over: SkyPilot says only whether it failed, the job's last line says how."""
@@ -614,7 +639,7 @@ class SkyApi:
         sdk, sky = self._sdk(), self._sky()
         from sky.skylet import autostop_lib
 
-        with translated(f"launch {name}"):
+        with translated(f"launch {name}"), redirect_stdout(io.StringIO()):  # it greets on stdout, where our data goes
             return str(
                 sdk.launch(
                     sky.Task.from_yaml_config(task),
@@ -849,23 +874,25 @@ class SlurmQueue:
     def knows(self, clusters: list[str]) -> bool:
         return bool(clusters) and set(clusters) <= set(self.clusters())
 
-    def jobs(self, clusters: list[str]) -> list[SlurmJob]:
-        """Every allocation of this user. Raises ProvisionError when a cluster does not answer."""
+    def jobs(self, clusters: list[str], name: str = "") -> list[SlurmJob]:
+        """Every allocation of this user, with what its jobs left behind for the machine `name`.
+
+        Raises ProvisionError when a cluster does not answer.
+        """
         found: dict[str, SlurmJob] = {}
-        for cluster in clusters:
-            if not self.knows([cluster]):
-                continue
-            for line in self._ssh(cluster, "squeue", "--me", "--noheader", "--format=%i|%T|%M|%j").splitlines():
-                number, state, elapsed, name = line.split("|", 3)
-                began = None if state == "PENDING" else now() - timedelta(seconds=elapsed_s(elapsed))
-                found.setdefault(f"{number} {name}", SlurmJob(number, name, state, began, cluster))
+        for cluster in [cluster for cluster in clusters if self.knows([cluster])]:
+            listed, _, traces = self._ssh(cluster, look_script(name)).partition(f"{CUT}\n")
+            work = tuple(trace_of(line) for line in traces.splitlines())
+            for line in listed.splitlines():
+                job = slurm_job(line, cluster)
+                found.setdefault(f"{job.id} {job.name}", replace(job, work=work) if is_named(job.name, name) else job)
         return list(found.values())
 
     def cancel(self, job: SlurmJob) -> None:
         """Ends one allocation; only one whose name is still the one it was found by."""
-        self._ssh(job.cluster, "scancel", "--name", job.name, job.id)
+        self._ssh(job.cluster, shlex.join(["scancel", "--name", job.name, job.id]))
 
-    def _ssh(self, cluster: str, *words: str) -> str:
+    def _ssh(self, cluster: str, script: str) -> str:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         options = {
             "BatchMode": "yes",
@@ -875,17 +902,41 @@ class SlurmQueue:
             "LogLevel": "ERROR",
         }
         flags = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-        command = ["ssh", "-F", str(self._config), *flags, "--", cluster, shlex.join(words)]
+        command = ["ssh", "-F", str(self._config), *flags, "--", cluster, script]
         try:
             done = self._run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ProvisionError(f"Slurm cluster {cluster} does not answer: {error}") from error
         if done.returncode != 0:
             raise ProvisionError(
-                f"Slurm cluster {cluster} refused {words[0]}: {done.stderr.strip()[:300]}",
-                hint=f"try `ssh -F {self._config} {cluster} {words[0]}`",
+                f"Slurm cluster {cluster} does not do as told: {done.stderr.strip()[:300]}",
+                hint=f"try `ssh -F {self._config} {cluster} squeue`",
             )
         return str(done.stdout)
+
+
+CUT = "-- work --"
+
+
+def look_script(name: str) -> str:
+    """Shell for the login node: allocations of this user, then a line `job|rc|silent_s` for each job of one machine."""
+    listed = "squeue --me --noheader --format='%i|%T|%M|%j' || exit 1"
+    if not name:
+        return listed
+    folder = f"~/.sky_clusters/{shlex.quote(name)}-????????/.kdcloud/jobs"
+    line = 'echo "$j|$(cat "$j/rc" 2>/dev/null)|$(($(date +%s) - $(stat -c %Y "$j/beat" 2>/dev/null || echo 0)))"'
+    return f"{listed}; echo '{CUT}'; cd {folder} 2>/dev/null && for j in *; do {line}; done; exit 0"
+
+
+def trace_of(line: str) -> Trace:
+    job_id, rc, silent = line.rsplit("|", 2)
+    return Trace(job_id, int(rc) if rc else None, float(silent))
+
+
+def slurm_job(line: str, cluster: str) -> SlurmJob:
+    number, state, elapsed, name = line.split("|", 3)
+    began_at = None if state == "PENDING" else now() - timedelta(seconds=elapsed_s(elapsed))
+    return SlurmJob(number, name, state, began_at, cluster)
 
 
 def elapsed_s(text: str) -> int:

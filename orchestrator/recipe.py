@@ -136,6 +136,7 @@ class ComparePart(_Part):
     seeds: Count = 1
     learning_rates: tuple[Positive, ...] = Field((), description="the same small search for each arm")
     search_steps: Count | None = None
+    at_once: Count = 1  # arms that train side by side; for students made from scratch
 
 
 class SoftLabelsPart(_Part):

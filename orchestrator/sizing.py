@@ -163,6 +163,7 @@ def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterato
         seed=stage.seed,
         compare_hard=compared and compare.hard_labels,
         compare_seeds=compare.seeds if compared else 1,
+        arms_at_once=compare.at_once if compared else 1,
         learning_rates=compare.learning_rates if compared else (),
         search_steps=compare.search_steps if compared else None,
         threads=stage.threads,

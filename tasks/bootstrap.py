@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -26,6 +27,7 @@ ENDED = "[kdcloud] job {job} ended with {rc}"  # the provisioner looks for this 
 TWICE = 75  # EX_TEMPFAIL: this job was started before; the other one counts
 NO_CODE = 66  # EX_NOINPUT
 NO_PACKAGES = 69  # EX_UNAVAILABLE
+BEAT_S = 2.0
 LINGER_S = 60  # how long a machine whose job is over waits for its client
 CODE_URL = "KDCLOUD_CODE_URL"  # a link that fetches the wheel without credentials; secret
 PACKAGES = "KDCLOUD_PACKAGES"  # JSON: {module: requirement}
@@ -41,8 +43,11 @@ def main() -> NoReturn:
     parser.add_argument("argv", nargs="+")
     args = parser.parse_args()
     own = Path.home() / ".kdcloud"
-    if not starts_now(own / "jobs" / args.job):
-        finish(args.job, TWICE)
+    mark = own / "jobs" / args.job
+    if not starts_now(mark):
+        say_ended(args.job, TWICE)
+        sys.exit(TWICE)
+    threading.Thread(target=beat, args=(mark / "beat",), daemon=True).start()
     work = own / "work" / args.job
     work.mkdir(parents=True, exist_ok=True)
     env = dict(os.environ)
@@ -56,8 +61,11 @@ def main() -> NoReturn:
         rc = run(less_time(argv, time.monotonic() - began_s), env, work)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         print(f"[kdcloud] {error}", flush=True)
+    (mark / "rc.part").write_text(str(rc))
+    (mark / "rc.part").replace(mark / "rc")
     end_soon(args.end)
-    finish(args.job, rc)
+    say_ended(args.job, rc)
+    sys.exit(rc)
 
 
 def starts_now(mark: Path) -> bool:
@@ -68,6 +76,13 @@ def starts_now(mark: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def beat(file: Path) -> NoReturn:
+    """Shows on a shared file system that this process is alive."""
+    while True:
+        file.touch()
+        time.sleep(BEAT_S)
 
 
 def fetch(path: str, url: str, sha256: str, folder: Path) -> Path:
@@ -141,9 +156,8 @@ def end_soon(who: str) -> None:
             print(f"[kdcloud] this machine cannot end itself: {done.stderr.strip()}", flush=True)
 
 
-def finish(job: str, rc: int) -> NoReturn:
+def say_ended(job: str, rc: int) -> None:
     print(ENDED.format(job=job, rc=rc), flush=True)
-    sys.exit(rc)
 
 
 if __name__ == "__main__":

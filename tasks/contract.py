@@ -154,6 +154,7 @@ class TrainSettings:
     seed: int = 0
     compare_hard: bool = False
     compare_seeds: int = 1
+    arms_at_once: int = 1  # small students from scratch: so many arms train side by side, in threads
     learning_rates: tuple[float, ...] = ()  # the same small search for each arm; empty = learning_rate as given
     search_steps: int | None = None  # steps of a search run; None = steps / 4
     threads: int | None = None

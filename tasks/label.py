@@ -1,8 +1,8 @@
 """What does the teacher say to the prompts, which answers are right, and with which probabilities? Two passes.
 
 First it generates, and answers are verified; then only what is kept is scored by a teacher-forced pass: the exact
-top-k log-probabilities, the mass outside of them, and the mass at the label temperature. Both passes work in shards that
-are kept as they finish. Token ids are never made from text again.
+top-k log-probabilities, the mass outside of them, and the mass at the label temperature. Both passes work in shards
+that are kept as they finish. Token ids are never made from text again.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ class VllmGenerator:
             self._params(
                 temperature=self._settings.temperature, top_p=self._settings.top_p,
                 max_tokens=self._settings.max_new_tokens, seed=seed + i, detokenize=False,
-            )  # fmt: skip
+            )
             for i in range(len(prompts))
         ]
         outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
@@ -354,8 +354,8 @@ def score(
     model: torch.nn.Module, pairs: Sequence[tuple[list[int], list[int]]], k: int, temperature: float, *,
     real_vocabulary: int,
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
-    """For each (prompt, completion): top-k ids [C, k], log-probabilities [C, k] and log tail mass [C] at T = 1, log mass
-    of the k ids at `temperature` [C], all on the CPU.
+    """For each (prompt, completion): top-k ids [C, k], log-probabilities [C, k] and log tail mass [C] at T = 1, log
+    mass of the k ids at `temperature` [C], all on the CPU.
 
     Row j is the distribution of completion[j] given all before it, so it comes from the place before it. Ids beyond the
     real vocabulary (a wider head) are never among the k; their mass counts as tail.
@@ -375,7 +375,7 @@ def score(
         parts.append([x.cpu() for x in _top(hidden[at : at + step], head, k, temperature, real_vocabulary)])
     joined = [torch.cat(column) for column in zip(*parts, strict=True)]
     cuts = [len(c) for _, c in pairs]
-    return list(zip(*[column.split(cuts) for column in joined], strict=True))  # type: ignore[arg-type]
+    return list(zip(*[column.split(cuts) for column in joined], strict=True))
 
 
 def _top(hidden: Tensor, head: Tensor, k: int, t: float, real: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -384,10 +384,7 @@ def _top(hidden: Tensor, head: Tensor, k: int, t: float, real: int) -> tuple[Ten
     top, ids = z[:, :real].topk(k, dim=1)
     rest = z.scatter(1, ids, float("-inf"))
     tail = torch.logsumexp(rest, 1) - lse[:, 0]  # from the rest itself: 1 - sum would be all rounding
-    if t == 1.0:
-        mass = torch.logsumexp(top, 1) - lse[:, 0]
-    else:
-        mass = torch.logsumexp(top / t, 1) - torch.logsumexp(z / t, 1)
+    mass = torch.logsumexp(top / t, 1) - torch.logsumexp(z / t, 1)
     return ids.int(), top - lse, tail, mass
 
 

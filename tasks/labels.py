@@ -33,7 +33,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Sample:
-    """One kept completion with its soft labels; row j of the labels is the teacher's distribution of completion_ids[j]."""
+    """One kept completion with its soft labels; row j is the teacher's distribution of completion_ids[j]."""
 
     key: str
     prompt_ids: Tensor  # [P]

@@ -140,7 +140,7 @@ def _rows(
     """Sums over these rows of T^2 * KL and of CE, and the gradient of the weighted sum for the logits z [n, V]."""
     counted = labels != IGNORED
     lse = torch.logsumexp(z, dim=1, keepdim=True)
-    q = torch.exp(z - lse) if want_grad or alpha > 0.0 else None
+    q = torch.exp(z - lse) if want_grad or alpha > 0.0 else z.new_zeros(0)  # validation of hard labels needs none
     kl = ce = z.new_zeros(())
     grad: Tensor | None = None
     if alpha > 0.0:
@@ -150,8 +150,8 @@ def _rows(
         target = labels.clamp(min=0)[:, None]
         ce = torch.where(counted, (lse - z.gather(1, target))[:, 0], 0.0).sum()
         if want_grad:
-            grad = q * (1.0 - alpha) if grad is None else grad.mul_(alpha).add_(q, alpha=1.0 - alpha)
-            grad.scatter_add_(1, target, grad.new_full((len(z), 1), alpha - 1.0))
+            both = q * (1.0 - alpha) if grad is None else grad.mul_(alpha).add_(q, alpha=1.0 - alpha)
+            grad = both.scatter_add_(1, target, z.new_full((len(z), 1), alpha - 1.0))
     return kl, ce, None if grad is None else grad.masked_fill_(~counted[:, None], 0.0)
 
 
@@ -168,10 +168,8 @@ def _kl(
     full = valid.any(1, keepdim=True)
     logp = torch.where(valid, logprobs.to(real), 0.0)  # the zeros are never used: every sum below is masked
     mass = torch.where(valid, logp.exp(), 0.0).sum(1, keepdim=True)
-    if tail is not None:
-        log_out = tail.to(real)[:, None]
-    else:
-        log_out = torch.log1p(-mass.clamp(max=1.0))  # -inf where the ids hold everything
+    # Without a stored tail: one minus the sum, -inf where the ids hold everything.
+    log_out = torch.log1p(-mass.clamp(max=1.0)) if tail is None else tail.to(real)[:, None]
     if t != 1.0 and mass_t is not None:
         # Exact at T: p_T on the ids = softmax(log p / T) * exp(log mass at T), the rest in the tail.
         inside = _log_softmax(logp / t, valid)

@@ -1,4 +1,4 @@
-"""Which model and tokenizer does a stage work with, and on which device? Ordinary Hugging Face models, safetensors only."""
+"""Which model and tokenizer does a stage work with, on which device? Ordinary Hugging Face ones, safetensors only."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Peak memory, GiB: what torch allocated on the GPU, or the resident size of this process with all it has loaded."""
+    """Peak memory, GiB: what torch allocated on the GPU, or the resident size of this whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -205,7 +205,8 @@ def from_architecture(arch: Architecture, tokenizer: PreTrainedTokenizerBase, *,
         )  # fmt: skip
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except ValueError as error:
-        raise TaskError(f"cannot make a {kind} model: {error}", hint="check the sizes under model in the recipe") from error
+        hint = "check the sizes of the model in the recipe"
+        raise TaskError(f"cannot make a {kind} model: {error}", hint=hint) from error
 
 
 def load(ctx: Context, source: ModelSource, *, dtype: torch.dtype) -> Loaded:
@@ -270,7 +271,9 @@ def load_stage(folder: Path, ctx: Context, *, dtype: torch.dtype, name: str = MO
     return Loaded(model, tokenizer)
 
 
-def save(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, base: ModelSource | None = None) -> None:
+def save(
+    folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, base: ModelSource | None = None
+) -> None:
     """Writes model (or adapter, which needs its `base`) and tokenizer with save_pretrained, safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     if base is not None:
@@ -313,7 +316,7 @@ def tied(model: PreTrainedModel) -> bool:
 
 def causal(model: nn.Module) -> PreTrainedModel:
     """The causal language model inside an adapter, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:

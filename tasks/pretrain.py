@@ -22,7 +22,7 @@ def run(ctx: Context, settings: PretrainSettings) -> dict[str, Any]:
     model = models.from_architecture(settings.model, tokenizer, seed=settings.seed).to(device)
     how = Fit(
         steps=settings.steps, batch_size=settings.batch_size, micro_batch=settings.batch_size,
-        learning_rate=settings.learning_rate, alpha=0.0, seed=settings.seed, weight_decay=0.1, beta2=0.98,
+        learning_rate=settings.learning_rate, alpha=0.0, seed=settings.seed, weight_decay=0.05,
         checkpoint_every_s=settings.checkpoint_every_s,
     )  # fmt: skip
     done = fit(ctx, model, examples, how, Arm("pretrain", 0, settings.steps), resume_point(ctx))

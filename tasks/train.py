@@ -1,12 +1,14 @@
-"""How does a student learn from labels? One training loop, resumable to the bit, and the arms that are compared by it."""
+"""How does a student learn from labels? One training loop, resumable to the bit, and the arms compared by it."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tasks import models
-from tasks.contract import ModelSource, TaskError, TrainSettings
+from tasks.contract import DataSource, ModelSource, TaskError, TrainSettings
 from tasks.labels import TOKENIZER_FOLDER, Labels, read_labels
 from tasks.losses import Loss, distillation_loss_parts
 from tasks.stage import Context, Stopped
@@ -223,7 +225,7 @@ class Fit:
     use_mass_at_t: bool = False  # the labels' log_mass_at_t belongs to this temperature
     warmup_share: float = 0.05
     weight_decay: float = 0.0
-    beta2: float = 0.999
+    beta2: float = 0.98  # second moments that follow within 50 steps: short runs, and little difference in long ones
     max_grad_norm: float = 1.0
     precision: str = "auto"
     checkpoint_every_s: float = 300.0
@@ -445,8 +447,9 @@ class _Student:
                 self.tokenizer, loaded.tokenizer, teacher_hash=self._teacher_hash, head_rows=rows
             )
             model = loaded.model
-            model.config.eos_token_id = model.generation_config.eos_token_id = self.tokenizer.eos_token_id
-            model.config.pad_token_id = model.generation_config.pad_token_id = self.tokenizer.pad_token_id
+            for config in (loaded.model.config, loaded.model.generation_config):
+                config.eos_token_id = self.tokenizer.eos_token_id
+                config.pad_token_id = self.tokenizer.pad_token_id
             if settings.method == "lora":
                 model = models.with_lora(loaded.model, settings.lora, special_ids=special, seed=seed)
         model.to(self._device)
@@ -461,7 +464,8 @@ class _Student:
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        models.save(folder, model, self.tokenizer, base=self._settings.student if self._settings.method == "lora" else None)
+        base = self._settings.student if self._settings.method == "lora" else None
+        models.save(folder, model, self.tokenizer, base=base)
 
     def save_before(self) -> None:
         """A student from scratch is stored as it begins; any other one can be had again from where it came."""
@@ -486,25 +490,26 @@ class _Work:
         kinds: list[str], point: ResumePoint | None,
     ) -> None:  # fmt: skip
         self._ctx, self._settings, self._student = ctx, settings, student
-        self._examples, self._steps, self._kinds, self._point = examples, steps, kinds, point
+        self._examples, self._kinds, self._point = examples, kinds, point
         searched = len(settings.learning_rates) > 1
-        self._search_steps = (settings.search_steps or max(1, steps // 4)) if searched else 0
-        self._plan = [
-            (kind, seed, steps * (2 if kind == "hard_2x" else 1))
-            for kinds_now in ([*kinds, "hard_2x"] if settings.compare_hard else kinds,)
-            for seed in range(max(1, settings.compare_seeds) if settings.compare_hard else 1)
-            for kind in kinds_now
-        ]
-        searches = self._search_steps * len(kinds) * len(settings.learning_rates)
-        self._total = searches + sum(n for _, _, n in self._plan)
-        self._at = 0
+        search_steps = (settings.search_steps or max(1, steps // 4)) if searched else 0
+        trials = [(kind, lr) for kind in kinds for lr in settings.learning_rates] if searched else []
+        self._search = [(kind, lr, search_steps, search_steps * n) for n, (kind, lr) in enumerate(trials)]
+        self._arms: list[tuple[str, int, int, int]] = []  # kind, seed, steps, steps of the stage before it
+        self._total = search_steps * len(trials)
+        for seed in range(max(1, settings.compare_seeds) if settings.compare_hard else 1):
+            for kind in [*kinds, "hard_2x"] if settings.compare_hard else kinds:
+                length = steps * (2 if kind == "hard_2x" else 1)
+                self._arms.append((kind, seed, length, self._total))
+                self._total += length
+        self._shared = _Shared(ctx, self._total)
 
     def search(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The learning rate of each kind of labels, and every trial's score (lower is better)."""
         rates = self._settings.learning_rates
         if len(rates) < 2:
             only = rates[0] if rates else self._settings.learning_rate
-            return {kind: only for kind in ("soft", "hard", "hard_2x")}, []
+            return dict.fromkeys(("soft", "hard", "hard_2x"), only), []
         trials = self._trials()
         best = {
             kind: min((t for t in trials if t["arm"] == kind), key=lambda t: t["score"])["lr"] for kind in self._kinds
@@ -512,54 +517,84 @@ class _Work:
         return {**best, "hard_2x": best.get("hard", 0.0)}, trials
 
     def _trials(self) -> list[dict[str, Any]]:
-        planned = [(kind, lr) for kind in self._kinds for lr in self._settings.learning_rates]
         if self._ctx.kept(SEARCH_FILE):
-            self._at += self._search_steps * len(planned)
+            for _, _, steps, first in self._search:
+                self._shared.skip(first, steps)
             trials: list[dict[str, Any]] = json.loads((self._ctx.out / SEARCH_FILE).read_text())
             return trials
         learn, choose = _split(self._examples)
         scores: dict[str, float] = dict(self._point.notes) if self._point else {}
-        trials = []
-        for kind, lr in planned:
+
+        def one(kind: str, lr: float, steps: int, first: int) -> dict[str, Any]:
             name = f"search-{kind}-{lr:g}"
-            if name not in scores:
-                how = self._fit(kind, self._settings.seed, self._search_steps, lr)
-                model = self._student.make(self._settings.seed)
-                fit(self._ctx, model, learn, how, self._arm(name), self._point, scores)
+            if name in scores:
+                self._shared.skip(first, steps)
+            else:
+                how = self._fit(kind, self._settings.seed, steps, lr)
+                model = self._make(self._settings.seed)
+                fit(self._shared.of(first), model, learn, how, self._arm(name, first), self._point, scores)
                 scores[name] = validation_loss(model, choose, how)
-            self._at += self._search_steps
-            trials.append({"arm": kind, "lr": lr, "score": scores[name]})
+            return {"arm": kind, "lr": lr, "score": scores[name]}
+
+        trials = self._all(one, self._search)
         (self._ctx.out / SEARCH_FILE).write_text(json.dumps(trials))
         self._ctx.keep(SEARCH_FILE)
         return trials
 
     def arms(self, rates: dict[str, float]) -> list[dict[str, Any]]:
         """One row an arm, soft before hard before twice the steps, seed by seed."""
-        return [self._one(kind, seed, steps, rates[kind]) for kind, seed, steps in self._plan]
+        return self._all(lambda kind, *rest: self._one(rates[kind], kind, *rest), self._arms)
 
-    def _one(self, kind: str, seed: int, steps: int, lr: float) -> dict[str, Any]:
+    def _one(self, lr: float, kind: str, seed: int, steps: int, first: int) -> dict[str, Any]:
         name = f"{kind}-{seed}"
         path = f"arms/{name}" if self._settings.compare_hard else models.MODEL_FOLDER
-        folder = self._ctx.out / path
-        if not self._ctx.kept(path):
+        folder, ctx = self._ctx.out / path, self._shared.of(first)
+        if not ctx.kept(path):
             shutil.rmtree(folder, ignore_errors=True)
-            model = self._student.make(self._settings.seed + seed)
+            model = self._make(self._settings.seed + seed)
             how = self._fit(kind, self._settings.seed + seed, steps, lr)
-            done = fit(self._ctx, model, self._examples, how, self._arm(name), self._point)
+            done = fit(ctx, model, self._examples, how, self._arm(name, first), self._point)
             self._student.save(model, folder)
             row = {
                 "name": name, "kind": kind, "seed": seed, "learning_rate": lr, "steps": steps, "path": path,
                 **asdict(done),
             }  # fmt: skip
             (folder / "arm.json").write_text(json.dumps(row))
-            self._ctx.keep(path)
-        self._at += steps
+            ctx.keep(path)
+        self._shared.skip(first, steps)
         found: dict[str, Any] = json.loads((folder / "arm.json").read_text())
         return found
 
-    def _arm(self, name: str) -> Arm:
+    def _all(self, one: Callable[..., dict[str, Any]], planned: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+        """`one` of everything planned, in order; several at a time where nothing they share can differ by it.
+
+        torch lets go of Python's lock inside its operations, so threads use the cores that one small model cannot.
+        Each arm alone decides its result: its weights and batch order follow from its seed, and it draws no dropout.
+        """
+        at_once = self._settings.arms_at_once
+        if at_once < 2 or self._settings.student.architecture is None:
+            return [one(*args) for args in planned]
+
+        def work(*args: Any) -> dict[str, Any]:
+            models.set_threads(self._settings.threads)  # torch keeps the number for each thread
+            return one(*args)
+
+        with ThreadPoolExecutor(at_once) as pool:
+            futures = [pool.submit(work, *args) for args in planned]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+
+    def _make(self, seed: int) -> nn.Module:
+        with self._shared.lock:  # random weights come from torch's one generator
+            return self._student.make(seed)
+
+    def _arm(self, name: str, first: int) -> Arm:
         plain = name in ("soft-0", "hard-0" if self._kinds == ["hard"] else "")
-        return Arm(name, self._at, self._total, "" if plain else f"{name}__")
+        return Arm(name, first, self._total, "" if plain else f"{name}__")
 
     def _fit(self, kind: str, seed: int, steps: int, lr: float) -> Fit:
         s = self._settings
@@ -570,6 +605,69 @@ class _Work:
             weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, precision=s.precision,
             checkpoint_every_s=s.checkpoint_every_s, checkpoint_every_steps=s.checkpoint_every_steps, seed=seed,
         )  # fmt: skip
+
+
+class _Shared:
+    """The stage's context for arms that may train side by side: one call at a time, their progress added up."""
+
+    def __init__(self, ctx: Context, total: int) -> None:
+        self.ctx, self.total, self.lock = ctx, total, threading.RLock()
+        self._done: dict[int, float] = {}  # steps done, by the count of steps before the arm
+
+    def of(self, first: int) -> Context:
+        return _ArmContext(self, first)
+
+    def skip(self, first: int, steps: int) -> None:
+        """The arm is complete."""
+        self._done[first] = steps
+
+    def progress(self, first: int, phase: str, done: float, unit: str, numbers: dict[str, float]) -> None:
+        with self.lock:
+            self._done[first] = done - first
+            self.ctx.progress(phase, sum(self._done.values()), self.total, unit, declared=False, **numbers)
+
+
+class _ArmContext:
+    """One arm's view of the context."""
+
+    def __init__(self, shared: _Shared, first: int) -> None:
+        self._shared, self._first = shared, first
+        self.task, self.work, self.out = shared.ctx.task, shared.ctx.work, shared.ctx.out
+
+    def progress(
+        self, phase: str, done: float = 0, total: float | None = None, unit: str = "steps", *,
+        declared: bool = False, **numbers: float,
+    ) -> None:  # fmt: skip
+        self._shared.progress(self._first, phase, done, unit, numbers)
+
+    @property
+    def stopping(self) -> bool:
+        return self._shared.ctx.stopping
+
+    def metric(self, step: int, **values: float) -> None:
+        with self._shared.lock:
+            self._shared.ctx.metric(step, **values)
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        with self._shared.lock:
+            self._shared.ctx.checkpoint(step, write)
+
+    def latest_checkpoint(self) -> tuple[int, Path] | None:
+        return self._shared.ctx.latest_checkpoint()
+
+    def keep(self, name: str) -> None:
+        with self._shared.lock:
+            self._shared.ctx.keep(name)
+
+    def kept(self, name: str) -> bool:
+        with self._shared.lock:
+            return self._shared.ctx.kept(name)
+
+    def input(self, stage: str) -> Path:
+        return self._shared.ctx.input(stage)
+
+    def data(self, source: DataSource) -> list[dict[str, Any]]:
+        return self._shared.ctx.data(source)
 
 
 def _split(examples: Examples) -> tuple[Examples, Examples]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from importlib.util import find_spec
@@ -211,10 +212,8 @@ class _Child:
             self._process.wait()
             for pipe in (self._process.stdin, self._process.stdout):
                 if pipe is not None:
-                    try:
+                    with suppress(BrokenPipeError):
                         pipe.close()
-                    except BrokenPipeError:
-                        pass
             self._process = None
 
 
@@ -231,7 +230,7 @@ def _serve(memory_bytes: int) -> None:
     """The child's loop: a line with [said, answer] in, a line with true or false out."""
     import resource
 
-    from math_verify import parse, verify  # type: ignore[import-untyped]
+    from math_verify import parse, verify
 
     if sys.platform != "darwin":  # macOS refuses to lower the address space
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))

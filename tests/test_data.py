@@ -58,7 +58,7 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, say
 @pytest.mark.parametrize("text", [None, "", "\n\n"])
 def test_a_missing_or_empty_file_is_said(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "rows.jsonl" if text is None else write(tmp_path, text)
-    with pytest.raises(TaskError, match="is not there|holds no rows"):
+    with pytest.raises(TaskError, match=r"is not there|holds no rows"):
         data.read_rows(path)
 
 

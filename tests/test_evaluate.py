@@ -136,7 +136,8 @@ def test_sampling_is_the_same_for_the_same_seed_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [({"verify": "none"}, "cannot tell right answers"), ({"student": "label"}, "trained no student")]
+    ("change", "says"),
+    [({"verify": "none"}, "cannot tell right answers"), ({"student": "label"}, "trained no student")],
 )
 def test_settings_that_cannot_work_are_refused(trained: Path, change: dict[str, Any], says: str) -> None:
     with pytest.raises(TaskError, match=says):
@@ -156,7 +157,8 @@ def test_the_exported_folder_loads_as_usual_and_answers_like_the_student(trained
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == tokenizer.eos_token_id
     assert not [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
     assert "optimizer steps" in (folder / "README.md").read_text()
-    base = models.load_stage(trained / "pretrain" / "done", context(trained, "x", "export", EVALUATE), dtype=torch.float32)
+    ctx = context(trained, "x", "export", EVALUATE)
+    base = models.load_stage(trained / "pretrain" / "done", ctx, dtype=torch.float32)
     assert not torch.allclose(base.model(ids).logits, theirs(ids).logits, atol=1e-3)
 
 

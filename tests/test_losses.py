@@ -273,5 +273,5 @@ def test_half_precision_inputs_stay_close_to_the_reference_on_the_same_numbers()
 
 @pytest.mark.parametrize(("alpha", "t"), [(1.5, 1.0), (-0.1, 1.0), (0.5, 0.0)])
 def test_impossible_weights_are_refused(alpha: float, t: float) -> None:
-    with pytest.raises(ValueError, match="alpha|temperature"):
+    with pytest.raises(ValueError, match=r"alpha|temperature"):
         distillation_loss(**case(), alpha=alpha, temperature=t, token_count=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_every_epoch_sees_each_sample_once_and_a_resume_needs_the_step_only() ->
 def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
     rates = [replace(HOW, steps=100, warmup_share=0.1, learning_rate=1.0).rate(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False)) and rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rates[9:])) and rates[100] == pytest.approx(0.1)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -308,7 +309,9 @@ def other_specials() -> Any:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_of_repurposed_special_tokens_are_trained_and_no_others(labelled: Path, tmp_path: Path, tied: bool) -> None:
+def test_rows_of_repurposed_special_tokens_are_trained_and_no_others(
+    labelled: Path, tmp_path: Path, tied: bool
+) -> None:
     teacher, own = models.tiny_tokenizer(), other_specials()
     arch = replace(TINY, tie_word_embeddings=tied)
     base = models.from_architecture(arch, teacher, seed=5)  # wider than its own vocabulary needs

@@ -87,6 +87,7 @@ if [ ! -e "$R/sky-runtime/.made-for-$SKY" ]; then
     VIRTUAL_ENV=$R/sky-runtime $uv pip uninstall --quiet skypilot # each launch brings its own
     rm -rf "$R/uv-cache"
     touch "$R/sky-runtime/.made-for-$SKY"
+    chown -R $ACCOUNT:$ACCOUNT "$R/sky-runtime" # who may then make hard links to it
 fi
 chmod -R a+rX "$R/node-tools"
 lap "environments"
@@ -165,7 +166,8 @@ ln -sfn $R/node-tools/bin/uv "\$home/.local/bin/uv"
 ln -sfn $R/node-env "\$home/.kdcloud/env"
 # With no pid file SkyPilot would end every skylet of this account on the host: here all nodes are one host.
 [ -e "\$runtime/.sky/skylet_pid" ] || echo 999999999 > "\$runtime/.sky/skylet_pid"
-[ -d "\$runtime/skypilot-runtime" ] || cp -a --no-preserve=ownership $R/sky-runtime "\$runtime/skypilot-runtime"
+[ -d "\$runtime/skypilot-runtime" ] || cp -al $R/sky-runtime "\$runtime/skypilot-runtime" 2>/dev/null ||
+    cp -a $R/sky-runtime "\$runtime/skypilot-runtime"
 exit 0
 EOF
 chmod 755 "$R/etc/task-prolog"
