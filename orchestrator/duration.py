@@ -19,6 +19,7 @@ LOCAL_TRAIN_STEP_S = 0.012  # an optimizer step beside its products: Python, ker
 LOCAL_TOKEN_STEP_S = 0.005  # a token of a whole batch of answers, beside its products
 LOCAL_STAGE_S = 6.0  # process start, imports (3 to 4 s), data, models from and to the bucket, teardown
 LOCAL_BARE_S = 1.5  # the same for a stage that needs no torch
+LOCAL_SIDE_BY_SIDE = 0.58  # of a core more work for each further arm that trains at once (2 at once: 144 s in 91 s)
 LOCAL_SPREAD = Range(0.6, 1.0, 2.0)  # other programs on the machine, turbo, memory speed
 
 # --- rented GPUs. Share of the vendor's dense rate that training reaches (public reports for 1 to 8 B models, sdpa,
@@ -93,6 +94,11 @@ def training_s(
         return steps * max(per_step / (speed.flops_s * efficiency), floor)
 
     return Range(at(TRAIN_EFFICIENCY.high), at(TRAIN_EFFICIENCY.expected), at(TRAIN_EFFICIENCY.low))
+
+
+def side_by_side(arms: int) -> float:
+    """The share of its time that a stage takes whose arms train `arms` at a time on a CPU."""
+    return 1.0 / (1.0 + LOCAL_SIDE_BY_SIDE * (max(1, arms) - 1))
 
 
 def generation_s(

@@ -124,7 +124,7 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the bootstrap of one job left on the shared file system: its exit status, or how long ago it was alive."""
+    """What one job left on the shared file system: its exit status, or how long ago its bootstrap was alive."""
 
     job_id: str
     rc: int | None
@@ -132,7 +132,7 @@ class Trace:
 
 
 class SkyProvisioner:
-    """`home` is kdcloud's own folder; `allow_account_key`: the recipe's word. `api` and `slurm` are replaced in tests."""
+    """`home`: kdcloud's own folder; `allow_account_key`: the recipe's word. `api`, `slurm`: replaced in tests."""
 
     def __init__(
         self,
@@ -299,7 +299,7 @@ class SkyProvisioner:
             yield from offers_of(cloud, where, row, as_of)
 
     def _down(self, note: Note) -> None:
-        """Asks for the teardown and waits a little. Raises NotYetGone while it goes on, ProvisionError when it failed."""
+        """Asks for the teardown, waits a little. Raises NotYetGone while it goes on, ProvisionError when it failed."""
         if note.down is None or self._request(note.down)[0] not in MOVING:
             note.down = self._api.down(note.name)
             self._write(note)
@@ -330,7 +330,7 @@ class SkyProvisioner:
         return note.jobs.get(job_id) is not None and job_id in [row[1] for row in self._api.queue(note.name)]
 
     def _job(self, note: Note, allocation: SlurmJob | None) -> Job:
-        """The newest job: by its own traces where they are fresh, else by SkyPilot's table, which takes seconds to read."""
+        """The newest job: by its own traces where they are fresh, else by SkyPilot's table, which takes seconds."""
         if not note.jobs:
             return Job()
         newest = list(note.jobs)[-1]
@@ -605,7 +605,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 class SkyApi:
-    """SkyPilot's SDK as plain values. Each call may start its API server. Raises ProvisionError for whatever it raises."""
+    """SkyPilot's SDK as plain values. A call may start its API server. Raises ProvisionError for whatever it raises."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -796,7 +796,7 @@ class SkyApi:
         return sdk
 
     def _prepare(self) -> None:
-        """Before SkyPilot is loaded: no key of any cloud is to be copied to a machine, and it talks to nobody at home."""
+        """Before SkyPilot is loaded: keys stay at home, and stdout stays ours."""
         import sys
 
         if "sky" in sys.modules:

@@ -329,6 +329,8 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
         full=full,
         checkpointing=settings.checkpointing,
     )
+    if not speed.gpu:
+        work = work.times(duration.side_by_side(min(settings.arms_at_once, _runs(settings))))
     source = world.student(stage)
     return Measured(
         need,
@@ -343,6 +345,11 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
             "accumulation": settings.batch_size // settings.micro_batch,
         },
     )
+
+
+def _runs(settings: TrainSettings) -> int:
+    """Training runs of the stage, the search left out."""
+    return settings.compare_seeds * ARMS if settings.compare_hard else 1
 
 
 def _steps_in_all(settings: TrainSettings, steps: int) -> float:

@@ -1,1 +1,1 @@
-"""What runs on the rented (or own) machine: labels, training, evaluation, export, and the supervisor that watches them."""
+"""What runs on the rented (or own) machine: labels, training, evaluation, export, and the supervisor."""

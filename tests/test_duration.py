@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from orchestrator import duration
 from orchestrator.catalog import GPUS, MODELS, ModelShape
 from orchestrator.duration import (
     Speed,
@@ -120,3 +121,8 @@ def test_weights_are_fetched_by_rented_machines_only() -> None:
 def test_calibration_scales_the_whole_range() -> None:
     assert hours(Range(1800, 3600, 7200)) == Range(0.5, 1, 2)
     assert hours(Range(1800, 3600, 7200), 1.5) == Range(0.75, 1.5, 3)
+
+
+def test_arms_that_train_side_by_side_take_less_time_but_not_half():
+    assert duration.side_by_side(1) == 1.0
+    assert 0.5 < duration.side_by_side(2) < 1.0

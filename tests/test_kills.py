@@ -40,7 +40,8 @@ data: {prompts: "builtin:addition/train", held_out: "builtin:addition/held_out",
 stages:
   - name: pretrain
     kind: pretrain
-    model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1}
+    model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1,
+            num_attention_heads: 2, num_key_value_heads: 1}
     corpus: "builtin:addition/corpus?slips=0.3"
     examples: 1000
     steps: 200
@@ -52,7 +53,8 @@ stages:
      temperature: 1.0, soft_labels: {top_k: 8}, shard_size: 20, threads: 1}
   - name: train
     kind: train
-    student: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1}
+    student: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1,
+              num_attention_heads: 2, num_key_value_heads: 1}
     labels: label
     method: full
     loss: {alpha: 0.9, temperature: 2.0}

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.names import parse_machine_name
-from orchestrator.provision import Need, Offer, Status
-from orchestrator.provision_sky import is_named
+from orchestrator.provision import JobState, Need, Offer, ProvisionError, Status
+from orchestrator.provision_sky import CAN_KEEP_KEYS, NO_AUTODOWN, is_named
 from tests.test_provision_contract import (  # noqa: F401 - the same sentences, with the rig below
     Rig,
     test_a_job_that_ends_well_is_done_with_0,
@@ -74,7 +74,7 @@ def rig(provider, offer) -> Iterator[Rig]:
         assert provider.observe(name).state is Status.ABSENT
 
 
-# -- whole runs ----------------------------------------------------------------------------------------------------------
+# -- whole runs ------------------------------------------------------------------------------------------------------
 
 PROVIDER = "orchestrator.provision_sky:from_env"
 REHEARSAL = """
@@ -86,7 +86,7 @@ stages:
   - {name: first, kind: rehearse, steps: 20, seconds_per_step: 0.2, checkpoint_every_steps: 4}
 """
 ENDLESS = REHEARSAL.replace("steps: 20", "steps: 5000")
-SHORT = "deadline: 6min\n"  # of which the latencies of Slurm take five: a minute of life, as near as Slurm's clock allows
+SHORT = "deadline: 6min\n"  # of which the latencies of Slurm take five: a minute of life
 
 
 def squeue(*words: str) -> list[str]:
@@ -129,7 +129,15 @@ def fill(tmp_path: Path):
     def occupy(name: str, *options: str) -> str:
         script = tmp_path / f"{name}.sh"
         script.write_text("#!/bin/sh\nexec sleep 1200\n")
-        command = ["sbatch", "--parsable", f"--job-name={name}", "--output=/dev/null", *options, str(script)]
+        command = [
+            "sbatch",
+            "--parsable",
+            "--mem=100",
+            f"--job-name={name}",
+            "--output=/dev/null",
+            *options,
+            str(script),
+        ]
         made.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
         wait_for(lambda: squeue(f"--jobs={made[-1]}", "--states=running"), 30, f"{name} does not run")
         return made[-1]
@@ -161,7 +169,8 @@ def abandoned(tmp_path_factory: pytest.TempPathFactory):
 def test_a_run_ends_well_and_its_machine_leaves_the_queue_soon_after_the_result(tmp_path):
     home = make_home(tmp_path, REHEARSAL, provider=PROVIDER)
     client = home.start("run", "recipe.yaml", "--yes")
-    wait_for(lambda: client.poll() is not None or list((tmp_path / "home").glob("bucket/*/first/COMMIT")), 180, "no result")
+    results = "bucket/*/first/COMMIT"
+    wait_for(lambda: client.poll() is not None or list((tmp_path / "home").glob(results)), 180, "no result")
     seconds = wait_for(lambda: not allocations(home), 60, "the machine stays")
     assert client.wait(timeout=60) == 0, (tmp_path / "client.log").read_text()
     assert is_over(home)["state"] == "done"
@@ -231,3 +240,65 @@ def test_a_client_killed_and_never_resumed_leaves_no_machine_past_the_deadline_i
     assert datetime.now(UTC) <= named.deadline_at + timedelta(seconds=30)
     assert home.call("down", "last").returncode == 0
     is_over(home)
+
+
+PLANTED = "planted-for-a-test-3f81"
+KEYS = {  # of two clouds, where their own tools keep them
+    ".aws/credentials": f"[default]\naws_access_key_id = AKIA{PLANTED}\naws_secret_access_key = {PLANTED}\n",
+    ".azure/msal_token_cache.json": json.dumps({"secret": PLANTED}),
+}
+
+
+@pytest.fixture
+def plant():
+    """Writes files into the client's home, and takes them away again."""
+    made: list[Path] = []
+
+    def put(files: dict[str, str]) -> None:
+        for name, text in files.items():
+            path = Path.home() / name
+            assert not path.exists()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            made.append(path)
+
+    yield put
+    for path in made:
+        path.unlink()
+
+
+def test_no_key_of_a_cloud_reaches_a_machine_neither_as_a_file_nor_in_its_environment(rig, plant):
+    plant(KEYS)
+    name = rig.up()
+    look = "import os, pathlib; print('ENV', dict(os.environ)); h = pathlib.Path.home(); print('HOME', h)\n"
+    look += "for p in h.rglob('*'):\n    if p.is_file() and not p.is_symlink() and p.stat().st_size < 1 << 20:\n"
+    look += f"        print('FILE', p.relative_to(h), {PLANTED[::-1]!r}[::-1].encode() in p.read_bytes())"
+    rig.provider.run(name, "look", ["python", "-c", look], {})
+    rig.until(name, lambda seen: seen.job.state is JobState.DONE)
+    lines = list(rig.provider.logs(name, "look"))
+    files = [line for line in lines if line.startswith("FILE")]
+    assert len(files) >= 5 and any(line.startswith("ENV") for line in lines)
+    assert [line for line in files if line.endswith("True")] == []
+    assert not any(PLANTED in line for line in lines)
+    assert not [line for line in files if ".aws" in line or ".azure" in line]
+
+
+def test_a_key_that_skypilot_would_not_keep_at_home_stops_the_launch(rig, plant):
+    plant({".runpod/config.toml": f"api_key = '{PLANTED}'\n"})
+    with pytest.raises(ProvisionError, match="runpod"):
+        rig.provider.launch(rig.order())
+    assert rig.provider.ours() == []
+
+
+def test_what_is_written_down_of_skypilot_is_what_it_says_itself():
+    from sky import clouds
+    from sky.utils import registry, schemas
+
+    sections = schemas.get_config_schema()["properties"]
+    keeps = {name for name, section in sections.items() if "remote_identity" in (section.get("properties") or {})}
+    assert keeps == set(CAN_KEEP_KEYS)
+    autodown = clouds.CloudImplementationFeatures.AUTODOWN
+    known = registry.CLOUD_REGISTRY.items()
+    assert len(known) > 15
+    cannot = {name for name, cloud in known if autodown in getattr(cloud, "_CLOUD_UNSUPPORTED_FEATURES", {})}
+    assert cannot == NO_AUTODOWN

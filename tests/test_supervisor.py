@@ -63,6 +63,8 @@ orphan = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, te
 (ctx.work / "kids").write_text(" ".join([*(str(kid.pid) for kid in kids), orphan]))
 """
 
+pytestmark = pytest.mark.slow  # real processes
+
 
 class Bench:
     """A bucket folder, a work folder and the supervisors started over them."""
