@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
     "lint": [["ruff", "check", "."], ["mypy"]],
-    "unit": [["pytest", "-q", "-m", "not slow and not kill and not slurm"]],
+    "unit": [["pytest", "-q", "-n", "auto", "--dist", "worksteal", "-m", "not slow and not kill and not slurm"]],
     "integration": [["pytest", "-q", "-m", "(slow or kill) and not slurm"]],
 }
 

@@ -258,6 +258,7 @@ def test_every_setting_a_user_may_want_has_a_key() -> None:
             "temperature",
             "compare_hard",
             "compare_seeds",
+            "arms_at_once",
             "learning_rates",
             "search_steps",
             "checkpoint_every_s",

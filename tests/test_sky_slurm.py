@@ -246,6 +246,7 @@ PLANTED = "planted-for-a-test-3f81"
 KEYS = {  # of two clouds, where their own tools keep them
     ".aws/credentials": f"[default]\naws_access_key_id = AKIA{PLANTED}\naws_secret_access_key = {PLANTED}\n",
     ".azure/msal_token_cache.json": json.dumps({"secret": PLANTED}),
+    ".config/vastai/vast_api_key": PLANTED,
 }
 
 

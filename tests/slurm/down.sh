@@ -9,7 +9,7 @@ export SLURM_CONF=$R/etc/slurm.conf
 say_pid() { [ -s "$1" ] && cat "$1"; }
 
 if [ -f "$R/env.sh" ]; then # SkyPilot ends only the server on the port in env.sh
-    as_account bash -c '. "$1/env.sh"; cd "$1"; timeout 60 "$1/client-env/bin/python" -m sky.cli api stop || timeout 60 "$1/client-env/bin/python" -c "import sky; sky.api_stop()"' - "$R" >/dev/null 2>&1
+    as_account bash -c '. "$1/env.sh"; cd "$1"; exec timeout 60 client-env/bin/python -c "from sky.client import sdk; sdk.api_stop()"' - "$R"
 fi
 if is_alive "$R/run/slurmctld.pid"; then
     timeout 10 scancel --user=$ACCOUNT
@@ -23,11 +23,13 @@ for pid in $sessions; do kill "$pid" 2>/dev/null; done
 for folder in /tmp/kd-*; do # what a node that ended the hard way leaves behind
     [ -d "$folder/skypilot-runtime" ] && [ "$(stat -c %U "$folder")" = $ACCOUNT ] && rm -rf -- "$folder"
 done
-left=$(ps -o pid= -u $ACCOUNT 2>/dev/null)
-for pid in $left; do kill "$pid" 2>/dev/null; done
-for _ in $(seq 20); do [ -z "$(ps -o pid= -u $ACCOUNT 2>/dev/null)" ] && break; sleep 0.25; done
-for pid in $(ps -o pid= -u $ACCOUNT 2>/dev/null); do kill -KILL "$pid" 2>/dev/null; done
+alive() { ps -o pid=,stat= -u $ACCOUNT 2>/dev/null | awk '$2 !~ /^Z/ {print $1}'; }
+for signal in TERM KILL; do # what the account still runs: it has nothing else to do here
+    for pid in $(alive); do kill -$signal "$pid" 2>/dev/null; done
+    for _ in $(seq 20); do [ -z "$(alive)" ] && break; sleep 0.25; done
+done
+sleep 0.5
 [ -w /etc/hosts ] && { lines=$(grep -v '# kdcloud-slurm$' /etc/hosts); printf '%s\n' "$lines" > /etc/hosts; }
-getent passwd $ACCOUNT >/dev/null && userdel $ACCOUNT 2>/dev/null
+getent passwd $ACCOUNT >/dev/null && { userdel $ACCOUNT || userdel --force $ACCOUNT; }
 [ "${1:-}" = --purge ] && rm -rf "${R:?}"
 exit 0
