@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from orchestrator.ledger import Ledger
     from orchestrator.plan import Plan
     from orchestrator.provision import Provisioner
+    from orchestrator.recipe import Recipe
     from orchestrator.runner import Outcome
     from orchestrator.session import Session
 
@@ -67,6 +68,9 @@ def json_option(function: F) -> F:
 
 
 def money_options(function: F) -> F:
+    function = click.option("--infra", metavar="WHERE", help="local, or slurm/CLUSTER; overrides the recipe's.")(
+        function
+    )
     function = click.option("--deadline", metavar="TIME", help="Everything done within, like 8h.")(function)
     return click.option("--budget", metavar="AMOUNT", help="The hard cap, like 50CNY or $7; overrides the recipe's.")(
         function
@@ -77,14 +81,14 @@ def money_options(function: F) -> F:
 @click.argument("recipe")
 @money_options
 @json_option
-def plan(recipe: str, budget: str | None, deadline: str | None, as_json: bool) -> None:
+def plan(recipe: str, budget: str | None, deadline: str | None, infra: str | None, as_json: bool) -> None:
     """What every stage needs and costs: memory, hours, machine, price; the total against the cap.
 
     \b
     kdcloud plan quickstart
     kdcloud plan recipe.yaml --budget 30CNY
     """
-    made, _, _ = _plan(recipe, budget, deadline)
+    made, _, _ = _plan(recipe, budget, deadline, infra)
     if as_json:
         from orchestrator.plan import plan_to_json
 
@@ -104,7 +108,9 @@ def plan(recipe: str, budget: str | None, deadline: str | None, as_json: bool) -
     "--resume", metavar="RUN", help="Go on with a run that was stopped, killed or out of money ('last': the newest)."
 )
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before money is spent.")
-def run(recipe: str | None, budget: str | None, deadline: str | None, resume: str | None, yes: bool) -> None:
+def run(
+    recipe: str | None, budget: str | None, deadline: str | None, infra: str | None, resume: str | None, yes: bool
+) -> None:
     """Plan, ask, then rent, label, train, evaluate and tear down, never over the cap.
 
     \b
@@ -114,12 +120,14 @@ def run(recipe: str | None, budget: str | None, deadline: str | None, resume: st
     """
     if (recipe is None) == (resume is None):
         raise UsageError("run needs a recipe, or --resume RUN", hint="try `kdcloud run quickstart`")
+    if resume is not None and infra is not None:
+        raise UsageError("a run goes on where its plan was approved for", hint="leave --infra out, or start a new run")
     with _ledger() as ledger:
         if resume is not None:
             _resume(ledger, resume, budget, deadline)
         else:
             assert recipe is not None
-            _start(ledger, recipe, budget, deadline, yes)
+            _start(ledger, recipe, budget, deadline, infra, yes)
 
 
 @kdcloud.command()
@@ -285,20 +293,29 @@ def recipe_schema_command() -> None:
 # -- what the commands share -------------------------------------------------------------------------------------------
 
 
-def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None, yes: bool) -> None:
+def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None, infra: str | None, yes: bool) -> None:
     from orchestrator.plan import render_plan
     from orchestrator.session import infra_of, local_price, provider_for, start_run
 
-    made, provider, text = _plan(recipe, budget, deadline)
+    made, provider, loaded = _plan(recipe, budget, deadline, infra)
     render_plan(made, _console(stderr=True))
     if not made.fits:
         raise _too_dear(made)
     if not yes:
         _ask("Run it?")
     home, config = _home()
+    where = infra_of(made)
     if provider is None:
-        provider = provider_for(infra_of(made), home, local_price_micros=local_price(made))
-    session = start_run(made, ledger=ledger, home=home, config=config, provider=provider, recipe_text=text)
+        provider = provider_for(where, home, local_price_micros=local_price(made))
+    session = start_run(
+        made,
+        ledger=ledger,
+        home=home,
+        config=config,
+        provider=provider,
+        recipe_text=loaded.text,
+        allow_account_key=loaded.allow_account_key,
+    )
     _talk(f"run {session.run_id}, artefacts in {session.bucket.url}")
     _go(session)
 
@@ -374,20 +391,28 @@ def _report(ledger: Ledger, name: str, as_json: bool) -> None:
         render_report(document, made, _console())
 
 
-def _plan(recipe: str, budget: str | None, deadline: str | None) -> tuple[Plan, Provisioner | None, str]:
-    """(plan, provider named by KDCLOUD_PROVIDER or None, the recipe's text). Raises UsageError, NothingFits."""
+def _plan(
+    recipe: str, budget: str | None, deadline: str | None, infra: str | None
+) -> tuple[Plan, Provisioner | None, Recipe]:
+    """(plan, the provider whose offers it rests on or None, the recipe). Raises UsageError, NothingFits."""
     from datetime import UTC, datetime
 
     from orchestrator import money
     from orchestrator.offers import offers_source
     from orchestrator.planner import make_plan
-    from orchestrator.recipe import load_recipe
-    from orchestrator.session import named_provider
+    from orchestrator.recipe import load_recipe, on_infra
+    from orchestrator.session import named_provider, provider_for
 
-    _, config = _home()
+    home, config = _home()
     loaded = load_recipe(recipe)
+    if infra is not None:
+        loaded = on_infra(loaded, infra)
     named = os.environ.get("KDCLOUD_PROVIDER")
     provider = named_provider(named) if named else None
+    if provider is None and any(
+        name.startswith("slurm") for name in loaded.infra or ()
+    ):  # priced by its own provider only
+        provider = provider_for("slurm", home, allow_account_key=loaded.allow_account_key)
     made = make_plan(
         loaded,
         config=config,
@@ -396,7 +421,7 @@ def _plan(recipe: str, budget: str | None, deadline: str | None) -> tuple[Plan, 
         cap_micros=money.cap_micros(_amount(budget), config.rate) if budget else None,
         deadline_s=_duration(deadline) if deadline else None,
     )
-    return made, provider, loaded.text
+    return made, provider, loaded
 
 
 def _too_dear(made: Plan) -> BudgetExceeded:

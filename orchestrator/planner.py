@@ -29,6 +29,7 @@ Calibration = Mapping[str, float]  # actual / predicted time, by `<kind>:<gpu or
 
 STORAGE_USD_MICROS_PER_GB = 23_000  # S3 standard, us-east-1, one month
 EGRESS_USD_MICROS_PER_GB = 90_000  # AWS to the internet, first 10 TB; nothing within a region
+SLURM_STARTUP_S = Range(20.0, 40.0, 90.0)  # an idle partition, a warm SkyPilot server (measured on one machine)
 CLOUD_STARTUP_S = Range(120.0, 300.0, 900.0)  # request to a usable machine with its environment
 LOCAL_STARTUP_S = Range(0.1, 0.5, 2.0)
 OLD_PRICE_DAYS = 180
@@ -198,13 +199,17 @@ def _measured_option(
     needed, there = measured.memory.total_gib.high, machine.offer.vram_gib
     if needed > there:
         return f"needs {needed:.1f} GiB, has {there:.1f}"
-    startup = LOCAL_STARTUP_S if machine.offer.infra == "local" else CLOUD_STARTUP_S
+    startup = _startup_s(machine.offer.infra)
     factor = calibration.get(f"{stage.kind}:{machine.offer.gpu or 'cpu'}")
     startup_hours = duration.hours(startup)
     hours = startup_hours + duration.hours(measured.seconds, factor)
     cost = Micros(*(spend.cost_micros(machine.offer, at * 3600) for at in (hours.low, hours.expected, hours.high)))
     reserve = spend.latency_reserve_micros(machine.offer)
     return _Option(machine, settings, measured, hours, startup_hours, cost, reserve)
+
+
+def _startup_s(infra: str) -> Range:
+    return {"local": LOCAL_STARTUP_S, "slurm": SLURM_STARTUP_S}.get(infra.partition("/")[0], CLOUD_STARTUP_S)
 
 
 def _in_time(ranked: list[list[_Option]], deadline_s: float | None) -> list[list[_Option]]:
@@ -304,7 +309,7 @@ def _stage_notes(stage: Stage, world: World) -> Iterator[str]:
 
 
 def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
-    rented = [stage for stage in plan.stages if stage.offer.infra != "local"]
+    rented = [stage for stage in plan.stages if stage.offer.infra.partition("/")[0] not in ("local", "slurm")]
     if rented and plan.bucket.startswith("file:"):
         yield "a rented machine cannot reach a folder of yours: set `bucket: s3://...` before you run this"
     if rented:

@@ -336,6 +336,16 @@ def load_recipe(path_or_name: str) -> Recipe:
     return parse_recipe(text, path)
 
 
+def on_infra(recipe: Recipe, text: str) -> Recipe:
+    """The same recipe with every stage on the infra named in `text` (several with commas). Raises UsageError."""
+    try:
+        infra = tuple(_infra(part.strip()) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--infra: {error}", hint="write it like --infra local or --infra slurm/lab") from error
+    stages = tuple(stage.model_copy(update={"infra": None}) for stage in recipe.stages)
+    return recipe.model_copy(update={"infra": infra, "stages": stages})
+
+
 def parse_recipe(text: str, path: Path) -> Recipe:
     """The recipe in `text`; relative paths in it start at the folder of `path`. Raises UsageError."""
     node, raw = _read_yaml(text, path)

@@ -63,16 +63,25 @@ class Session:
             self.lease.release()
 
 
-def provider_for(plan_infra: str, home: Home, *, local_price_micros: int = 0) -> Provisioner:
-    """`KDCLOUD_PROVIDER=module:factory` if set, this machine for `local`. Raises UsageError for what is not there."""
+def provider_for(
+    plan_infra: str, home: Home, *, local_price_micros: int = 0, allow_account_key: bool = False
+) -> Provisioner:
+    """`KDCLOUD_PROVIDER=module:factory` if set, this machine for `local`, SkyPilot for Slurm.
+
+    Raises UsageError for what is not there yet: clouds need the code and the bucket's keys brought to the machine.
+    """
     named = os.environ.get("KDCLOUD_PROVIDER")
     if named:
         return named_provider(named)
     if plan_infra == "local":
         return LocalProvisioner(home.root, price_micros_per_hour=local_price_micros)
+    if plan_infra.startswith("slurm"):
+        from orchestrator.provision_sky import SkyProvisioner
+
+        return SkyProvisioner(home.root, allow_account_key=allow_account_key)
     raise UsageError(
-        f"this version of kdcloud cannot rent machines on {plan_infra} yet",
-        hint="set `infra: local` in the recipe, or --infra local",
+        f"this version of kdcloud plans for {plan_infra} but cannot rent machines there yet",
+        hint="run with --infra local, or --infra slurm/CLUSTER",
     )
 
 
@@ -101,6 +110,7 @@ def start_run(
     config: Config,
     provider: Provisioner,
     recipe_text: str,
+    allow_account_key: bool = False,
     clock: Clock | None = None,
 ) -> Session:
     """A new run: bucket probed, code and data put there, ledger opened, lease taken. Nothing is rented yet."""
@@ -129,6 +139,7 @@ def start_run(
             "code_sha256": sha256,
             "owner": config.owner,
             "recipe_text": recipe_text,
+            "allow_account_key": allow_account_key,
             "plan": plan_to_dict(plan),
             "digest": plan.digest,
         },
@@ -150,7 +161,12 @@ def resume_run(
     run = ledger.run(run_id)
     plan = plan_of(run)
     bucket = open_bucket(run.bucket)
-    provider = provider_for(infra_of(plan), home, local_price_micros=local_price(plan))
+    provider = provider_for(
+        infra_of(plan),
+        home,
+        local_price_micros=local_price(plan),
+        allow_account_key=bool(run.data.get("allow_account_key")),
+    )
     lease = Lease.acquire(bucket, str(run.data["owner"]), clock)
     mark = clock.mark()
     if cap_micros is not None or deadline_s is not None:
@@ -188,6 +204,13 @@ def reapable_providers(home: Home) -> dict[str, Provisioner]:
 
 
 def infra_of(plan: Plan) -> str:
+    """The one infra of the plan's machines. Raises UsageError for several: a run has one provider yet."""
+    kinds = {offer.infra.partition("/")[0] for stage in plan.stages for offer in stage.candidates}
+    if len(kinds) > 1 and "KDCLOUD_PROVIDER" not in os.environ:
+        raise UsageError(
+            f"this plan needs machines on {', '.join(sorted(kinds))}; a run cannot mix them yet",
+            hint="name one infra in the recipe, or with --infra",
+        )
     return plan.stages[0].candidates[0].infra
 
 

@@ -19,6 +19,7 @@ from orchestrator.recipe import (
     TrainStage,
     builtin_recipes,
     load_recipe,
+    on_infra,
     parse_recipe,
     recipe_schema,
 )
@@ -321,3 +322,11 @@ def test_every_part_of_a_recipe_can_name_its_nearest_key() -> None:
     walk(module._Part)
     used = {part for part in parts if not part.__name__.startswith("_")} - {module.Recipe, RecipeSpec}
     assert used == set(module._PARTS.values())
+
+
+def test_another_infra_replaces_the_recipes_and_its_stages() -> None:
+    moved = on_infra(recipe(SMALL), "slurm/lab, local")
+    assert moved.infra == ("slurm/lab", "local")
+    assert {stage.infra for stage in moved.stages} == {None}
+    with pytest.raises(UsageError, match="--infra"):
+        on_infra(recipe(SMALL), "a b")

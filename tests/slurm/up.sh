@@ -40,7 +40,12 @@ lap "packages"
 
 # --- the account: its home is what login node and nodes share
 mkdir -p "$R"/{etc,run,log,spool,node-tools,shared}
-getent passwd $ACCOUNT >/dev/null || useradd --no-create-home --home-dir "$R/home" --shell /bin/bash $ACCOUNT
+if ! getent passwd $ACCOUNT >/dev/null; then
+    useradd --no-create-home --home-dir "$R/home" --shell /bin/bash $ACCOUNT
+    for folder in home shared client tmp src sky-runtime; do # of an account before, which may have had another number
+        [ ! -e "$R/$folder" ] || chown -R $ACCOUNT:$ACCOUNT "$R/$folder"
+    done
+fi
 usermod --home "$R/home" --password '*' $ACCOUNT # '*': no password; '!' would lock the account for sshd as well
 install -d -o $ACCOUNT -g $ACCOUNT -m 755 "$R/home" "$R/shared" "$R/client" "$R/client/.sky" "$R/client/.slurm"
 install -d -o $ACCOUNT -g $ACCOUNT -m 700 "$R/home/.ssh"
