@@ -5,7 +5,7 @@ RECIPE ?= recipes/quickstart.yaml
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit integration lint lock wheel clean install install-dev
+.PHONY: help demo test test-slurm unit integration lint lock wheel clean install install-dev
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -23,6 +23,10 @@ unit: install-dev  ## the quick tests only
 integration: install-dev  ## the slow tests only: real training, whole runs, kills
 	@$(BIN)/python scripts/parts.py integration
 
+test-slurm:  ## with a real SkyPilot, on a Slurm of this machine's own (Debian, root)
+	@$(PYTHON) scripts/install.py local,s3,dev,sky
+	KDSLURM_VENV=$(CURDIR)/.venv-sky bash tests/slurm/run.sh
+
 lint: install-dev  ## ruff and mypy
 	@$(BIN)/python scripts/parts.py lint
 
@@ -34,7 +38,7 @@ wheel: install-dev  ## dist/kdcloud-VERSION-py3-none-any.whl
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## remove what the other targets made
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-sky build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 install:
 	@$(PYTHON) scripts/install.py local

@@ -1,7 +1,8 @@
-"""What does a checkout need before it runs? Makes .venv and installs kdcloud and its locked versions into it.
+"""What does a checkout need before it runs? A virtual environment with kdcloud and its locked versions in it.
 
     python3 scripts/install.py local        # what `make demo` needs
     python3 scripts/install.py local,dev    # what `make test` needs
+    python3 scripts/install.py local,s3,dev,sky    # what `make test-slurm` needs, in .venv-sky
 
 Does nothing when that was done already and neither pyproject.toml nor the lock changed. Standard library only, and
 readable for old Pythons, so that they can be told what is wrong.
@@ -20,8 +21,9 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / ".venv"
-LOCK = ROOT / "requirements" / "lock.txt"
+SKY = "sky" in (sys.argv[1].split(",") if len(sys.argv) > 1 else [])  # SkyPilot holds other versions: an own place
+VENV = ROOT / (".venv-sky" if SKY else ".venv")
+LOCK = ROOT / "requirements" / ("sky.txt" if SKY else "lock.txt")
 STAMP = VENV / "kdcloud-installed.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's builds without CUDA, for Linux
 PROBE_S = 4.0
@@ -38,7 +40,7 @@ def main() -> None:
     if extras <= done and works(VENV):
         return
     if not works(VENV):
-        say(f"making .venv with Python {platform.python_version()}")
+        say(f"making {VENV.name} with Python {platform.python_version()}")
         call([sys.executable, "-m", "venv", "--clear", str(VENV)], "remove .venv and try again")
         done = set()
     if "local" in extras:
