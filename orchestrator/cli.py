@@ -448,8 +448,8 @@ def _reap_once(yes: bool, orphans: bool, older_than_s: float | None, as_json: bo
     older = timedelta(seconds=older_than_s) if older_than_s is not None else None
     with _ledger() as ledger:
         result = look(
-            ledger=ledger, providers=reapable_providers(home), owner=config.owner, clock=SystemClock(), do_end=yes,
-            orphans=orphans, older_than=older, say=_talk,
+            ledger=ledger, providers=reapable_providers(home, ledger), owner=config.owner, clock=SystemClock(),
+            do_end=yes, orphans=orphans, older_than=older, say=_talk,
         )  # fmt: skip
     if as_json:
         rows = [{**asdict(f), "created_at": f.created_at and f.created_at.isoformat()} for f in result.findings]

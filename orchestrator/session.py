@@ -197,10 +197,15 @@ def plan_of(run: Run) -> Plan:
     return plan_from_dict(run.data["plan"])
 
 
-def reapable_providers(home: Home) -> dict[str, Provisioner]:
-    """Everywhere this computer may have machines, by name."""
+def reapable_providers(home: Home, ledger: Ledger) -> dict[str, Provisioner]:
+    """Everywhere this computer may have machines, by name: here, and where its runs have been."""
     named = os.environ.get("KDCLOUD_PROVIDER")
-    return {named: named_provider(named)} if named else {"local": LocalProvisioner(home.root)}
+    if named:
+        return {named: named_provider(named)}
+    plans = [ledger.run(run_id).data["plan"] for run_id in ledger.runs()]
+    infra = {offer["infra"] for plan in plans for stage in plan["stages"] for offer in stage["candidates"]}
+    rented = {"slurm": provider_for("slurm", home)} if any(name.startswith("slurm") for name in infra) else {}
+    return {"local": LocalProvisioner(home.root), **rented}
 
 
 def infra_of(plan: Plan) -> str:

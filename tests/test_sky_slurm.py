@@ -167,7 +167,7 @@ def abandoned(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_a_run_ends_well_and_its_machine_leaves_the_queue_soon_after_the_result(tmp_path):
-    home = make_home(tmp_path, REHEARSAL, provider=PROVIDER)
+    home = make_home(tmp_path, REHEARSAL)
     client = home.start("run", "recipe.yaml", "--yes")
     results = "bucket/*/first/COMMIT"
     wait_for(lambda: client.poll() is not None or list((tmp_path / "home").glob(results)), 180, "no result")
