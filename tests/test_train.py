@@ -263,6 +263,23 @@ def test_a_stopped_comparison_repeats_no_finished_arm_and_ends_the_same(labelled
         assert same(ctx.out / arm["path"], labelled / "compare" / "done" / other["path"])
 
 
+@pytest.mark.parametrize("stop_after", [None, 3, 15])
+def test_arms_side_by_side_end_as_one_after_the_other_do_stopped_or_not(
+    labelled: Path, stop_after: int | None
+) -> None:
+    if not (labelled / "compare" / "done").exists():
+        run_stage(labelled, "compare", "train", COMPARE)
+    settings, name = replace(COMPARE, arms_at_once=2, threads=1), f"beside-{stop_after}"
+    if stop_after is not None:
+        assert run_stage(labelled, name, "train", settings, stop_after=stop_after) is None
+    result = run_stage(labelled, name, "train", settings, attempt=2)
+    unbroken = json.loads((labelled / "compare" / "done" / train.STUDENTS_FILE).read_text())["arms"]
+    assert result is not None
+    for arm, other in zip(result["arms"], unbroken, strict=True):
+        assert (arm["name"], arm["final_loss"]) == (other["name"], other["final_loss"])
+        assert same(labelled / name / "done" / arm["path"], labelled / "compare" / "done" / other["path"])
+
+
 def test_metrics_name_the_parts_and_arms_stay_apart(labelled: Path) -> None:
     ctx = context(labelled, "metrics", "train", COMPARE)
     train.run(ctx, COMPARE)
