@@ -146,6 +146,8 @@ class LocalProvisioner:
     def ours(self) -> list[Observation]:
         if not self._machines.exists():
             return []
+        for grave in self._machines.glob(".*.gone"):  # left by a client that was killed while it cleared up
+            shutil.rmtree(grave, ignore_errors=True)
         return [self.observe(f.name) for f in sorted(self._machines.iterdir()) if f.name.startswith(NAME_PREFIX)]
 
     def _job(self, folder: Path) -> Job:

@@ -31,6 +31,8 @@ SEARCH_FILE = "search.json"
 VALIDATION_SHARE = 0.1  # of the labelled prompts; they pick the learning rate and are trained on afterwards
 FINAL_STEPS = 20  # final_loss is the mean over the last steps, since single batches differ
 METRIC_ROWS = 200  # of an arm
+# torch has one generator for all threads: whoever seeds it and draws initial weights must not be interrupted.
+_GENERATOR = threading.Lock()
 
 
 def run(ctx: Context, settings: TrainSettings) -> dict[str, Any]:
@@ -291,11 +293,12 @@ def fit(
         fused=device.type in ("cpu", "cuda"),
     )  # fmt: skip
     order = Order(len(examples), how.batch_size, how.seed)
-    torch.manual_seed(how.seed)
     start, tokens, recent = 0, 0, []
-    if point is not None and point.arm == arm.name:
-        start, tokens, recent = point.step, point.tokens, list(point.recent)
-        _restore(point.folder, weights, optimizer, device)
+    with _GENERATOR:
+        torch.manual_seed(how.seed)
+        if point is not None and point.arm == arm.name:
+            start, tokens, recent = point.step, point.tokens, list(point.recent)
+            _restore(point.folder, weights, optimizer, device)
 
     def save(step: int) -> None:
         state = {"arm": arm.name, "step": step, "recent": recent, "tokens": tokens, "notes": notes or {}}
@@ -589,7 +592,7 @@ class _Work:
                 raise
 
     def _make(self, seed: int) -> nn.Module:
-        with self._shared.lock:  # random weights come from torch's one generator
+        with _GENERATOR:
             return self._student.make(seed)
 
     def _arm(self, name: str, first: int) -> Arm:

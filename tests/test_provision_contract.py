@@ -252,6 +252,13 @@ def test_local_a_machine_costs_until_its_job_ended_not_until_somebody_looked(tmp
     rig.end(name)
 
 
+def test_local_what_a_killed_client_left_of_a_machine_that_is_gone_is_cleared(tmp_path):
+    provider = local_rig(tmp_path).provider
+    (tmp_path / "machines" / ".kd-owner1-abc123-train-abcdef.gone" / "work").mkdir(parents=True)
+    assert provider.ours() == []
+    assert list((tmp_path / "machines").iterdir()) == []
+
+
 def test_local_machines_of_somebody_else_are_not_ours(tmp_path):
     rig = local_rig(tmp_path)
     rig.up()
