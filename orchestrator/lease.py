@@ -75,6 +75,10 @@ class Lease:
         if age_s(self._renewed, self._clock.mark()) >= RENEW_S:
             self._put(released=False)
 
+    def confirm(self) -> None:
+        """Just before money may be spent. Raises NotOwner when somebody took the run while this client slept."""
+        self._put(released=False)
+
     def release(self) -> None:
         """So that the next client need not wait. Somebody else's lease is left alone."""
         with suppress(NotOwner):

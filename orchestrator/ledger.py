@@ -214,6 +214,11 @@ class Ledger:
                 )
             self._append(run, stage, machine, "reserve", micros, at, order)
 
+    def charge(self, machine: MachineRow, micros: int, at: datetime, *, why: str) -> None:
+        """Adds what a machine cost after it was settled: it was held for gone and was not."""
+        with self._write():
+            self._append(machine.run, machine.stage, machine.name, "late", micros, at, {"late_why": why})
+
     def move(
         self, machine: str, event: Event, at: datetime, *, micros: int = 0, data: Mapping[str, Any] | None = None
     ) -> None:
@@ -382,6 +387,8 @@ def fold_machines(entries: tuple[Entry, ...]) -> list[MachineRow]:
             continue
         row = rows[entry.machine]
         row["facts"] = {**row["facts"], **entry.data, f"{entry.kind}_at": entry.at.isoformat()}
+        if entry.kind == "late":
+            row["settled_micros"] += entry.micros
         if entry.kind in _EVENTS:
             event = Event(entry.kind)
             row["state"] = after(row["state"], event)

@@ -45,10 +45,17 @@ class Latencies:
     provision_s: float = 60.0  # the provider's own delay
     handover_s: float = 30.0  # job sent until the supervisor counts
     slack_s: float = 90.0
+    unguarded_s: float = 0.0  # how late a reaper may be where the provider takes no time limit at create; else 0
 
     @property
     def total_s(self) -> float:
-        return self.tick_s + self.flush_s + self.api_s + self.provision_s + self.handover_s + self.slack_s
+        own = self.tick_s + self.flush_s + self.handover_s + self.slack_s
+        return own + self.ending_s + self.unguarded_s
+
+    @property
+    def ending_s(self) -> float:
+        """From the decision to end a machine until the provider has ended it."""
+        return self.api_s + self.provision_s
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Offer:
     source: str = ""
     quantum_s: int = 1  # billed in steps of
     minimum_s: int = 0  # minimum charge
+    ceiling_micros_per_hour: int | None = None  # what a spot price may rise to; None = the price is fixed
     latencies: Latencies = field(default_factory=Latencies)
 
 

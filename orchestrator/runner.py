@@ -7,6 +7,7 @@ same place. Every intent is written before the provider is called.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -40,14 +41,17 @@ from orchestrator.provision import (
     ProvisionError,
     Status,
 )
-from orchestrator.states import Do, Event, Machine, State, next_action
+from orchestrator.states import FAILED, LOST, TWINS, Do, Event, Machine, State, next_action
 from tasks.bucket import Bucket, BucketError, read_commit
 from tasks.contract import COMMIT_FILE, ENDED_FILE, PROGRESS_FILE, RESULT_FILE, TASK_FILE, Ended, Progress, Task, Watch
 
 PROVISION_LIMIT_S = 1200.0
+NO_CAPACITY = "no capacity"
 MIN_WORK_S = 5.0  # a machine that could not work longer than this is not worth its minimum charge
 JOB_START_LIMIT_S = 180.0
 WARN_EVERY_S = 20.0
+SWEEP_S, SWEEP_OFTEN_S, YOUNG_S = 600.0, 45.0, 240.0  # how often to look for machines nobody counts with
+LOST_GAP_S = 30.0  # a list of machines may be wrong for a moment
 TEARDOWN_PATIENCE_S = 60.0  # or three times the provider's own delays, whichever is longer
 
 
@@ -96,12 +100,12 @@ class Runner:
         self.provider = Guarded(provider, self._now, limit_s=call_limit_s)
         self.plan, self.run_id, self.owner, self.lease = plan, run_id, owner, lease
         self.code_folder, self.say, self.stop = code_folder, say, stop
-        self._started = clock.mark()
         self._ending_since: dict[str, Mark] = {}
         self._retry: tuple[str, Mark, float] | None = None
         self._job_since: dict[str, Mark] = {}
         self._alive_s: dict[str, float] = {}  # the age at which each machine was last seen
         self._warned: dict[str, Mark] = {}
+        self._swept: Mark | None = None
 
     def run(self, *, on_turn: Callable[[Snapshot], None] = lambda snapshot: None, turn_s: float = 0.3) -> Outcome:
         """Loops until the run has ended. A bug tears everything down before its traceback goes on."""
@@ -136,6 +140,7 @@ class Runner:
         """One round: every open machine one action further, else the next stage. Returns (outcome, something moved)."""
         stopping = self.stop() or stop_requested(self.ledger.run(self.run_id))
         moved = self._turn_machines(stopping)
+        self._sweep()
         run = self.ledger.run(self.run_id)
         open_ = _open(run)
         if open_:
@@ -161,18 +166,18 @@ class Runner:
         seen = None if row.state is State.INTENT else self.provider.observe(row.name)
         order_offer = offer_from_dict(row.order["offer"])
         lifetime = float(row.facts.get("lifetime_s", row.order["lifetime_s"]))
+        latencies = order_offer.latencies
         machine = Machine(
             state=row.state,
             age_s=self._age(row),
             lifetime_s=lifetime,
-            provision_limit_s=PROVISION_LIMIT_S,
-            hard_limit_s=lifetime
-            + order_offer.latencies.tick_s
-            + order_offer.latencies.flush_s
-            + order_offer.latencies.handover_s,
-            job_sent=bool(row.facts.get("job")),
+            provision_limit_s=min(PROVISION_LIMIT_S, spend.create_limit_s(order_offer, row.reserved_micros)),
+            hard_limit_s=lifetime + latencies.tick_s + latencies.flush_s + latencies.handover_s,
             absent_seen=row.absent_seen,
             launched=bool(row.facts.get("launched")),
+            absent_s=self._age(row) - float(row.facts.get("absent_age_s") or 0.0),
+            gap_s=gap_s(row, latencies),
+            copies=int(row.facts.get("copies", 1)),
         )
         if seen is not None and seen.state not in (Status.ABSENT, Status.UNKNOWN):
             self._alive_s[row.name] = machine.age_s
@@ -187,7 +192,8 @@ class Runner:
         match do:
             case Do.SEND:
                 mark = self.clock.mark()
-                self._move(row, Event.SENT, data={"sent": mark_to_dict(mark)})
+                sent = {"sent": mark_to_dict(mark), "sent_by_store": self._store_now().isoformat()}
+                self._move(row, Event.SENT, data=sent)
                 self._launch(row, offer)
             case Do.LAUNCH:
                 self._launch(row, offer)
@@ -201,7 +207,7 @@ class Runner:
                 assert seen is not None
                 self._mark_ended(row, seen)
             case Do.STOP:
-                data = {"why": why, "came_up": row.state is not State.CREATING, **self._ended_at(seen)}
+                data: dict[str, Any] = {"why": why, "came_up": row.state is not State.CREATING, **self._ended_at(seen)}
                 if row.state is State.LIVE:
                     data["checkpoint"] = self._last_checkpoint(row.stage)
                 if why == "the run stops":
@@ -240,9 +246,13 @@ class Runner:
             fence=self.lease.fence,
         )
         try:
+            self.lease.confirm()
             self.provider.launch(order)
-        except ProvisionError as error:
-            why = f"no capacity: {error}" if isinstance(error, NoCapacity) else f"could not create: {error}"
+        except (ProvisionError, BucketError) as error:
+            said = error.message
+            if isinstance(error, BucketError):
+                said = f"the bucket does not answer: {said}"
+            why = f"{NO_CAPACITY}: {said}" if isinstance(error, NoCapacity) else f"could not create: {said}"
             self._warn(row.stage, why)
             self._move(row, Event.STOP, data={"why": why, "came_up": False})
             return
@@ -256,6 +266,7 @@ class Runner:
         if not known_price(landed):
             landed = replace(landed, price_micros_per_hour=offer.price_micros_per_hour)
         landed = replace(landed, latencies=offer.latencies)
+        landed = replace(landed, ceiling_micros_per_hour=offer.ceiling_micros_per_hour)
         lifetime = min(float(row.order["lifetime_s"]), spend.lifetime_s(landed, row.reserved_micros))
         self._move(row, Event.UP, data={"landed": offer_to_dict(landed), "lifetime_s": lifetime})
         if landed.infra != "local":
@@ -283,6 +294,7 @@ class Runner:
             ),
         )
         try:
+            self.lease.confirm()
             self.bucket.put(f"{stage.name}/{TASK_FILE}", task.to_json().encode())
             wheel = fetch_code(self.bucket, self._code_sha256(), self.code_folder)
             self.provider.run(
@@ -348,7 +360,11 @@ class Runner:
         billed = offer_from_dict(row.facts["landed"]) if "landed" in row.facts else offer
         seconds = self._billed_until_s(row, offer.latencies)
         micros = spend.settled_micros(
-            billed, until_s=seconds, alive_s=float(row.facts.get("alive_s", 0.0)), reserved=row.reserved_micros
+            billed,
+            until_s=seconds,
+            alive_s=float(row.facts.get("alive_s", 0.0)),
+            reserved=row.reserved_micros,
+            copies=int(row.facts.get("copies", 1)),
         )
         self._move(row, Event.GONE, micros=micros, data={"billed_s": seconds})
         cost = shown(micros, self.plan.rate, self.plan.currency)
@@ -431,7 +447,7 @@ class Runner:
             left = run.deadline_s - self._run_age_s(run) - offer.latencies.total_s
             if left < lifetime:
                 lifetime, bound = left, "deadline"
-        if lifetime < MIN_WORK_S:
+        if lifetime < MIN_WORK_S + stage.startup_hours.expected * 3600:
             if bound == "deadline":
                 return Outcome(
                     "deadline",
@@ -447,7 +463,8 @@ class Runner:
             ), True
         micros = spend.reserve_micros(offer, lifetime) if offer.price_micros_per_hour else 0
         micros = min(micros, available)
-        deadline_at = self._now() + timedelta(seconds=int(lifetime + offer.latencies.total_s))
+        whole_s = lifetime + offer.latencies.total_s - offer.latencies.unguarded_s  # a reaper acts only after it
+        deadline_at = self._store_now() + timedelta(seconds=int(whole_s))
         name = machine_name(self.owner, self.run_id, stage.name, deadline_at)
         while self.ledger.machine_known(name):
             deadline_at -= timedelta(seconds=1)
@@ -508,23 +525,57 @@ class Runner:
                 self._turn_machines(stopping=True)
             except Exception as error:  # noqa: BLE001 - a second bug must not keep the machines of the first alive
                 self._warn(None, f"still tearing down: {error!r}")
+                for row in _open(self.ledger.run(self.run_id)):  # a ledger on a full disk must not keep them either
+                    with suppress(ProvisionError):
+                        self.provider.terminate(row.name)
             self.clock.sleep(0.3)
         return [row.name for row in _open(self.ledger.run(self.run_id))]
 
-    def _end_stragglers(self) -> bool:
-        """Ends machines of this run that the ledger holds for gone: a create that was given up and came late."""
+    def _sweep(self) -> None:
+        """Now and then: ends machines of this run that nobody counts with, and notes names that two machines carry."""
+        open_ = _open(self.ledger.run(self.run_id))
+        young = any(row.state in (State.CREATING, State.LIVE) and self._age(row) < YOUNG_S for row in open_)
+        due_s = SWEEP_OFTEN_S if young else SWEEP_S
+        self._swept = self._swept or self.clock.mark()
+        if age_s(self._swept, self.clock.mark()) >= due_s:
+            self._look_for_strangers()
+
+    def _look_for_strangers(self) -> list[str]:
+        """Names of machines that were found and told to end."""
+        self._swept = self.clock.mark()
         try:
-            names = [seen.name for seen in self.provider.ours() if self._is_straggler(seen)]
+            listed = Counter(seen.name for seen in self.provider.ours() if self._is_of_this_run(seen))
         except ProvisionError:
-            return False
-        for name in names:
-            self._warn(None, f"{name} came up late: ending it")
-            with suppress(ProvisionError):
-                self.provider.terminate(name)
+            return []
+        rows = {row.name: row for row in self.ledger.run(self.run_id).machines}
+        strangers = [name for name in listed if name not in rows or rows[name].state is State.GONE]
+        for name in strangers:
+            self._end_stranger(name, rows.get(name))
+        for name, copies in listed.items():
+            if copies > 1 and name not in strangers and copies > int(rows[name].facts.get("copies", 1)):
+                self._warn(rows[name].stage, f"{TWINS}: {name}")
+                data = {"copies": copies}
+                self.ledger.note(self.run_id, "copies", self._now(), stage=rows[name].stage, machine=name, data=data)
+        return strangers
+
+    def _end_stranger(self, name: str, row: MachineRow | None) -> None:
+        """A create that was given up and came true late: it is ended, and what it cost is added to the bill."""
+        self._warn(None, f"{name} came up late: ending it")
+        if row is not None and "sent" in row.facts:
+            offer = offer_from_dict(row.facts.get("landed") or row.order["offer"])
+            worst = spend.cost_micros(offer, self._age(row) + offer.latencies.ending_s)
+            if worst > row.settled_micros:
+                self.ledger.charge(row, worst - row.settled_micros, self._now(), why="it came up after it was given up")
+        with suppress(ProvisionError):
+            self.provider.terminate(name)
+
+    def _end_stragglers(self) -> bool:
+        """At the end of the run: whether there still is such a machine, for as long as that is worth waiting for."""
+        names = self._look_for_strangers()
         waited = self._ending_since.setdefault("stragglers", self.clock.mark())
         return bool(names) and age_s(waited, self.clock.mark()) < TEARDOWN_PATIENCE_S
 
-    def _is_straggler(self, seen: Observation) -> bool:
+    def _is_of_this_run(self, seen: Observation) -> bool:
         parsed = parse_machine_name(seen.name)
         return (
             seen.state is not Status.ABSENT
@@ -562,7 +613,19 @@ class Runner:
         self.ledger.move(row.name, event, self._now(), micros=micros, data=data)
 
     def _age(self, row: MachineRow) -> float:
-        return machine_age_s(row, self.clock)
+        """After a reboot of this computer its own clock proves little: the older of its word and the store's."""
+        own = machine_age_s(row, self.clock)
+        sent = row.facts.get("sent")
+        if not sent or sent["boot_id"] == self.clock.mark().boot_id or "sent_by_store" not in row.facts:
+            return own
+        return max(own, (self._store_now() - datetime.fromisoformat(row.facts["sent_by_store"])).total_seconds())
+
+    def _store_now(self) -> datetime:
+        """The bucket's own time: it names a machine's deadline, and a clock set wrong here must not move it."""
+        try:
+            return self.bucket.now()
+        except BucketError:
+            return self._now()
 
     def _run_age_s(self, run: Run) -> float:
         """Seconds since the deadline was given."""
@@ -595,6 +658,14 @@ def machine_age_s(row: MachineRow, clock: Clock) -> float:
 
 def _open(run: Run) -> list[MachineRow]:
     return [row for row in run.machines if row.state is not State.GONE]
+
+
+def gap_s(row: MachineRow, latencies: Latencies) -> float:
+    """Seconds between the two looks that make a machine gone: long where a request may still come true."""
+    why = row.reasons[0] if row.reasons else ""
+    if row.facts.get("launched") and "landed" in row.facts:
+        return min(LOST_GAP_S, latencies.provision_s) if why == LOST else 0.0
+    return 0.0 if why.startswith(NO_CAPACITY) or why == FAILED else latencies.provision_s
 
 
 def stop_requested(run: Run) -> bool:

@@ -7,10 +7,12 @@ D = floor_q(B / p) - latencies. A cost is always rounded up, a lifetime always d
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 from orchestrator.provision import Latencies, Offer
 
+DEARER = 2  # what lands may cost so many times what was ordered, and the cap still holds
 MAX_LIFETIME_S = 7 * 24 * 3600.0  # no machine is ordered for longer; also the lifetime of one that costs nothing
 
 
@@ -27,10 +29,10 @@ def cost_micros(offer: Offer, seconds: float) -> int:
 
 def lifetime_s(offer: Offer, reserved_micros: int) -> float:
     """Largest age D at which work must stop so that the machine ends within its reservation; below 0: do not launch."""
-    price = _price(offer)
+    price = _burn(offer)
     if price == 0:
         return MAX_LIFETIME_S
-    if cost_micros(offer, 0) > reserved_micros:
+    if cost_micros(at_worst(offer), 0) > reserved_micros:
         return -1.0
     quantum = max(1, offer.quantum_s)
     affordable = int(Fraction(reserved_micros * 3600, price)) // quantum * quantum
@@ -41,21 +43,37 @@ def lifetime_s(offer: Offer, reserved_micros: int) -> float:
 
 def reserve_micros(offer: Offer, work_s: float) -> int:
     """Reservation that lets work go on until the age `work_s`."""
-    return cost_micros(offer, work_s + offer.latencies.total_s)
+    return cost_micros(at_worst(offer), work_s + offer.latencies.total_s)
+
+
+def create_limit_s(offer: Offer, reserved_micros: int) -> float:
+    """The age by which a machine must be up: until then nobody knows that it did not land DEARER times as dear."""
+    price = _burn(offer)
+    if price == 0:
+        return MAX_LIFETIME_S
+    return float(Fraction(reserved_micros * 3600, DEARER * price)) - offer.latencies.ending_s
+
+
+def at_worst(offer: Offer) -> Offer:
+    """The offer at the highest price it may be billed at."""
+    return replace(offer, price_micros_per_hour=_burn(offer))
 
 
 def latency_reserve_micros(offer: Offer) -> int:
     """Part of a reservation that pays for latencies only: what the plan adds for every machine."""
-    return cost_micros(offer, offer.latencies.total_s) if _price(offer) else 0
+    return cost_micros(at_worst(offer), offer.latencies.total_s) if _price(offer) else 0
 
 
-def settled_micros(offer: Offer, *, until_s: float, alive_s: float, reserved: int) -> int:
+def settled_micros(offer: Offer, *, until_s: float, alive_s: float, reserved: int, copies: int = 1) -> int:
     """What a machine is settled at that was last seen at the age `alive_s` and missing at `until_s`.
+
+    `copies`: so many carried its name, and each bills.
 
     It may have ended at any moment between the two: all of it is counted, but no more than its reservation, since its
     own watchdog ended it by then; what was seen alive is counted whatever was reserved.
     """
-    return max(cost_micros(offer, min(alive_s, until_s)), min(cost_micros(offer, until_s), reserved))
+    seen = copies * cost_micros(offer, min(alive_s, until_s))
+    return max(seen, min(copies * cost_micros(offer, until_s), reserved))
 
 
 def available_micros(*, cap: int, spent: int, open_: int, later_floor: int) -> int:
@@ -66,6 +84,10 @@ def available_micros(*, cap: int, spent: int, open_: int, later_floor: int) -> i
 def supervisor_remaining_s(lifetime: float, age: float, latencies: Latencies) -> float:
     """Seconds the supervisor has until it must have ended, its last upload included, when its job is sent at `age`."""
     return lifetime + latencies.tick_s + latencies.flush_s - age
+
+
+def _burn(offer: Offer) -> int:
+    return max(_price(offer), offer.ceiling_micros_per_hour or 0)
 
 
 def _price(offer: Offer) -> int:

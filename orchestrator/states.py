@@ -15,6 +15,10 @@ from enum import StrEnum
 
 from orchestrator.provision import JobState, Observation, Status
 
+TWINS = "two machines carry its name"
+LOST = "the machine was lost"
+FAILED = "the provider failed to create it"
+
 
 class State(StrEnum):
     INTENT = "INTENT"
@@ -86,9 +90,11 @@ class Machine:
     lifetime_s: float  # D: the age at which work must have stopped
     provision_limit_s: float  # the age by which it must be up
     hard_limit_s: float  # D + what the supervisor may need for its last upload: past it the client ends the machine
-    job_sent: bool = False
     absent_seen: bool = False
     launched: bool = False  # launch() returned
+    absent_s: float = 0.0  # since it was first seen gone
+    gap_s: float = 0.0  # between the two looks that make it gone: long where a create may still come true
+    copies: int = 1  # machines that carry its name
 
 
 def next_action(machine: Machine, seen: Observation | None, *, stopping: bool) -> tuple[Do, str]:
@@ -113,12 +119,14 @@ def _creating(machine: Machine, seen: Observation | None, stopping: bool) -> tup
         return Do.STOP, "the run stops"
     if machine.age_s >= min(machine.lifetime_s, machine.provision_limit_s):
         return Do.STOP, "not up in time"
+    if machine.copies > 1:
+        return Do.STOP, TWINS
     if seen is None or seen.state is Status.UNKNOWN:
         return Do.WAIT, ""
     if seen.state is Status.RUNNING:
         return Do.MARK_UP, ""
     if seen.state is Status.FAILED:
-        return Do.STOP, "the provider failed to create it"
+        return Do.STOP, FAILED
     if seen.state is Status.ABSENT:
         return (Do.STOP, "it vanished while being created") if machine.launched else (Do.LAUNCH, "")
     if seen.state is Status.STOPPING:
@@ -133,8 +141,10 @@ def _live(machine: Machine, seen: Observation | None, stopping: bool) -> tuple[D
         return Do.MARK_ENDED, ""
     if stopping:
         return Do.STOP, "the run stops"
+    if machine.copies > 1:
+        return Do.STOP, TWINS
     if known and seen is not None and seen.state is not Status.RUNNING:
-        return Do.STOP, "the machine was lost"
+        return Do.STOP, LOST
     if machine.age_s >= machine.hard_limit_s:
         return Do.STOP, "its time is used up"
     if not known:
@@ -152,7 +162,9 @@ def _ending(machine: Machine, seen: Observation | None) -> tuple[Do, str]:
     if seen is None or seen.state is Status.UNKNOWN:
         return Do.TERMINATE, ""
     if seen.state is Status.ABSENT:
-        return (Do.MARK_GONE, "") if machine.absent_seen else (Do.MARK_ABSENT, "")
+        if not machine.absent_seen:
+            return Do.MARK_ABSENT, ""
+        return (Do.MARK_GONE, "") if machine.absent_s >= machine.gap_s else (Do.WAIT, "")
     if machine.absent_seen:
         return Do.MARK_PRESENT, ""
     return Do.TERMINATE, ""
