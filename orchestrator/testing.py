@@ -40,6 +40,7 @@ class VirtualClock:
 
     def __init__(self, start: datetime = START) -> None:
         self._start, self._elapsed, self._off, self._boot = start, 0.0, 0.0, "boot-0"
+        self.on_pass: list[Callable[[], None]] = []  # called when time has passed
 
     @property
     def elapsed_s(self) -> float:
@@ -54,6 +55,8 @@ class VirtualClock:
 
     def sleep(self, seconds: float) -> None:
         self._elapsed += seconds
+        for happen in self.on_pass:
+            happen()
 
     def step(self, seconds: float) -> None:
         self._off += seconds
