@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from orchestrator.clock import Clock
+from orchestrator.guarded import CALL_LIMIT_S, Guarded
 from orchestrator.ledger import Ledger
 from orchestrator.provision import Observation, Provisioner, ProvisionError, Status
 from orchestrator.reaper import Action, Finding, Known, judge
 from orchestrator.session import is_driven, state_of
-from tasks.bucket import BucketError, open_bucket
+from tasks.bucket import Bucket, BucketError, open_bucket
 
 END_LIMIT_S = 120.0
 
@@ -41,17 +42,23 @@ def reap(
     orphans: bool = False,
     older_than: timedelta | None = None,
     say: Callable[[str], None] = lambda text: None,
+    bucket_of: Callable[[str], Bucket] = open_bucket,
+    call_limit_s: float | None = CALL_LIMIT_S,
 ) -> Reaped:
-    """Lists every machine of ours everywhere; with `do_end` ends what is forgotten and waits until it is gone."""
+    """Lists every machine of ours everywhere; with `do_end` ends what is forgotten and waits until it is gone.
+
+    `call_limit_s` None: no threads and no time limits, for providers and clocks that live in memory.
+    """
     found: list[tuple[Provisioner, Observation]] = []
     unanswered = []
-    for name, provider in providers.items():
+    for name, bare in providers.items():
+        provider = Guarded(bare, lambda: clock.mark().wall, limit_s=call_limit_s)
         try:
             found += [(provider, seen) for seen in provider.ours()]
         except (ProvisionError, OSError) as error:
             unanswered.append(f"{name}: {error}")
-    known = known_machines(ledger, {seen.name for _, seen in found}, clock)
-    now = datetime.now(UTC)
+    known = known_machines(ledger, {seen.name for _, seen in found}, clock, bucket_of)
+    now = clock.mark().wall
     findings = judge([s for _, s in found], known, owner=owner, now=now, orphans=orphans, older_than=older_than)
     ended: list[str] = []
     left: list[str] = []
@@ -64,7 +71,9 @@ def reap(
     return Reaped(tuple(findings), tuple(ended), tuple(left), tuple(unanswered))
 
 
-def known_machines(ledger: Ledger, names: set[str], clock: Clock) -> dict[str, Known]:
+def known_machines(
+    ledger: Ledger, names: set[str], clock: Clock, bucket_of: Callable[[str], Bucket]
+) -> dict[str, Known]:
     """What the ledger and the leases say of these machines."""
     known: dict[str, Known] = {}
     for run_id in ledger.runs():
@@ -73,7 +82,7 @@ def known_machines(ledger: Ledger, names: set[str], clock: Clock) -> dict[str, K
         if not mine:
             continue
         try:
-            driven = is_driven(open_bucket(run.bucket), clock)
+            driven = is_driven(bucket_of(run.bucket), clock)
         except BucketError:
             driven = True  # nobody can tell: a machine that may be somebody's work is kept until its deadline
         for row in mine:
