@@ -21,9 +21,12 @@ from orchestrator.errors import BudgetExceeded, KdcloudError, TeardownUnconfirme
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from orchestrator.config import Config
     from orchestrator.ledger import Ledger
     from orchestrator.plan import Plan
     from orchestrator.provision import Provisioner
+    from orchestrator.reap import Reaped
+    from orchestrator.reap_watch import Wish
     from orchestrator.recipe import Recipe
     from orchestrator.runner import Outcome
     from orchestrator.session import Session
@@ -255,27 +258,29 @@ def report(run_id: str | None, as_json: bool) -> None:
 @click.option("--orphans", is_flag=True, help="Also end machines of yours that no run here knows.")
 @click.option("--older-than", metavar="TIME", help="Only machines older than this, like 2h.")
 @click.option("--watch", metavar="TIME", help="Look again every so often, like 10min, until stopped.")
+@click.option("--infra", metavar="WHERE", multiple=True, help="Look there too: aws (EC2 itself), slurm. Repeatable.")
 @json_option
-def reap(yes: bool, orphans: bool, older_than: str | None, watch: str | None, as_json: bool) -> None:
+def reap(
+    yes: bool, orphans: bool, older_than: str | None, watch: str | None, infra: tuple[str, ...], as_json: bool
+) -> None:
     """Find forgotten machines, and end them with --yes; a healthy run's or somebody else's are never touched.
 
     \b
     kdcloud reap
     kdcloud reap --yes --watch 10min
+    kdcloud reap --infra aws
     """
-    import time
+    from datetime import timedelta
 
-    seconds = _duration(watch, "--watch") if watch else None
-    while True:
-        left = _reap_once(yes, orphans, _duration(older_than, "--older-than") if older_than else None, as_json)
-        if seconds is None:
-            if left:
-                raise TeardownUnconfirmed(
-                    f"still there: {', '.join(left)}",
-                    hint="repeat `kdcloud reap --yes`, or end them in the provider's console",
-                )
-            return
-        time.sleep(seconds)
+    from orchestrator.reap_watch import Wish
+
+    older = timedelta(seconds=_duration(older_than, "--older-than")) if older_than else None
+    every_s = _duration(watch, "--watch") if watch else None
+    wish = Wish(yes, orphans, older, infra)
+    if every_s is None:
+        _reap_once(wish, as_json)
+    else:
+        _reap_for_ever(wish, every_s, as_json)
 
 
 @kdcloud.command("recipe-schema")
@@ -434,43 +439,74 @@ def _too_dear(made: Plan) -> BudgetExceeded:
     )
 
 
-def _reap_once(yes: bool, orphans: bool, older_than_s: float | None, as_json: bool) -> list[str]:
-    """One look; prints it, and returns what would not end."""
-    from dataclasses import asdict
-    from datetime import timedelta
-
-    from orchestrator import money
+def _reap_once(wish: Wish, as_json: bool) -> None:
+    """One look, printed. Raises TeardownUnconfirmed when something may still bill."""
     from orchestrator.clock import SystemClock
-    from orchestrator.reap import reap as look
-    from orchestrator.session import reapable_providers
+    from orchestrator.reap_watch import document, lines_of, look
 
+    clock = SystemClock()
     home, config = _home()
-    older = timedelta(seconds=older_than_s) if older_than_s is not None else None
-    with _ledger() as ledger:
-        result = look(
-            ledger=ledger, providers=reapable_providers(home, ledger), owner=config.owner, clock=SystemClock(),
-            do_end=yes, orphans=orphans, older_than=older, say=_talk,
-        )  # fmt: skip
+    result = look(wish, home, config, clock, say=_talk, stop=lambda: False)
     if as_json:
-        rows = [{**asdict(f), "created_at": f.created_at and f.created_at.isoformat()} for f in result.findings]
-        _print_json({
-            "schema": 1, "machines": rows, "ended": result.ended, "left": result.left, "unanswered": result.unanswered,
-            "saved_micros_per_hour": result.saved_micros_per_hour,
-        })  # fmt: skip
-        return list(result.left)
-    for finding in result.findings:
-        click.echo(f"{finding.action:<8} {finding.name}  {finding.why}")
-    for text in result.unanswered:
-        _talk(f"no answer from {text}")
+        _print_json(document(result, clock.mark().wall))
+    else:
+        for line in lines_of(result):
+            click.echo(line, err=line.startswith("no answer"))
+        click.echo(_reaped(result, wish.do_end, config))
+    _all_clear(result)
+
+
+def _reap_for_ever(wish: Wish, every_s: float, as_json: bool) -> None:
+    """Looks again and again until SIGTERM or Ctrl-C; a line of JSON a look, or what is new in words."""
+    from orchestrator.clock import SystemClock
+    from orchestrator.reap_watch import News, document, look, until_told, watch
+
+    clock, news = SystemClock(), News()
+
+    def one_look() -> Reaped:
+        home, config = _home()
+        return look(wish, home, config, clock, say=_talk, stop=told.is_set)
+
+    def tell(result: Reaped) -> None:
+        if as_json:
+            click.echo(json.dumps(document(result, clock.mark().wall), ensure_ascii=False))
+            return
+        for line in news.of(result):
+            click.echo(line, err=line.startswith("no answer"))
+        if result.ended:
+            click.echo(_reaped(result, wish.do_end, _home()[1]))
+
+    with until_told() as told:
+        last = watch(one_look, every_s=every_s, wait=told.wait, on_round=tell)
+    _all_clear(last)
+
+
+def _reaped(result: Reaped, do_end: bool, config: Config) -> str:
+    """The sum of a look, in one sentence."""
+    from orchestrator import money
+
     forgotten = [f for f in result.findings if f.action == "end"]
     if not result.findings:
-        click.echo("no machine of kdcloud anywhere")
-    elif yes:
-        saved = money.both(result.saved_micros_per_hour, config.rate, config.currency)
-        click.echo(f"ended {len(result.ended)}, which saves {saved} an hour")
-    elif forgotten:
-        click.echo(f"{len(forgotten)} forgotten; `kdcloud reap --yes` ends them")
-    return list(result.left)
+        return "no machine of kdcloud was found" if result.unanswered else "no machine of kdcloud anywhere"
+    if not do_end:
+        return f"{len(forgotten)} forgotten; `kdcloud reap --yes` ends them" if forgotten else "nothing is forgotten"
+    saved = money.both(result.saved_micros_per_hour, config.rate, config.currency)
+    more = f", and what {len(result.unpriced)} of them cost (not found)" if result.unpriced else ""
+    return f"ended {len(result.ended)}, which saves {saved} an hour{more}"
+
+
+def _all_clear(result: Reaped) -> None:
+    """Raises TeardownUnconfirmed unless every place answered and everything that was to end has ended."""
+    if result.left:
+        raise TeardownUnconfirmed(
+            f"still there: {', '.join(result.left)}",
+            hint="repeat `kdcloud reap --yes`, or end them in the provider's console",
+        )
+    if result.unanswered:
+        raise TeardownUnconfirmed(
+            f"could not look everywhere ({len(result.unanswered)} gave no answer): something may still bill there",
+            hint="mend what is said above and look again",
+        )
 
 
 def _provider_of(known: Any) -> Provisioner | None:

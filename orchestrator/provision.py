@@ -140,6 +140,14 @@ class NotYetGone(ProvisionError):
     """The teardown was asked for and the machine is still there: call again."""
 
 
+class Partly(ProvisionError):
+    """`ours()` could not look everywhere: `found` is what exists where it could."""
+
+    def __init__(self, message: str, *, found: Sequence[Observation], hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.found = tuple(found)
+
+
 @runtime_checkable
 class Provisioner(Protocol):
     """All calls may be repeated after a crash at any point; none may be assumed to have happened."""

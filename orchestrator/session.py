@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -197,15 +197,28 @@ def plan_of(run: Run) -> Plan:
     return plan_from_dict(run.data["plan"])
 
 
-def reapable_providers(home: Home, ledger: Ledger) -> dict[str, Provisioner]:
-    """Everywhere this computer may have machines, by name: here, and where its runs have been."""
+def reapable_providers(home: Home, ledger: Ledger | None, *, infra: Sequence[str] = ()) -> dict[str, Provisioner]:
+    """Everywhere this computer may have machines, by name: here, where its runs have been, and what `infra` names.
+
+    `ledger` None: it cannot be read. AWS is also asked itself: what SkyPilot forgot only EC2 knows.
+    """
     named = os.environ.get("KDCLOUD_PROVIDER")
     if named:
         return {named: named_provider(named)}
-    plans = [ledger.run(run_id).data["plan"] for run_id in ledger.runs()]
-    infra = {offer["infra"] for plan in plans for stage in plan["stages"] for offer in stage["candidates"]}
-    rented = {"slurm": provider_for("slurm", home)} if any(name.startswith("slurm") for name in infra) else {}
-    return {"local": LocalProvisioner(home.root), **rented}
+    plans = [ledger.run(run_id).data.get("plan", {}) for run_id in ledger.runs()] if ledger is not None else []
+    planned = {offer["infra"] for plan in plans for stage in plan.get("stages", ()) for offer in stage["candidates"]}
+    rented = {"slurm": provider_for("slurm", home)} if any(n.startswith("slurm") for n in {*planned, *infra}) else {}
+    return {"local": LocalProvisioner(home.root), **rented, **_ec2(ledger, infra)}
+
+
+def _ec2(ledger: Ledger | None, infra: Sequence[str]) -> dict[str, Provisioner]:
+    """EC2 itself, where a machine of some run was ordered from AWS, or it is named."""
+    machines = [row for run_id in ledger.runs() for row in ledger.run(run_id).machines] if ledger is not None else []
+    if not any(name.partition("/")[0] == "aws" for name in [*infra, *(m.order["offer"]["infra"] for m in machines)]):
+        return {}
+    from orchestrator.reap_ec2 import Ec2Machines
+
+    return {"ec2": Ec2Machines()}
 
 
 def infra_of(plan: Plan) -> str:

@@ -72,8 +72,6 @@ def test_what_is_gone_is_no_finding():
 
 
 def test_reaping_over_a_provider_ends_the_overdue_and_leaves_a_healthy_run_alone(tmp_path):
-    from datetime import UTC, datetime
-
     from orchestrator.ledger import Ledger
     from orchestrator.provision import Order
     from orchestrator.reap import reap
@@ -81,13 +79,19 @@ def test_reaping_over_a_provider_ends_the_overdue_and_leaves_a_healthy_run_alone
 
     clock = VirtualClock()
     provider = FakeProvisioner(clock, FakeBucket(clock), {})
-    now = datetime.now(UTC)
+    now = START
     deadlines = {"old": now - timedelta(hours=1), "new": now + timedelta(hours=1)}
     names = {key: machine_name("owner1", "r-abc123", "train", at) for key, at in deadlines.items()}
     for key, name in names.items():
         provider.launch(Order(name, "r-abc123", "train", fake_offer(), deadlines[key], 3600.0))
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    common = {"ledger": ledger, "providers": {"fake": provider}, "owner": "owner1", "clock": clock}
+    common = {
+        "ledger": ledger,
+        "providers": {"fake": provider},
+        "owner": "owner1",
+        "clock": clock,
+        "call_limit_s": None,
+    }
     assert reap(**common, do_end=False).ended == ()
     assert len(provider.live()) == 2
     result = reap(**common, do_end=True)
