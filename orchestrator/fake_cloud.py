@@ -30,7 +30,7 @@ from orchestrator.provision import (
 )
 from orchestrator.testing import START, FakeBucket, VirtualClock
 from tasks import watch as rules
-from tasks.bucket import Bucket, BucketError
+from tasks.bucket import Bucket, BucketError, Stat
 from tasks.contract import Ended, Exit, Progress, Watch
 
 STEP_S = 5.0  # of work, and of the supervisor's tick
@@ -125,11 +125,11 @@ class CloudBucket(FakeBucket):
         self._cloud.statement("bucket")
         return super().put(key, data, if_none_match=if_none_match, if_match=if_match)
 
-    def head(self, key: str) -> object:  # type: ignore[override]
+    def head(self, key: str) -> Stat | None:
         self._reach()
         return super().head(key)
 
-    def list(self, prefix: str = "") -> Iterator:  # type: ignore[type-arg]
+    def list(self, prefix: str = "") -> Iterator[Stat]:
         self._reach()
         return super().list(prefix)
 
@@ -167,8 +167,10 @@ class Cloud:
         self.caller = "client"
         self.statement: Callable[[str], None] = lambda what: None  # called before and after what leaves the process
         self.uncovered: Callable[[Made], bool] = lambda made: False  # whether no layer looks after it now
+        self.committed: set[str] = set()
+        self.broken: list[str] = []  # what no schedule may do
         self.outside = False  # something happened that no tool can hold
-        self.bucket: Bucket = CloudBucket(self)
+        self.bucket = CloudBucket(self)
         self._now = 0.0
         clock.on_pass.append(self.catch_up)
 
@@ -387,7 +389,7 @@ class Cloud:
             self._over(job, Exit(trouble.job_rc), now)
             return
         busy_until = STARTUP_S + trouble.job_phase_s
-        hangs = trouble.job_hangs_s is not None and since >= trouble.job_hangs_s
+        hangs = since >= self._hangs_from_s(trouble)
         if since > busy_until and not hangs and not rebooted:
             job.worked += min(STEP_S, since - busy_until)
         if job.worked_before + job.worked >= self.work_s[job.stage]:
@@ -400,7 +402,7 @@ class Cloud:
         """What the supervisor sees in this tick, and what tasks.watch says to it."""
         trouble, latencies = made.trouble, made.order.offer.latencies
         watch = Watch(idle_s=IDLE_S, tick_s=latencies.tick_s, flush_s=latencies.flush_s)
-        hangs = trouble.job_hangs_s is not None and since >= trouble.job_hangs_s
+        hangs = job.phase == "work" and since >= self._hangs_from_s(trouble)
         progress: Progress | None = None
         if job.phase == "upload":
             progress = DECLARED_UPLOAD
@@ -414,12 +416,22 @@ class Cloud:
         sight = rules.Sight(since, progress, rules.Usage(job.cpu_s, int(job.cpu_s * 1e6)))
         job.activity = rules.advance(job.activity, sight, watch)
         newest = None if self.bucket_is_down() else self._newest_attempt(job.stage)
+        if hangs and since - self._hangs_from_s(trouble) > IDLE_S + HANG_GRACE_S:
+            self.broken.append("a hung machine ran on")
         view = rules.View(watch, job.activity, job.remaining_s - since, job.attempt, newest, rebooted)
         decision = rules.decide(view)
+        if decision.stop is Exit.STALLED and not hangs:
+            self.broken.append("honest work was called a stall")
         if decision.stop is not None:
             job.stop, job.phase = decision.stop, "saving"
             flush = 0.0 if decision.stop is Exit.FENCED else min(trouble.flush_s, latencies.flush_s)
             job.until = now + flush
+
+    def _hangs_from_s(self, trouble: Trouble) -> float:
+        """Since the job's start. What computes in a phase that declares itself is work: only its time ends that."""
+        if trouble.job_hangs_s is None:
+            return math.inf
+        return max(trouble.job_hangs_s, STARTUP_S + trouble.job_phase_s)
 
     def _over(self, job: Job_, rc: Exit, now: float) -> None:
         job.phase, job.rc, job.over_at = "over", int(rc), now
@@ -461,7 +473,6 @@ class Cloud:
 
     @property
     def _run_store(self) -> dict[str, tuple[bytes, datetime]]:
-        assert isinstance(self.bucket, CloudBucket)
         return self.bucket._store
 
     def _has(self, key: str) -> bool:
@@ -471,11 +482,14 @@ class Cloud:
         return [key for key in self._run_store if key.startswith(self.run_prefix + prefix)]
 
     def _store(self, key: str, data: bytes) -> None:
+        if key.endswith("/COMMIT"):
+            self.committed.add(self.run_prefix + key)
         self._run_store[self.run_prefix + key] = (data, self.clock.true_now())
 
 
 HANG_S = 30.0
 IDLE_S = 900.0
+HANG_GRACE_S = 60.0
 
 
 def manifest(files: Mapping[str, bytes]) -> bytes:

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from orchestrator.clock import Clock, age_s
@@ -85,7 +85,7 @@ class Lease:
             self._put(released=True)
 
     def _put(self, *, released: bool) -> None:
-        holder = Holder(**{**asdict(self._holder), "beat": self._holder.beat + 1, "released": released})
+        holder = replace(self._holder, beat=self._holder.beat + 1, released=released)
         try:
             self._etag = self._bucket.put(LEASE_KEY, _dump(holder), if_match=self._etag)
         except (PreconditionFailed, NotFound) as error:
@@ -145,4 +145,4 @@ def _read(raw: bytes) -> Holder:
 
 
 def _dump(holder: Holder) -> bytes:
-    return json.dumps(asdict(holder)).encode()
+    return json.dumps(vars(holder)).encode()

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from orchestrator import spend
 from orchestrator.errors import BudgetExceeded, UsageError
 from orchestrator.states import Event, State, after
 
@@ -206,10 +207,12 @@ class Ledger:
         """Reserves before a create, checked and written in one transaction. Raises BudgetExceeded."""
         with self._write():
             now = self._fold(run)
-            available = now.cap_micros - now.spent_micros - now.open_micros - later_floor
+            available = spend.available_micros(
+                cap=now.cap_micros, spent=now.spent_micros, open_=now.open_micros, later_floor=later_floor
+            )
             if micros < 0 or micros > available:
                 raise BudgetExceeded(
-                    f"stage {stage} would reserve {micros} micro-USD; {max(0, available)} are left under the cap",
+                    f"stage {stage} would reserve {micros} micro-USD; {available} are left under the cap",
                     hint="raise --budget, or make the stage smaller",
                 )
             self._append(run, stage, machine, "reserve", micros, at, order)

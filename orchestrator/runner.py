@@ -21,7 +21,7 @@ from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import BudgetExceeded, NotOwner, TeardownUnconfirmed
 from orchestrator.guarded import CALL_LIMIT_S, Guarded
 from orchestrator.handover import fetch_code, supervisor_argv, supervisor_env
-from orchestrator.lease import LEASE_S, Lease
+from orchestrator.lease import LEASE_S, RENEW_S, Lease
 from orchestrator.ledger import Ledger, MachineRow, Run
 from orchestrator.money import human_seconds, shown
 from orchestrator.names import machine_name, parse_machine_name
@@ -107,7 +107,7 @@ class Runner:
         self._warned: dict[str, Mark] = {}
         self._swept: Mark | None = None
 
-    def run(self, *, on_turn: Callable[[Snapshot], None] = lambda snapshot: None, turn_s: float = 0.3) -> Outcome:
+    def run(self, *, on_turn: Callable[[Snapshot], None] | None = None, turn_s: float = 0.3) -> Outcome:
         """Loops until the run has ended. A bug tears everything down before its traceback goes on."""
         try:
             while True:
@@ -122,7 +122,8 @@ class Runner:
                         data={"state": outcome.state, "message": outcome.message, "hint": outcome.hint},
                     )
                     return outcome
-                on_turn(self.snapshot())
+                if on_turn is not None:
+                    on_turn(self.snapshot())
                 if not moved:
                     self.clock.sleep(turn_s)
         except NotOwner:
@@ -189,6 +190,7 @@ class Runner:
     def _act(
         self, run: Run, row: MachineRow, offer: Offer, machine: Machine, seen: Observation | None, do: Do, why: str
     ) -> bool:
+        self._renew()  # the provider may have taken its time, or this computer slept meanwhile
         match do:
             case Do.SEND:
                 mark = self.clock.mark()
@@ -247,7 +249,10 @@ class Runner:
         )
         try:
             self.lease.confirm()
+            confirmed = self.clock.mark()
             self.provider.launch(order)
+            if age_s(confirmed, self.clock.mark()) >= RENEW_S:
+                self._still_mine(row)
         except (ProvisionError, BucketError) as error:
             said = error.message
             if isinstance(error, BucketError):
@@ -260,13 +265,19 @@ class Runner:
             self.run_id, "launched", self._now(), stage=row.stage, machine=row.name, data={"launched": True}
         )
 
+    def _still_mine(self, row: MachineRow) -> None:
+        """After a create that took long: whoever took the run meanwhile may have ended this machine before it was."""
+        try:
+            self.lease.confirm()
+        except NotOwner:
+            if next(m.state for m in self.ledger.run(self.run_id).machines if m.name == row.name) is State.GONE:
+                with suppress(ProvisionError):
+                    self.provider.terminate(row.name)
+            raise
+
     def _mark_up(self, row: MachineRow, offer: Offer, seen: Observation | None) -> None:
         """Re-prices from what really landed; a deadline may only come nearer."""
-        landed = (seen.landed_offer if seen else None) or offer
-        if not known_price(landed):
-            landed = replace(landed, price_micros_per_hour=offer.price_micros_per_hour)
-        landed = replace(landed, latencies=offer.latencies)
-        landed = replace(landed, ceiling_micros_per_hour=offer.ceiling_micros_per_hour)
+        landed = landed_offer(offer, seen)
         lifetime = min(float(row.order["lifetime_s"]), spend.lifetime_s(landed, row.reserved_micros))
         self._move(row, Event.UP, data={"landed": offer_to_dict(landed), "lifetime_s": lifetime})
         if landed.infra != "local":
@@ -610,7 +621,11 @@ class Runner:
         return {"ended_at": seen.ended_at} if seen is not None and seen.ended_at is not None else {}
 
     def _move(self, row: MachineRow, event: Event, *, micros: int = 0, data: dict[str, Any] | None = None) -> None:
-        self.ledger.move(row.name, event, self._now(), micros=micros, data=data)
+        try:
+            self.ledger.move(row.name, event, self._now(), micros=micros, data=data)
+        except ValueError:
+            self.lease.confirm()  # somebody else moved it, then the run is theirs; if not, this is a bug
+            raise
 
     def _age(self, row: MachineRow) -> float:
         """After a reboot of this computer its own clock proves little: the older of its word and the store's."""
@@ -658,6 +673,14 @@ def machine_age_s(row: MachineRow, clock: Clock) -> float:
 
 def _open(run: Run) -> list[MachineRow]:
     return [row for row in run.machines if row.state is not State.GONE]
+
+
+def landed_offer(ordered: Offer, seen: Observation | None) -> Offer:
+    """What the machine is billed as: what the provider says landed, where it knows a price."""
+    landed = (seen.landed_offer if seen else None) or ordered
+    if not known_price(landed):
+        landed = replace(landed, price_micros_per_hour=ordered.price_micros_per_hour)
+    return replace(landed, latencies=ordered.latencies, ceiling_micros_per_hour=ordered.ceiling_micros_per_hour)
 
 
 def gap_s(row: MachineRow, latencies: Latencies) -> float:
