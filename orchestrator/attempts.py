@@ -9,7 +9,7 @@ from enum import StrEnum
 from tasks.contract import Exit
 
 STALLS_ALLOWED = 1  # a stall is tried again once: a second one is the work's own fault
-FRUITLESS_ALLOWED = 8  # attempts in a row that ended without a new checkpoint, when money sets no bound
+FRUITLESS_ALLOWED = 8  # attempts in a row that ended without a new checkpoint, where money sets no bound
 BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 30.0, 60.0)
 
 
@@ -35,6 +35,18 @@ class Attempt:
     time_used_up: bool = False
     checkpoint: str | None = None
     user_stop: bool = False
+    lost: bool = False  # taken away by its provider
+    billed_s: float = 0.0
+    share: float | None = None  # of the stage's work that was done when it ended; None = not known
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One offer of the plan: what finishing the whole stage there takes."""
+
+    micros_per_hour: int
+    hours: float
+    spot: bool
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,8 @@ class Verdict:
     hint: str = ""
 
 
-def verdict(attempts: Sequence[Attempt], *, offers: int) -> Verdict:
-    """What to do after these attempts (oldest first) of a stage that has `offers` ranked candidates."""
+def verdict(attempts: Sequence[Attempt], candidates: Sequence[Candidate]) -> Verdict:
+    """What to do after these attempts (oldest first) of a stage whose candidates are ranked by the plan."""
     if not attempts:
         return Verdict(Fate.TRY)
     last = attempts[-1]
@@ -68,13 +80,14 @@ def verdict(attempts: Sequence[Attempt], *, offers: int) -> Verdict:
             hint="look at `kdcloud logs`; a longer `idle` helps only if the work is honestly slow",
         )
     refused = sum(1 for a in attempts if not a.came_up and not a.user_stop)
-    if refused >= offers:
+    if refused >= len(candidates):
         return Verdict(
             Fate.NO_CAPACITY,
-            message=f"none of {offers} offers could be had ({last.reason})",
+            message=f"none of {len(candidates)} offers could be had ({last.reason})",
             hint="try again later, or allow more gpus or infra in the recipe",
         )
-    fruitless = _fruitless(attempts)
+    index = next_offer(attempts, candidates)
+    fruitless = _fruitless(attempts, candidates)
     if fruitless >= FRUITLESS_ALLOWED:
         return Verdict(
             Fate.FAILED,
@@ -83,7 +96,7 @@ def verdict(attempts: Sequence[Attempt], *, offers: int) -> Verdict:
         )
     return Verdict(
         Fate.TRY,
-        offer_index=refused,
+        offer_index=index,
         wait_s=BACKOFF_S[min(fruitless, len(BACKOFF_S) - 1)] if not last.user_stop else 0.0,
     )
 
@@ -106,13 +119,56 @@ def _out_of_time(last: Attempt) -> Verdict:
             )
 
 
-def _fruitless(attempts: Sequence[Attempt]) -> int:
-    """Attempts at the end of the list that left no checkpoint newer than the one before them."""
+def next_offer(attempts: Sequence[Attempt], candidates: Sequence[Candidate]) -> int:
+    """Index of the candidate to try: the plan's order, until finishing on spot is expected to cost more than elsewhere.
+
+    Spot is judged by what it did here: hours of work it brought for the hours it was paid for.
+    """
+    refused = {a.offer_index for a in attempts if not a.came_up and not a.user_stop}
+    left = [index for index in range(len(candidates)) if index not in refused] or [len(candidates) - 1]
+    efficiency = spot_efficiency(attempts, candidates)
+    if efficiency is None:
+        return left[0]
+    share = max((a.share or 0.0 for a in attempts), default=0.0)
+
+    def cost(index: int) -> float:
+        one = candidates[index]
+        whole = (1.0 - share) * one.hours * one.micros_per_hour
+        if not one.spot:
+            return whole
+        return whole / efficiency if efficiency > 0 else float("inf")
+
+    best = min(cost(index) for index in left)
+    return next(index for index in left if cost(index) == best)
+
+
+def spot_efficiency(attempts: Sequence[Attempt], candidates: Sequence[Candidate]) -> float | None:
+    """Work done over time paid on spot, 0 to 1; None before the first spot machine was taken away."""
+    if not any(a.lost and candidates[a.offer_index].spot for a in attempts):
+        return None
+    useful = paid = before = 0.0
+    for attempt in attempts:
+        share = max(before, attempt.share or 0.0)
+        one = candidates[attempt.offer_index]
+        if one.spot:
+            useful += (share - before) * one.hours
+            paid += attempt.billed_s / 3600
+        before = share
+    return min(1.0, useful / paid) if paid else 1.0
+
+
+def _fruitless(attempts: Sequence[Attempt], candidates: Sequence[Candidate]) -> int:
+    """Attempts at the end of the list that left no checkpoint newer than the one before them.
+
+    A machine that was taken away and cost money counts for nothing: the cap bounds those.
+    """
     count = 0
     best = None
     for attempt in attempts:
         if attempt.user_stop:
             count = 0
+        elif attempt.lost and candidates[attempt.offer_index].micros_per_hour > 0:
+            best = attempt.checkpoint or best
         elif attempt.checkpoint is not None and attempt.checkpoint != best:
             best, count = attempt.checkpoint, 0
         else:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from orchestrator import __version__
-from orchestrator.errors import BudgetExceeded, KdcloudError, TeardownUnconfirmed, UsageError
+from orchestrator.errors import BudgetExceeded, DrillFailed, KdcloudError, TeardownUnconfirmed, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from orchestrator.config import Config
+    from orchestrator.drill import Report
     from orchestrator.ledger import Ledger
     from orchestrator.plan import Plan
     from orchestrator.provision import Provisioner
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from orchestrator.runner import Outcome
     from orchestrator.session import Session
 
+    DrillReport = Report
+
 EXIT_CODES = {"done": 0, "cap": 3, "no_capacity": 4, "failed": 5, "deadline": 5, "unconfirmed": 6, "stopped": 130}
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,7 +41,7 @@ SECTIONS = {
     "Plan": ["plan", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down"],
     "Look": ["report"],
-    "Forgotten": ["reap"],
+    "Forgotten": ["reap", "drill"],
 }
 
 
@@ -283,6 +286,43 @@ def reap(
         _reap_for_ever(wish, every_s, as_json)
 
 
+@kdcloud.command()
+@click.option("--schedules", default=1000, show_default=True, type=click.IntRange(1), help="So many runs are broken.")
+@click.option("--seed", type=click.IntRange(0), help="The same seed plays the same (default: by chance).")
+@click.option("--without", metavar="GUARD", help="Take one guard away: the drill must fail ('list' names them).")
+@json_option
+def drill(schedules: int, seed: int | None, without: str | None, as_json: bool) -> None:
+    """Fire drill: does the cap hold whatever breaks? Rents nothing, takes seconds; no machine and no cent is real.
+
+    \b
+    kdcloud drill --schedules 10000
+    kdcloud drill --seed 1234 --schedules 1         one schedule again, exactly
+    kdcloud drill --without latencies
+    """
+    import secrets
+
+    from orchestrator.drill_guards import GUARDS
+
+    if without == "list":
+        for name, guard in GUARDS.items():
+            click.echo(f"{name:<18} {guard.says}")
+        return
+    if without is not None and without not in GUARDS:
+        raise UsageError(f"no guard {without!r}", hint=f"known: {', '.join(GUARDS)}")
+    result = _drill(schedules, secrets.randbelow(2**32) if seed is None else seed, without)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        from orchestrator.drill import render_drill
+
+        render_drill(result, _console())
+    if result.failing_seeds:
+        raise DrillFailed(
+            f"{len(result.failing_seeds)} of {result.schedules} schedules broke the promise",
+            hint=f"play one alone: kdcloud drill --schedules 1 --seed {result.failing_seeds[0]}",
+        )
+
+
 @kdcloud.command("recipe-schema")
 def recipe_schema_command() -> None:
     """JSON schema of a recipe, for editors that complete and check.
@@ -507,6 +547,22 @@ def _all_clear(result: Reaped) -> None:
             f"could not look everywhere ({len(result.unanswered)} gave no answer): something may still bill there",
             hint="mend what is said above and look again",
         )
+
+
+def _drill(schedules: int, seed: int, without: str | None) -> DrillReport:
+    """Plays it on every core, with a bar where somebody watches."""
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from orchestrator.drill import drill as play
+
+    console = _console(stderr=True)
+    columns = TextColumn("fire drill"), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("fire drill", total=schedules)
+        return play(
+            schedules, seed, without=without, processes=min(os.cpu_count() or 1, 1 + schedules // 50),
+            said=lambda done: bar.update(task, completed=done),
+        )  # fmt: skip
 
 
 def _provider_of(known: Any) -> Provisioner | None:

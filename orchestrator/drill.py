@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache
@@ -21,6 +21,7 @@ from typing import Any
 
 from orchestrator.clock import Mark
 from orchestrator.config import Config
+from orchestrator.drill_guards import without as taken_away
 from orchestrator.errors import KdcloudError, NotOwner
 from orchestrator.fake_cloud import Cloud, Made, Trouble, deadline_of
 from orchestrator.handover import code_wheel
@@ -46,6 +47,7 @@ REAP_EVERY_S = 300.0
 SLICE_S = 30.0  # nobody sleeps longer without the rest of the world living on
 LATENCIES = Latencies(tick_s=5, flush_s=60, api_s=60, provision_s=60, handover_s=30, slack_s=90)
 GUARDED = replace(LATENCIES, unguarded_s=480)  # where the provider takes no limit: a reaper's period, grace and calls
+SPOT_SHARE = 0.4
 FILE_LEDGER_SHARE = 0.02
 HORIZON_S = 5 * 24 * 3600.0
 LIVES = 12  # a client is started at most so often
@@ -625,6 +627,11 @@ def landed_dearer(world: World, rng: random.Random) -> None:
 
 
 @fault
+def spot_price_rises(world: World, rng: random.Random) -> None:
+    world.every(spot_rises=True)
+
+
+@fault
 def prices_unknown(world: World, rng: random.Random) -> None:
     bad: list[Any] = [None, 0, float("nan"), -1]
     price = rng.choice(bad)
@@ -747,13 +754,14 @@ def drill(
     schedules: int,
     seed: int,
     *,
+    without: str | None = None,
     processes: int = 1,
     said: Callable[[int], None] = lambda done: None,
     stop_at_first: bool = False,
 ) -> Report:
-    """Plays every schedule; `said` hears how many are done."""
+    """Plays every schedule, with one guard of `drill_guards` taken away if named; `said` hears how many are done."""
     began, results = time.monotonic(), []
-    for result in _results(seeds_of(seed, schedules), processes):
+    for result in _results(seeds_of(seed, schedules), without, processes):
         results.append(result)
         said(len(results))
         if stop_at_first and result.failed:
@@ -776,14 +784,44 @@ def drill(
     )
 
 
-def _results(seeds: list[int], processes: int) -> Iterator[Result]:
+def _results(seeds: list[int], without: str | None, processes: int) -> Iterator[Result]:
     if processes <= 1:
-        yield from map(play, seeds)
+        with taken_away(without) if without else nullcontext():
+            yield from map(play, seeds)
         return
     import multiprocessing
 
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _take_away, (without,)) as pool:
         yield from pool.imap_unordered(play, seeds, chunksize=20)
+
+
+def _take_away(guard: str | None) -> None:
+    """For the whole life of a worker process."""
+    if guard is not None:
+        _taken.enter_context(taken_away(guard))
+
+
+_taken = ExitStack()
+
+
+def render_drill(report: Report, console: Any) -> None:
+    """Outcome, faults and what they cost, for people."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    inside = report.schedules - report.unbounded
+    promise = "held" if not report.failing_seeds else "[bold red]broken[/]"
+    table.add_row("promise", promise)
+    table.add_row("schedules", f"{report.schedules} from seed {report.seed} in {report.seconds:.0f} s")
+    table.add_row("faults", f"{sum(report.faults.values())} of {len(report.faults)} kinds")
+    table.add_row("inside the model", f"{inside}: overspent by at most {report.worst_overspend_micros} micro-USD, "
+                  f"{report.live_at_end} machines live at the end, {report.committed_lost} committed artefacts lost")
+    table.add_row("outside of it", f"{report.unbounded} (nothing could reach the provider): overspent by at most "
+                  f"{report.unbounded_worst_micros} micro-USD")
+    table.add_row("runs ended as", ", ".join(f"{name} {count}" for name, count in report.outcomes.items()))
+    console.print(table)
+    for line in report.failures:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _why(result: Result) -> str:
@@ -801,7 +839,15 @@ def _why(result: Result) -> str:
 def _offers(rng: random.Random, limited: bool) -> list[Offer]:
     cards = rng.sample(["RTX3090", "A10G", "A100", "L4"], rng.choice([2, 3]))
     latencies = LATENCIES if limited else GUARDED
-    return [fake_offer(rng.randint(200_000, 3_000_000), gpu=card, latencies=latencies) for card in cards]
+    offers = [fake_offer(rng.randint(200_000, 3_000_000), gpu=card, latencies=latencies) for card in cards]
+    if rng.random() < SPOT_SHARE:
+        offers += [_on_spot(offer, rng.uniform(0.2, 0.8)) for offer in offers]
+    return offers
+
+
+def _on_spot(offer: Offer, share: float) -> Offer:
+    price = offer.price_micros_per_hour or 0
+    return replace(offer, spot=True, price_micros_per_hour=int(price * share), ceiling_micros_per_hour=price)
 
 
 @cache

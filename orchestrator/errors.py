@@ -38,6 +38,12 @@ class StageFailed(KdcloudError):
     exit_code = 5
 
 
+class DrillFailed(KdcloudError):
+    """The fire drill found a schedule of faults that breaks the promise."""
+
+    exit_code = 5
+
+
 class TeardownUnconfirmed(KdcloudError):
     """A machine may still bill. Beats every other exit code."""
 

@@ -51,6 +51,7 @@ class Trouble:
     glitch_s: tuple[float, float] | None = None  # between these ages no list shows it
     never_ready: bool = False
     twin: bool = False  # two are made
+    spot_rises: bool = False  # to its ceiling, while it runs or before
     dearer: float = 1.0  # what lands costs so many times what was ordered
     vanishes_s: float | None = None  # taken away
     timer_lost: bool = False
@@ -186,6 +187,9 @@ class Cloud:
         trouble = self.trouble(order, len(self.machines))
         if trouble.launch in ("", "error_but_created"):
             price = math.ceil((order.offer.price_micros_per_hour or 0) * trouble.dearer)
+            if order.offer.ceiling_micros_per_hour:  # a market price never passes it
+                price = order.offer.ceiling_micros_per_hour if trouble.spot_rises else price
+                price = min(price, order.offer.ceiling_micros_per_hour)
             for _ in range(2 if trouble.twin else 1):
                 self.machines.append(Made(order, trouble, self.clock.elapsed_s, price))
         self.statement("launched")
@@ -361,7 +365,9 @@ class Cloud:
     def _money_lasts_s(self, made: Made) -> float:
         """The age at which somebody must begin to end it, or its reservation will not do."""
         latencies = made.order.offer.latencies
-        factor = made.price_micros / (made.order.offer.price_micros_per_hour or 1) * (2 if made.trouble.twin else 1)
+        offer = made.order.offer
+        reserved = max(offer.price_micros_per_hour or 1, offer.ceiling_micros_per_hour or 0)
+        factor = made.price_micros / reserved * (2 if made.trouble.twin else 1)
         if factor > 1:
             return (made.order.lifetime_s + latencies.total_s) / factor - latencies.ending_s
         return made.order.lifetime_s + latencies.tick_s + latencies.flush_s + latencies.handover_s
@@ -460,6 +466,8 @@ class Cloud:
         self._store(f"{folder}/state.json", state)
         self._store(f"{folder}/COMMIT", manifest({"state.json": state}))
         job.saved = worked
+        progress = Progress("steps", int(worked), worked, self.work_s[job.stage])
+        self._store(f"{job.stage}/progress.json", progress.to_json().encode())
 
     def _saved(self, stage: str) -> float:
         steps = [key.split("/")[-2] for key in self._keys(f"{stage}/checkpoints/") if key.endswith("/COMMIT")]

@@ -149,7 +149,9 @@ def _of_row(row: Row, need: Need) -> list[Offer]:
         minimum_s=MINIMUM_S.get(row.infra, 0),
         latencies=CLOUD_LATENCIES,
     )
-    spot = replace(on_demand, spot=True, price_micros_per_hour=_micros(row.spot_usd))
+    spot = replace(
+        on_demand, spot=True, price_micros_per_hour=_micros(row.spot_usd), ceiling_micros_per_hour=_micros(row.usd)
+    )
     if need.spot is True:
         return [spot] if row.spot_usd is not None else []
     return [on_demand] if need.spot is False or row.spot_usd is None else [on_demand, spot]

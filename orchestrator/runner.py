@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import spend
-from orchestrator.attempts import Attempt, Fate, verdict
+from orchestrator.attempts import Attempt, Candidate, Fate, verdict
 from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import BudgetExceeded, NotOwner, TeardownUnconfirmed
 from orchestrator.guarded import CALL_LIMIT_S, Guarded
@@ -211,7 +211,7 @@ class Runner:
             case Do.STOP:
                 data: dict[str, Any] = {"why": why, "came_up": row.state is not State.CREATING, **self._ended_at(seen)}
                 if row.state is State.LIVE:
-                    data["checkpoint"] = self._last_checkpoint(row.stage)
+                    data |= self._work_left(row.stage)
                 if why == "the run stops":
                     data["user_stop"] = True
                 self._move(row, Event.STOP, data=data)
@@ -339,7 +339,7 @@ class Runner:
     def _mark_ended(self, row: MachineRow, seen: Observation) -> None:
         data: dict[str, Any] = {
             "rc": seen.job.rc,
-            "checkpoint": self._last_checkpoint(row.stage),
+            **self._work_left(row.stage),
             **self._ended_at(seen),
         }
         ended = read_ended(self.bucket, row.stage)
@@ -435,7 +435,7 @@ class Runner:
             for a, row in zip(attempts, [r for r in rows if r.state is State.GONE and "sent" in r.facts], strict=True)
             if row.name in fresh
         ]
-        fate = verdict(attempts, offers=len(stage.candidates))
+        fate = verdict(attempts, candidates_of(stage))
         if fate.fate is not Fate.TRY:
             return Outcome(str(fate.fate), f"stage {stage.name}: {fate.message}", fate.hint, stage.name), True
         if self._waiting(stage.name, len(rows), fate.wait_s):
@@ -608,6 +608,12 @@ class Runner:
         except BucketError as error:
             self._warn(None, f"the bucket does not answer: {error.message}")
 
+    def _work_left(self, stage: str) -> dict[str, Any]:
+        """What a machine that ends leaves of its stage: the newest checkpoint and the share that was done."""
+        progress = read_progress(self.bucket, stage)
+        share = min(1.0, progress.done / progress.total) if progress is not None and progress.total else None
+        return {"checkpoint": self._last_checkpoint(stage), "share": share}
+
     def _last_checkpoint(self, stage: str) -> str | None:
         """Key of the newest committed checkpoint, None when there is none or the bucket does not answer."""
         prefix, end = f"{stage}/checkpoints/", f"/{COMMIT_FILE}"
@@ -716,7 +722,18 @@ def attempt_of(row: MachineRow) -> Attempt:
         time_used_up="its time is used up" in row.reasons,
         checkpoint=row.facts.get("checkpoint"),
         user_stop=bool(row.facts.get("user_stop")),
+        lost=LOST in row.reasons,
+        billed_s=float(row.facts.get("billed_s", 0.0)),
+        share=row.facts.get("share"),
     )
+
+
+def candidates_of(stage: StagePlan) -> list[Candidate]:
+    """The stage's offers as `attempts` weighs them."""
+    return [
+        Candidate(offer.price_micros_per_hour or 0, hours.expected, offer.spot)
+        for offer, hours in zip(stage.candidates, stage.candidate_hours, strict=True)
+    ]
 
 
 def spending_micros(run: Run, age: Callable[[MachineRow], float]) -> int:
