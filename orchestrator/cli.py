@@ -38,6 +38,7 @@ SECTIONS = {
     "Plan": ["plan", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down"],
     "Look": ["report"],
+    "Money": ["budget"],
     "Forgotten": ["reap"],
 }
 
@@ -100,6 +101,7 @@ def plan(recipe: str, budget: str | None, deadline: str | None, infra: str | Non
         from orchestrator.plan import render_plan
 
         render_plan(made, _console())
+    _warn_of_the_month(made)
     if not made.fits:
         raise _too_dear(made)
 
@@ -283,6 +285,33 @@ def reap(
         _reap_for_ever(wish, every_s, as_json)
 
 
+@kdcloud.command()
+@click.option("--month", metavar="AMOUNT", help="Cap for all runs of a calendar month together, like 200CNY; or none.")
+@json_option
+def budget(month: str | None, as_json: bool) -> None:
+    """What all runs of this month spent, and the cap that holds for them together; --month sets it.
+
+    \b
+    kdcloud budget
+    kdcloud budget --month 200CNY
+    kdcloud budget --month none
+    """
+    from datetime import UTC, datetime
+
+    from orchestrator.budget import build_budget, describe
+    from orchestrator.config import set_monthly_cap
+
+    if month is not None:
+        set_monthly_cap(_home()[0], None if month.lower() == "none" else _amount(month, "--month"))
+    _, config = _home()
+    with _ledger() as ledger:
+        document = build_budget(ledger.month(datetime.now(UTC)), config)
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(describe(document, config))
+
+
 @kdcloud.command("recipe-schema")
 def recipe_schema_command() -> None:
     """JSON schema of a recipe, for editors that complete and check.
@@ -304,6 +333,7 @@ def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None
 
     made, provider, loaded = _plan(recipe, budget, deadline, infra)
     render_plan(made, _console(stderr=True))
+    _warn_of_the_month(made)
     if not made.fits:
         raise _too_dear(made)
     if not yes:
@@ -533,16 +563,33 @@ def _ledger() -> AbstractContextManager[Ledger]:
     return opened_ledger(_home()[0], say=_talk)
 
 
-def _amount(text: str) -> Any:
+def _amount(text: str, option: str = "--budget") -> Any:
     from orchestrator import money
 
     try:
         amount = money.parse_amount(text)
     except ValueError as error:
-        raise UsageError(f"--budget: {error}", hint="write it like --budget 50CNY or --budget '$7'") from error
+        raise UsageError(f"{option}: {error}", hint=f"write it like {option} 50CNY or {option} '$7'") from error
     if amount.value <= 0:
-        raise UsageError(f"--budget must be above 0, not {text}", hint="write it like --budget 50CNY")
+        raise UsageError(f"{option} must be above 0, not {text}", hint=f"write it like {option} 50CNY")
+    if amount.hourly:
+        raise UsageError(f"{option} is an amount, not a price an hour", hint=f"write it like {option} 50CNY")
     return amount
+
+
+def _warn_of_the_month(made: Plan) -> None:
+    """Says so when all runs of this month together leave less than this one's cap."""
+    from datetime import UTC, datetime
+
+    from orchestrator.budget import shortage
+
+    _, config = _home()
+    if config.monthly_cap is None:
+        return
+    with _ledger() as ledger:
+        text = shortage(ledger, config, made.cap_micros, datetime.now(UTC))
+    if text:
+        _talk(f"! {text}\n  -> `kdcloud budget` shows it, `kdcloud budget --month AMOUNT` changes it")
 
 
 def _duration(text: str, option: str = "--deadline") -> float:

@@ -8,6 +8,7 @@ skypilot-cluster-name, the name on the cloud, which ends in a hash of the user);
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ class Ec2Machines:
         self._only, self._now = regions, now
         self._seen_in: dict[str, set[str]] = {}  # machine -> regions where it was found
         self._clients: dict[str, Any] = {}
+        self._boto: Any = None
+        self._making = threading.Lock()
 
     def offers(self, need: Need) -> list[Offer]:
         return []
@@ -167,22 +170,26 @@ class Ec2Machines:
         return session.region_name or ASK_FIRST
 
     def _client(self, region: str) -> Any:
-        if region not in self._clients:
-            from botocore.config import Config
+        from botocore.config import Config
 
-            config = Config(
-                connect_timeout=5,
-                read_timeout=20,
-                retries={"max_attempts": 3, "mode": "standard"},
-                user_agent_extra="kdcloud",
-            )
-            self._clients[region] = self._session().client("ec2", region_name=region, config=config)
-        return self._clients[region]
+        with self._making:
+            if region not in self._clients:
+                config = Config(
+                    connect_timeout=5,
+                    read_timeout=20,
+                    retries={"max_attempts": 3, "mode": "standard"},
+                    user_agent_extra="kdcloud",
+                )
+                self._clients[region] = self._session().client("ec2", region_name=region, config=config)
+            return self._clients[region]
 
     def _session(self) -> Any:
+        """One for all regions: reading what EC2 can do takes longer than asking it. Not safe between threads."""
         import boto3
 
-        return boto3.session.Session()
+        if self._boto is None:
+            self._boto = boto3.session.Session()
+        return self._boto
 
 
 # -- pure: what EC2's words mean ---------------------------------------------------------------------------------------
