@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -251,6 +252,35 @@ def test_spot_requests_are_cancelled_so_that_nothing_starts_again(aws):
     machines.terminate(name)
     left = client.describe_spot_instance_requests()["SpotInstanceRequests"]
     assert {row["SpotInstanceRequestId"] for row in left if row["State"] == "open"} == {numbers[other]}
+
+
+@pytest.mark.parametrize(("kind", "raises"), [("one-time", False), ("persistent", True)])
+def test_a_request_that_may_not_be_cancelled_matters_only_if_it_starts_another_instance(aws, monkeypatch, kind, raises):
+    from botocore.exceptions import ClientError
+
+    name = named(OVERDUE)
+    client = ec2("us-east-1")
+    answer = client.request_spot_instances(
+        SpotPrice="0.5", Type=kind, LaunchSpecification={"ImageId": IMAGE, "InstanceType": "g5.xlarge"}
+    )
+    request = answer["SpotInstanceRequests"][0]
+    client.create_tags(Resources=[request["InstanceId"]], Tags=[{"Key": LABEL, "Value": name}])
+    machines = Ec2Machines(regions=("us-east-1",))
+    (found,) = machines._look(["us-east-1"], name)[0]
+    spot = replace(found, request=request["SpotInstanceRequestId"])  # moto does not say so of the instance
+    looks = iter([([spot], []), ([], [])])
+    monkeypatch.setattr(machines, "_look", lambda *words: next(looks))
+
+    def refused(**words: Any) -> Any:
+        raise ClientError({"Error": {"Code": "UnauthorizedOperation"}}, "CancelSpotInstanceRequests")
+
+    monkeypatch.setattr(machines._client("us-east-1"), "cancel_spot_instance_requests", refused)
+    if raises:
+        with pytest.raises(ProvisionError, match="could not cancel"):
+            machines.terminate(name)
+    else:
+        machines.terminate(name)
+    assert state(request["InstanceId"]) == "terminated"  # in both cases
 
 
 def test_a_region_that_refuses_does_not_hide_the_others(aws, monkeypatch):
