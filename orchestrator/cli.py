@@ -488,12 +488,15 @@ def _reap_once(wish: Wish, as_json: bool) -> None:
 
 def _reap_for_ever(wish: Wish, every_s: float, as_json: bool) -> None:
     """Looks again and again until SIGTERM or Ctrl-C; a line of JSON a look, or what is new in words."""
+    from dataclasses import replace
+
     from orchestrator.clock import SystemClock
     from orchestrator.reap_watch import News, document, look, until_told, watch
 
-    clock, news = SystemClock(), News()
+    clock, news, config = SystemClock(), News(), _home()[1]
 
     def one_look() -> Reaped:
+        nonlocal config
         home, config = _home()
         return look(wish, home, config, clock, say=_talk, stop=told.is_set)
 
@@ -504,11 +507,11 @@ def _reap_for_ever(wish: Wish, every_s: float, as_json: bool) -> None:
         for line in news.of(result):
             click.echo(line, err=line.startswith("no answer"))
         if result.ended:
-            click.echo(_reaped(result, wish.do_end, _home()[1]))
+            click.echo(_reaped(result, wish.do_end, config))
 
     with until_told() as told:
         last = watch(one_look, every_s=every_s, wait=told.wait, on_round=tell)
-    _all_clear(last)
+    _all_clear(replace(last, unanswered=()))  # who did not answer was said; the next service looks again
 
 
 def _reaped(result: Reaped, do_end: bool, config: Config) -> str:
@@ -522,7 +525,9 @@ def _reaped(result: Reaped, do_end: bool, config: Config) -> str:
         return f"{len(forgotten)} forgotten; `kdcloud reap --yes` ends them" if forgotten else "nothing is forgotten"
     saved = money.both(result.saved_micros_per_hour, config.rate, config.currency)
     more = f", and what {len(result.unpriced)} of them cost (not found)" if result.unpriced else ""
-    return f"ended {len(result.ended)}, which saves {saved} an hour{more}"
+    runs = sorted({result.runs[name] for name in result.ended if name in result.runs})
+    settle = "".join(f"\n`kdcloud down {run}` settles what it cost" for run in runs)
+    return f"ended {len(result.ended)}, which saves {saved} an hour{more}{settle}"
 
 
 def _all_clear(result: Reaped) -> None:

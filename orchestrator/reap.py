@@ -36,6 +36,7 @@ class Reaped:
     left: tuple[str, ...]
     unanswered: tuple[str, ...]  # providers that did not answer: what they hold is not known
     where: Mapping[str, tuple[str, ...]]  # machine -> providers that list it
+    runs: Mapping[str, str]  # machine -> its run, of those that a run here knows
 
     @property
     def saved_micros_per_hour(self) -> int:
@@ -99,6 +100,7 @@ def reap(
         left=tuple(name for name in doomed if name in left),
         unanswered=unanswered,
         where={name: tuple(places) for name, places in where.items()},
+        runs={name: one.row.run for name, one in known.items()},
     )
 
 

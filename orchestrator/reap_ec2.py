@@ -113,8 +113,9 @@ class Ec2Machines:
                 raise refused
         if troubles:
             raise ProvisionError("; ".join(troubles))
-        if rows and self._look({row.region for row in rows}, name)[0]:
-            raise NotYetGone(f"EC2 still lists {name}")
+        left, troubles = self._look({row.region for row in rows}, name) if rows else ([], [])
+        if left or troubles:
+            raise NotYetGone("; ".join(troubles) or f"EC2 still lists {name}")
 
     def _cancel(self, region: str, requests: list[str]) -> ProvisionError | None:
         """What went wrong: the key may be allowed to end instances only."""

@@ -202,8 +202,14 @@ def plan_of(run: Run) -> Plan:
 def reapable_providers(home: Home, ledger: Ledger | None, *, infra: Sequence[str] = ()) -> dict[str, Provisioner]:
     """Everywhere this computer may have machines, by name: here, where its runs have been, and what `infra` names.
 
-    `ledger` None: it cannot be read. AWS is also asked itself: what SkyPilot forgot only EC2 knows.
+    `ledger` None: it cannot be read. AWS is also asked itself: what SkyPilot forgot only EC2 knows. Raises UsageError.
     """
+    unknown = [name for name in infra if name.partition("/")[0] not in ("local", "slurm", "aws")]
+    if unknown:
+        raise UsageError(
+            f"reap cannot be told to look at {', '.join(unknown)}",
+            hint="--infra aws or slurm; where runs of this computer have been is looked at anyway",
+        )
     named = os.environ.get("KDCLOUD_PROVIDER")
     if named:
         return {named: named_provider(named)}
