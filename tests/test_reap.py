@@ -271,12 +271,12 @@ def test_a_provider_that_hangs_is_given_up_and_the_others_are_asked_meanwhile():
     name = world.machine("r-abc123", -HOUR)
     began = time.monotonic()
     hung = Hung(world.clock, world.bucket, {})
-    result = world.reap(providers={"a": hung, "b": hung, "c": world.provider}, call_limit_s=0.5)
+    result = world.reap(providers={"a": hung, "b": hung, "c": world.provider}, call_limit_s=1.0)
     took = time.monotonic() - began
     released.set()
     assert result.ended == (name,)
     assert len(result.unanswered) == 2
-    assert took < 1.0  # both hung ones at the same time
+    assert took < 1.9  # both hung ones at the same time: one after the other takes two seconds
 
 
 class Many:
