@@ -101,7 +101,7 @@ def plan(recipe: str, budget: str | None, deadline: str | None, infra: str | Non
         from orchestrator.plan import render_plan
 
         render_plan(made, _console())
-    _warn_of_the_month(made)
+    _warn_of_the_month(made.cap_micros)
     if not made.fits:
         raise _too_dear(made)
 
@@ -333,7 +333,7 @@ def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None
 
     made, provider, loaded = _plan(recipe, budget, deadline, infra)
     render_plan(made, _console(stderr=True))
-    _warn_of_the_month(made)
+    _warn_of_the_month(made.cap_micros)
     if not made.fits:
         raise _too_dear(made)
     if not yes:
@@ -371,6 +371,7 @@ def _resume(ledger: Ledger, resume: str, budget: str | None, deadline: str | Non
     cap = money.cap_micros(_amount(budget), made.rate) if budget else None
     seconds = _duration(deadline) if deadline else None
     session = resume_run(name, ledger=ledger, home=home, cap_micros=cap, deadline_s=seconds)
+    _warn_of_the_month((cap or known.cap_micros) - known.spent_micros)
     _talk(f"going on with {name}: {len(known.done)} of {len(made.stages)} stages are done")
     _go(session)
 
@@ -582,7 +583,7 @@ def _amount(text: str, option: str = "--budget") -> Any:
     return amount
 
 
-def _warn_of_the_month(made: Plan) -> None:
+def _warn_of_the_month(cap_micros: int) -> None:
     """Says so when all runs of this month together leave less than this one's cap."""
     from datetime import UTC, datetime
 
@@ -592,7 +593,7 @@ def _warn_of_the_month(made: Plan) -> None:
     if config.monthly_cap is None:
         return
     with _ledger() as ledger:
-        text = shortage(ledger, config, made.cap_micros, datetime.now(UTC))
+        text = shortage(ledger, config, cap_micros, datetime.now(UTC))
     if text:
         _talk(f"! {text}\n  -> `kdcloud budget` shows it, `kdcloud budget --month AMOUNT` changes it")
 
