@@ -31,7 +31,7 @@ class Attempt:
     reason: str
     message: str = ""
     hint: str = ""
-    bound: str = "cap"  # what limited its lifetime: cap | deadline | limit
+    bound: str = "cap"  # what limited its lifetime: cap | month | deadline | limit
     time_used_up: bool = False
     checkpoint: str | None = None
     user_stop: bool = False
@@ -108,6 +108,12 @@ def _out_of_time(last: Attempt) -> Verdict:
                 Fate.DEADLINE,
                 message="the deadline was reached",
                 hint="resume it with a later --deadline; its checkpoint is kept",
+            )
+        case "month":
+            return Verdict(
+                Fate.CAP,
+                message="this month's budget was reached",
+                hint="raise it with `kdcloud budget --month AMOUNT`, then resume; its checkpoint is kept",
             )
         case "cap":
             return Verdict(

@@ -41,7 +41,7 @@ SECTIONS = {
     "Plan": ["plan", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down"],
     "Look": ["report"],
-    "Forgotten": ["reap", "drill"],
+    "Safety": ["budget", "reap", "drill"],
 }
 
 
@@ -103,6 +103,7 @@ def plan(recipe: str, budget: str | None, deadline: str | None, infra: str | Non
         from orchestrator.plan import render_plan
 
         render_plan(made, _console())
+    _warn_of_the_month(made.cap_micros)
     if not made.fits:
         raise _too_dear(made)
 
@@ -323,6 +324,33 @@ def drill(schedules: int, seed: int | None, without: str | None, as_json: bool) 
         )
 
 
+@kdcloud.command()
+@click.option("--month", metavar="AMOUNT", help="Cap for all runs of a calendar month together, like 200CNY; or none.")
+@json_option
+def budget(month: str | None, as_json: bool) -> None:
+    """What all runs of this month spent, and the cap that holds for them together; --month sets it.
+
+    \b
+    kdcloud budget
+    kdcloud budget --month 200CNY
+    kdcloud budget --month none
+    """
+    from datetime import UTC, datetime
+
+    from orchestrator.budget import build_budget, describe
+    from orchestrator.config import set_monthly_cap
+
+    if month is not None:
+        set_monthly_cap(_home()[0], None if month.lower() == "none" else _amount(month, "--month"))
+    _, config = _home()
+    with _ledger() as ledger:
+        document = build_budget(ledger.month(datetime.now(UTC)), config)
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(describe(document, config))
+
+
 @kdcloud.command("recipe-schema")
 def recipe_schema_command() -> None:
     """JSON schema of a recipe, for editors that complete and check.
@@ -344,6 +372,7 @@ def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None
 
     made, provider, loaded = _plan(recipe, budget, deadline, infra)
     render_plan(made, _console(stderr=True))
+    _warn_of_the_month(made.cap_micros)
     if not made.fits:
         raise _too_dear(made)
     if not yes:
@@ -381,6 +410,7 @@ def _resume(ledger: Ledger, resume: str, budget: str | None, deadline: str | Non
     cap = money.cap_micros(_amount(budget), made.rate) if budget else None
     seconds = _duration(deadline) if deadline else None
     session = resume_run(name, ledger=ledger, home=home, cap_micros=cap, deadline_s=seconds)
+    _warn_of_the_month((cap or known.cap_micros) - known.spent_micros)
     _talk(f"going on with {name}: {len(known.done)} of {len(made.stages)} stages are done")
     _go(session)
 
@@ -498,12 +528,15 @@ def _reap_once(wish: Wish, as_json: bool) -> None:
 
 def _reap_for_ever(wish: Wish, every_s: float, as_json: bool) -> None:
     """Looks again and again until SIGTERM or Ctrl-C; a line of JSON a look, or what is new in words."""
+    from dataclasses import replace
+
     from orchestrator.clock import SystemClock
     from orchestrator.reap_watch import News, document, look, until_told, watch
 
-    clock, news = SystemClock(), News()
+    clock, news, config = SystemClock(), News(), _home()[1]
 
     def one_look() -> Reaped:
+        nonlocal config
         home, config = _home()
         return look(wish, home, config, clock, say=_talk, stop=told.is_set)
 
@@ -514,11 +547,11 @@ def _reap_for_ever(wish: Wish, every_s: float, as_json: bool) -> None:
         for line in news.of(result):
             click.echo(line, err=line.startswith("no answer"))
         if result.ended:
-            click.echo(_reaped(result, wish.do_end, _home()[1]))
+            click.echo(_reaped(result, wish.do_end, config))
 
     with until_told() as told:
         last = watch(one_look, every_s=every_s, wait=told.wait, on_round=tell)
-    _all_clear(last)
+    _all_clear(replace(last, unanswered=()))  # who did not answer was said; the next service looks again
 
 
 def _reaped(result: Reaped, do_end: bool, config: Config) -> str:
@@ -532,7 +565,9 @@ def _reaped(result: Reaped, do_end: bool, config: Config) -> str:
         return f"{len(forgotten)} forgotten; `kdcloud reap --yes` ends them" if forgotten else "nothing is forgotten"
     saved = money.both(result.saved_micros_per_hour, config.rate, config.currency)
     more = f", and what {len(result.unpriced)} of them cost (not found)" if result.unpriced else ""
-    return f"ended {len(result.ended)}, which saves {saved} an hour{more}"
+    runs = sorted({result.runs[name] for name in result.ended if name in result.runs})
+    settle = "".join(f"\n`kdcloud down {run}` settles what it cost" for run in runs)
+    return f"ended {len(result.ended)}, which saves {saved} an hour{more}{settle}"
 
 
 def _all_clear(result: Reaped) -> None:
@@ -589,16 +624,33 @@ def _ledger() -> AbstractContextManager[Ledger]:
     return opened_ledger(_home()[0], say=_talk)
 
 
-def _amount(text: str) -> Any:
+def _amount(text: str, option: str = "--budget") -> Any:
     from orchestrator import money
 
     try:
         amount = money.parse_amount(text)
     except ValueError as error:
-        raise UsageError(f"--budget: {error}", hint="write it like --budget 50CNY or --budget '$7'") from error
+        raise UsageError(f"{option}: {error}", hint=f"write it like {option} 50CNY or {option} '$7'") from error
     if amount.value <= 0:
-        raise UsageError(f"--budget must be above 0, not {text}", hint="write it like --budget 50CNY")
+        raise UsageError(f"{option} must be above 0, not {text}", hint=f"write it like {option} 50CNY")
+    if amount.hourly:
+        raise UsageError(f"{option} is an amount, not a price an hour", hint=f"write it like {option} 50CNY")
     return amount
+
+
+def _warn_of_the_month(cap_micros: int) -> None:
+    """Says so when all runs of this month together leave less than this one's cap."""
+    from datetime import UTC, datetime
+
+    from orchestrator.budget import shortage
+
+    _, config = _home()
+    if config.monthly_cap is None:
+        return
+    with _ledger() as ledger:
+        text = shortage(ledger, config, cap_micros, datetime.now(UTC))
+    if text:
+        _talk(f"! {text}\n  -> `kdcloud budget` shows it, `kdcloud budget --month AMOUNT` changes it")
 
 
 def _duration(text: str, option: str = "--deadline") -> float:

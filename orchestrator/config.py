@@ -18,14 +18,15 @@ from orchestrator.money import CURRENCIES, Amount, Rate, parse_amount
 from orchestrator.names import new_id
 
 DEFAULT_RATE = Rate(Decimal("7.1"), date(2026, 1, 15))
-KEYS = ("currency", "usd_to_cny", "rate_as_of", "owner", "monthly_cap")
+KEYS = ("currency", "usd_to_cny", "rate_as_of", "owner", "monthly_cap", "bucket")
 
 _NEW_FILE = """\
 # What kdcloud uses for every run. Remove the # of a line to set it.
 # currency: CNY            # shown first: CNY or USD
 # usd_to_cny: 7.1          # what one USD costs in CNY; frozen into a run when its plan is approved
 # rate_as_of: 2026-01-15   # the day that rate was read
-# monthly_cap: 300 CNY     # all runs of a calendar month together
+# monthly_cap: 300 CNY     # all runs of a calendar month (UTC) together: `kdcloud budget --month 300CNY`
+# bucket: s3://name/prefix # where runs are kept when their recipe names no bucket, and where reap looks for them
 owner: {owner}              # in the names of your machines; keep it
 """
 
@@ -101,7 +102,29 @@ def load_config(home: Home) -> Config:
             home.config,
             text.rstrip("\n") + f"\nowner: {config.owner}\n" if text.strip() else f"owner: {config.owner}\n",
         )
-    return replace(config, bucket=f"file:{home.bucket}")
+    return config if config.bucket else replace(config, bucket=f"file:{home.bucket}")
+
+
+def set_monthly_cap(home: Home, amount: Amount | None) -> None:
+    """Writes the cap of a calendar month into config.yaml, or removes it; every other line stays as it is.
+
+    Raises UsageError.
+    """
+    load_config(home)  # makes the file, and refuses to write into one that is broken
+    lines = home.config.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if not re.match(r"monthly_cap\s*:", line)]
+    if amount is not None:
+        kept.append(f"monthly_cap: {amount}")
+    text = "\n".join(kept) + "\n"
+    try:
+        config, _ = _parse(text, home.config)
+    except UsageError as error:
+        raise UsageError(
+            f"cannot write the monthly cap into {home.config}", hint="write `monthly_cap: 200 CNY` there yourself"
+        ) from error
+    if config.monthly_cap != amount:
+        raise UsageError(f"{home.config} holds a monthly cap in another form", hint="remove it there yourself")
+    _write(home.config, text)
 
 
 def _parse(text: str, path: Path) -> tuple[Config, bool]:
@@ -135,7 +158,9 @@ def _parse(text: str, path: Path) -> tuple[Config, bool]:
         raise UsageError("\n".join(problems), hint=f"mend {path}; known keys: {', '.join(KEYS)}")
     rate = Rate(values.get("usd_to_cny", DEFAULT_RATE.usd_to_cny), values.get("rate_as_of", DEFAULT_RATE.as_of))
     owner = values.get("owner")
-    config = Config(owner or new_id(), values.get("currency", "CNY"), rate, values.get("monthly_cap"))
+    config = Config(
+        owner or new_id(), values.get("currency", "CNY"), rate, values.get("monthly_cap"), values.get("bucket", "")
+    )
     return config, owner is not None
 
 
@@ -161,6 +186,10 @@ def _value(key: str, text: str) -> Any:
             if amount.value <= 0 or amount.hourly:
                 raise ValueError("must be an amount above 0, like 300 CNY")
             return amount
+        case "bucket":
+            if not re.match(r"s3://[^/]|file:/", text):
+                raise ValueError(f"{text!r} is not a bucket; write s3://name/prefix or file:/some/folder")
+            return text.rstrip("/")
         case _:
             close = difflib.get_close_matches(key, KEYS, n=1)
             raise ValueError(f"unknown key{f'; did you mean {close[0]}?' if close else ''}")

@@ -46,7 +46,7 @@ TURN_S = 10.0
 REAP_EVERY_S = 300.0
 SLICE_S = 30.0  # nobody sleeps longer without the rest of the world living on
 LATENCIES = Latencies(tick_s=5, flush_s=60, api_s=60, provision_s=60, handover_s=30, slack_s=90)
-GUARDED = replace(LATENCIES, unguarded_s=480)  # where the provider takes no limit: a reaper's period, grace and calls
+GUARDED = replace(LATENCIES, unguarded_s=540)  # where the provider takes no limit: a reaper's period, grace and calls
 SPOT_SHARE = 0.4
 FILE_LEDGER_SHARE = 0.02
 HORIZON_S = 5 * 24 * 3600.0
@@ -623,7 +623,7 @@ def tensorboard_left_open(world: World, rng: random.Random) -> None:
 
 @fault
 def landed_dearer(world: World, rng: random.Random) -> None:
-    rng.choice([world.change, world.every])(dearer=rng.choice([1.1, 1.5, 2.0]))
+    rng.choice([world.change, world.every])(dearer=rng.choice([1.2, 1.5, 2.0, 2.0]))
 
 
 @fault
@@ -660,8 +660,9 @@ def money_ends_while_provisioning(world: World, rng: random.Random) -> None:
 
 @fault
 def slower_than_planned(world: World, rng: random.Random) -> None:
+    factor = rng.choice([3, 10])
     for stage in ("label", "train"):
-        world.work_s[stage] *= rng.choice([1, 2, 6])
+        world.work_s[stage] *= factor
 
 
 @fault

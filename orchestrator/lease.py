@@ -11,6 +11,7 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cache
 
 from orchestrator.clock import Clock, age_s
 from orchestrator.errors import NotOwner, UsageError
@@ -109,15 +110,20 @@ def is_free(holder: Holder, renewed_at: datetime, *, now: datetime, clock: Clock
     return holder.released or (now - renewed_at).total_seconds() >= LEASE_S or _dead(holder, clock)
 
 
-def _me(client: str, clock: Clock, *, fence: int) -> Holder:
+@cache
+def _started(pid: int) -> float:
     import psutil
 
+    return psutil.Process(pid).create_time()
+
+
+def _me(client: str, clock: Clock, *, fence: int) -> Holder:
     return Holder(
         client=client,
         host=socket.gethostname(),
         boot_id=clock.mark().boot_id,
         pid=os.getpid(),
-        started=psutil.Process().create_time(),
+        started=_started(os.getpid()),
         fence=fence,
     )
 

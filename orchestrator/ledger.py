@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,18 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Month:
+    """Money of all runs in one calendar month, UTC. A machine counts in the month in which it is settled."""
+
+    name: str  # 2026-01
+    spent_micros: int
+    open_micros: int  # reserved and not settled yet, whenever it was reserved
+
+    def left_micros(self, cap_micros: int) -> int:
+        return max(0, cap_micros - self.spent_micros - self.open_micros)
+
+
+@dataclass(frozen=True)
 class _Known:
     """What was read of a run already: entries never change, so only newer ones are read again."""
 
@@ -203,10 +215,19 @@ class Ledger:
         *,
         later_floor: int,
         order: Mapping[str, Any],
+        month_cap_micros: int | None = None,
     ) -> None:
-        """Reserves before a create, checked and written in one transaction. Raises BudgetExceeded."""
+        """Reserves before a create, checked and written in one transaction. Raises BudgetExceeded.
+
+        `month_cap_micros` caps all runs of this ledger together, in the calendar month (UTC) of `at`.
+        """
         with self._write():
             now = self._fold(run)
+            if month_cap_micros is not None and micros > (rest := self.month(at).left_micros(month_cap_micros)):
+                raise BudgetExceeded(
+                    f"stage {stage} would reserve {micros} micro-USD; {rest} are left of this month's budget",
+                    hint="raise it with `kdcloud budget --month AMOUNT`, or wait for the next month",
+                )
             available = spend.available_micros(
                 cap=now.cap_micros, spent=now.spent_micros, open_=now.open_micros, later_floor=later_floor
             )
@@ -249,6 +270,21 @@ class Ledger:
 
     def machine_known(self, machine: str) -> bool:
         return self._db.execute("SELECT 1 FROM entry WHERE machine=? LIMIT 1", (machine,)).fetchone() is not None
+
+    def month(self, at: datetime) -> Month:
+        """What all runs together spent in the calendar month (UTC) of `at`, and hold open now."""
+        name = f"{at.astimezone(UTC):%Y-%m}"
+        billed = sorted({*_EVENTS, "late"})
+        marks = ",".join("?" * len(billed))
+        spent = self._db.execute(
+            f"SELECT COALESCE(SUM(micros), 0) FROM entry WHERE substr(at, 1, 7) = ? AND kind IN ({marks})",
+            (name, *billed),
+        ).fetchone()[0]
+        open_ = self._db.execute(
+            "SELECT COALESCE(SUM(micros), 0) FROM entry AS held WHERE kind = 'reserve' AND NOT EXISTS "
+            "(SELECT 1 FROM entry WHERE machine = held.machine AND kind IN ('gone', 'dropped'))"
+        ).fetchone()[0]
+        return Month(name, int(spent), int(open_))
 
     def find(self, text: str) -> str:
         """The run id for what a person typed: the id, its last six characters, or a unique beginning."""
@@ -444,7 +480,8 @@ def _statements(script: str) -> list[str]:
 
 
 def _iso(at: datetime) -> str:
-    return at.isoformat()
+    """UTC, so that texts sort like times and begin with the month they belong to."""
+    return at.astimezone(UTC).isoformat()
 
 
 def _dump(data: Mapping[str, Any]) -> str:

@@ -8,9 +8,11 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
+from orchestrator import spend
 from orchestrator.money import human_seconds, shown
 from orchestrator.plan import Plan
-from orchestrator.runner import Snapshot
+from orchestrator.runner import Snapshot, offer_from_dict
+from orchestrator.states import State
 from tasks.contract import Progress
 
 if TYPE_CHECKING:
@@ -188,9 +190,17 @@ def numbers(progress: Progress) -> str:
 
 
 def money(snapshot: Snapshot, plan: Plan) -> str:
-    """`¥0.0213 of ¥1.00 spent`."""
+    """`¥0.0213 of ¥1.00 spent`, and the worst case once a machine is older than its reservation pays for."""
     spent = shown(snapshot.spending_micros, plan.rate, plan.currency)
-    return f"{spent} of {shown(snapshot.run.cap_micros, plan.rate, plan.currency)} spent"
+    text = f"{spent} of {shown(snapshot.run.cap_micros, plan.rate, plan.currency)} spent"
+    row = snapshot.machine
+    if row is None or row.state is State.INTENT:
+        return text
+    offer = offer_from_dict(row.facts.get("landed") or row.order["offer"])
+    worst = spend.worst_case_micros(offer, reserved=row.reserved_micros, age_s=snapshot.machine_age_s)
+    if worst <= row.reserved_micros:
+        return text
+    return f"{text}; {row.name} is not confirmed gone: in the worst case {shown(worst, plan.rate, plan.currency)}"
 
 
 def sparkline(values: list[float]) -> str:

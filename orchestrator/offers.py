@@ -77,7 +77,10 @@ TABLE = (
 )
 
 # Worst-case seconds from a decision to the end of billing. Handover: what is billed before the supervisor counts.
-CLOUD_LATENCIES = Latencies(tick_s=5, flush_s=120, api_s=60, provision_s=90, handover_s=60, slack_s=90)
+# Unguarded: a reaper that looks every 5 minutes, its grace of 2, and the calls and delays of its teardown.
+CLOUD_LATENCIES = Latencies(
+    tick_s=5, flush_s=120, api_s=60, provision_s=90, handover_s=60, slack_s=90, unguarded_s=570
+)
 MINIMUM_S = {"aws": 60}
 
 

@@ -43,9 +43,11 @@ from orchestrator.provision import (
 
 BOOTSTRAP = "bootstrap.py"  # of tasks: sent as text
 SLURM_LATENCIES = Latencies(tick_s=5, flush_s=60, api_s=40, provision_s=60, handover_s=45, slack_s=90)
-CLOUD_LATENCIES = Latencies(tick_s=5, flush_s=120, api_s=60, provision_s=90, handover_s=60, slack_s=90)
+LIMITED_LATENCIES = Latencies(tick_s=5, flush_s=120, api_s=60, provision_s=90, handover_s=60, slack_s=90)
+CLOUD_LATENCIES = replace(LIMITED_LATENCIES, unguarded_s=570)  # no time limit at create: a reaper may be that late
 SLURM_LATE_S = 90  # Slurm looks at time limits once a minute, and then gives a job KillWait (30 s)
 SLURM = "slurm"
+LATENCIES = {SLURM: SLURM_LATENCIES, "kubernetes": LIMITED_LATENCIES}  # where `time_to_live` says something
 # SkyPilot cannot make these end a machine by themselves (clouds/<name>.py: AUTODOWN is unsupported).
 NO_AUTODOWN = frozenset({"hyperbolic", "primeintellect", "verda", "yotta"})
 ONE_PRICE = frozenset({SLURM, "lambda", "hyperbolic"})  # no spot
@@ -519,13 +521,14 @@ def offers_of(cloud: str, where: str, row: Any, as_of: datetime) -> Iterator[Off
         as_of=as_of,
         source="slurm.pricing of SkyPilot's configuration" if cloud == SLURM else "SkyPilot's catalogue",
         minimum_s=60 if cloud == "aws" else 0,
-        latencies=SLURM_LATENCIES if cloud == SLURM else CLOUD_LATENCIES,
+        latencies=LATENCIES.get(cloud, CLOUD_LATENCIES),
     )
     if where and cloud != SLURM and region != where.partition("/")[0]:
         return
     yield offer
     if cloud not in ONE_PRICE and micros(row.spot_price) is not None:
-        yield replace(offer, spot=True, price_micros_per_hour=micros(row.spot_price))
+        spot = micros(row.spot_price)
+        yield replace(offer, spot=True, price_micros_per_hour=spot, ceiling_micros_per_hour=offer.price_micros_per_hour)
 
 
 def micros(price_usd: Any) -> int | None:

@@ -36,6 +36,7 @@ class Reaped:
     left: tuple[str, ...]
     unanswered: tuple[str, ...]  # providers that did not answer: what they hold is not known
     where: Mapping[str, tuple[str, ...]]  # machine -> providers that list it
+    runs: Mapping[str, str]  # machine -> its run, of those that a run here knows
 
     @property
     def saved_micros_per_hour(self) -> int:
@@ -72,14 +73,7 @@ def reap(
     guarded = {
         name: Guarded(provider, lambda: clock.mark().wall, limit_s=call_limit_s) for name, provider in providers.items()
     }
-    answers = work.all(_listed, list(guarded.items()))
-    unanswered = tuple(trouble for _, trouble in answers if trouble)
-    where: dict[str, list[str]] = {}
-    seen: dict[str, Observation] = {}
-    for name, (found, _) in zip(guarded, answers, strict=True):
-        for one in found:
-            where.setdefault(one.name, []).append(name)
-            seen[one.name] = _together(seen.get(one.name), one)
+    seen, where, unanswered = _everything(guarded, work)
     shelf = _Shelf(bucket_of)
     known = known_machines(ledger, set(seen), clock, shelf, work) if ledger is not None else {}
     now = clock.mark().wall
@@ -98,7 +92,8 @@ def reap(
         ended=tuple(name for name in doomed if do_end and name not in left),
         left=tuple(name for name in doomed if name in left),
         unanswered=unanswered,
-        where={name: tuple(places) for name, places in where.items()},
+        where=where,
+        runs={name: one.row.run for name, one in known.items()},
     )
 
 
@@ -138,9 +133,8 @@ def heard_of(
     run6s = {parts.run6 for parts in ours.values()}
     places = {
         run[-6:]: (root, run)
-        for root, runs in zip(roots, work.all(shelf.runs, list(roots)), strict=True)
+        for root, runs in zip(roots, work.all(lambda root: shelf.runs(root, run6s), list(roots)), strict=True)
         for run in runs
-        if run[-6:] in run6s
     }
     found = [(name, parts, *places[parts.run6]) for name, parts in ours.items() if parts.run6 in places]
     told = work.all(lambda one: shelf.hear(one[2], one[3], one[1], clock), found)
@@ -161,12 +155,19 @@ class _Shelf:
         except (BucketError, KdcloudError, OSError):
             return None
 
-    def runs(self, root: str) -> list[str]:
-        """Ids of runs in a bucket; none when it does not answer."""
+    def runs(self, root: str, run6s: set[str]) -> list[str]:
+        """Ids of the runs in a bucket that end in one of these; none when it does not answer."""
+        found: set[str] = set()
         try:
-            return sorted({stat.key.partition("/")[0] for stat in self._at(root).list("")})
+            for stat in self._at(root).list(""):
+                run = stat.key.partition("/")[0]
+                if run[-6:] in run6s:
+                    found.add(run)
+                if len(found) == len(run6s):
+                    break
         except (BucketError, OSError):
             return []
+        return sorted(found)
 
     def hear(self, root: str, run: str, name: MachineName, clock: Clock) -> Heard | None:
         """A machine name holds only the beginning of a long stage name: all stages it may mean must be done."""
@@ -213,6 +214,20 @@ def _roots(ledger: Ledger | None) -> Iterator[str]:
         if slash and last == run:
             found[root] = None
     yield from found
+
+
+def _everything(
+    providers: Mapping[str, Guarded], work: _Work
+) -> tuple[dict[str, Observation], dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """(every machine once, the providers that list it, who did not answer and why)"""
+    where: dict[str, tuple[str, ...]] = {}
+    seen: dict[str, Observation] = {}
+    answers = work.all(_listed, list(providers.items()))
+    for place, (found, _) in zip(providers, answers, strict=True):
+        for one in found:
+            where[one.name] = (*where.get(one.name, ()), place)
+            seen[one.name] = _together(seen.get(one.name), one)
+    return seen, where, tuple(trouble for _, trouble in answers if trouble)
 
 
 def _listed(item: tuple[str, Guarded]) -> tuple[list[Observation], str]:

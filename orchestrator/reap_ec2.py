@@ -8,6 +8,7 @@ skypilot-cluster-name, the name on the cloud, which ends in a hash of the user);
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ class Ec2Machines:
         self._only, self._now = regions, now
         self._seen_in: dict[str, set[str]] = {}  # machine -> regions where it was found
         self._clients: dict[str, Any] = {}
+        self._boto: Any = None
+        self._making = threading.Lock()
 
     def offers(self, need: Need) -> list[Offer]:
         return []
@@ -100,18 +103,37 @@ class Ec2Machines:
         rows, troubles = self._look(self._regions_of(name), name)
         for region in sorted({row.region for row in rows}):
             there = [row for row in rows if row.region == region]
-            with asking(f"end {name} in {region}"):
-                ec2 = self._client(region)
-                requests = sorted({row.request for row in there if row.request is not None})
-                if requests:
-                    ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=requests)
-                instances = [row.id for row in there if row.id.startswith("i-")]
-                if instances:
-                    ec2.terminate_instances(InstanceIds=instances)
+            requests = sorted({row.request for row in there if row.request is not None})
+            instances = [row.id for row in there if row.id.startswith("i-")]
+            refused = self._cancel(region, requests) if requests else None
+            if instances:
+                with asking(f"end {name} in {region}"):
+                    self._client(region).terminate_instances(InstanceIds=instances)
+            if refused is not None and self._starts_again(region, requests):
+                raise refused
         if troubles:
             raise ProvisionError("; ".join(troubles))
-        if rows and self._look({row.region for row in rows}, name)[0]:
-            raise NotYetGone(f"EC2 still lists {name}")
+        left, troubles = self._look({row.region for row in rows}, name) if rows else ([], [])
+        if left or troubles:
+            raise NotYetGone("; ".join(troubles) or f"EC2 still lists {name}")
+
+    def _cancel(self, region: str, requests: list[str]) -> ProvisionError | None:
+        """What went wrong: the key may be allowed to end instances only."""
+        try:
+            with asking(f"cancel {', '.join(requests)} in {region}"):
+                self._client(region).cancel_spot_instance_requests(SpotInstanceRequestIds=requests)
+        except ProvisionError as error:
+            return error
+        return None
+
+    def _starts_again(self, region: str, requests: list[str]) -> bool:
+        """Whether one of them would start another instance: one that waits for its first, or a persistent one."""
+        with asking(f"see what became of {', '.join(requests)} in {region}"):
+            answer = self._client(region).describe_spot_instance_requests(SpotInstanceRequestIds=requests)
+        return any(
+            row["State"] == OPEN or (row["State"] in ("active", "disabled") and row.get("Type") == "persistent")
+            for row in answer["SpotInstanceRequests"]
+        )
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
@@ -167,22 +189,26 @@ class Ec2Machines:
         return session.region_name or ASK_FIRST
 
     def _client(self, region: str) -> Any:
-        if region not in self._clients:
-            from botocore.config import Config
+        from botocore.config import Config
 
-            config = Config(
-                connect_timeout=5,
-                read_timeout=20,
-                retries={"max_attempts": 3, "mode": "standard"},
-                user_agent_extra="kdcloud",
-            )
-            self._clients[region] = self._session().client("ec2", region_name=region, config=config)
-        return self._clients[region]
+        with self._making:
+            if region not in self._clients:
+                config = Config(
+                    connect_timeout=5,
+                    read_timeout=20,
+                    retries={"max_attempts": 3, "mode": "standard"},
+                    user_agent_extra="kdcloud",
+                )
+                self._clients[region] = self._session().client("ec2", region_name=region, config=config)
+            return self._clients[region]
 
     def _session(self) -> Any:
+        """One for all regions: reading what EC2 can do takes longer than asking it. Not safe between threads."""
         import boto3
 
-        return boto3.session.Session()
+        if self._boto is None:
+            self._boto = boto3.session.Session()
+        return self._boto
 
 
 # -- pure: what EC2's words mean ---------------------------------------------------------------------------------------
@@ -308,7 +334,7 @@ def asking(doing: str) -> Iterator[None]:
 
 def _hint(code: str) -> str:
     if code in ("UnauthorizedOperation", "AccessDenied"):
-        return "the key needs ec2:DescribeRegions, DescribeInstances, DescribeSpotInstanceRequests, TerminateInstances"
+        return "docs/reaper.md lists the rights that the key needs"
     if code in ("AuthFailure", "ExpiredToken", "RequestExpired", "InvalidClientTokenId"):
         return "its credentials have expired or are wrong: log in again"
     return "try again in a moment"

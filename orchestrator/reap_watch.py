@@ -19,7 +19,7 @@ from orchestrator.reap import Reaped, reap
 from orchestrator.session import opened_ledger, reapable_providers
 
 SCHEMA = 1
-NOTHING = Reaped((), (), (), (), {})
+NOTHING = Reaped((), (), (), (), {}, {})
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def document(result: Reaped, at: datetime) -> dict[str, Any]:
         {
             **asdict(finding),
             "created_at": finding.created_at and finding.created_at.isoformat(),
+            "run": result.runs.get(finding.name),
             "providers": list(result.where.get(finding.name, ())),
         }
         for finding in result.findings

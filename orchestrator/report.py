@@ -117,8 +117,7 @@ def render_report(report: Mapping[str, Any], plan: Plan, console: Console) -> No
     console.print()
     console.print(_stage_table(report["stages"], plan))
     spent, cap = (both(report[key], plan.rate, plan.currency) for key in ("spend_micros", "cap_micros"))
-    live = f"{len(report['live'])} machines may still bill" if report["live"] else "nothing is running"
-    console.print(f"spent {spent} of {cap}; {live}")
+    console.print(f"spent {spent} of {cap}; {_running(report['live'], plan)}")
     if any(report["quality"].values()):
         console.print()
         console.print(_quality_table(report["quality"]))
@@ -126,6 +125,16 @@ def render_report(report: Mapping[str, Any], plan: Plan, console: Console) -> No
         console.print(Text.assemble((f"{state}: ", "bold"), report["message"]), soft_wrap=True)
     if report["hint"]:
         console.print(f"  -> {report['hint']}", soft_wrap=True, markup=False)
+
+
+def _running(live: Sequence[Mapping[str, Any]], plan: Plan) -> str:
+    from orchestrator.money import both
+
+    if not live:
+        return "nothing is running"
+    worst, reserved = (sum(m[key] for m in live) for key in ("worst_case_micros", "reserved_micros"))
+    grows = ", growing until their end is confirmed" if worst > reserved else ""
+    return f"{len(live)} machines may still bill, in the worst case {both(worst, plan.rate, plan.currency)}{grows}"
 
 
 def _stage_table(stages: Sequence[Mapping[str, Any]], plan: Plan) -> Table:

@@ -95,7 +95,9 @@ class Runner:
         say: Callable[[str, str | None, str], None] = lambda kind, stage, text: None,
         stop: Callable[[], bool] = lambda: False,
         call_limit_s: float | None = CALL_LIMIT_S,
+        month_cap_micros: int | None = None,
     ) -> None:
+        self.month_cap_micros = month_cap_micros
         self.ledger, self.bucket, self.clock = ledger, bucket, clock
         self.provider = Guarded(provider, self._now, limit_s=call_limit_s)
         self.plan, self.run_id, self.owner, self.lease = plan, run_id, owner, lease
@@ -451,7 +453,12 @@ class Runner:
         available = spend.available_micros(
             cap=run.cap_micros, spent=run.spent_micros, open_=run.open_micros, later_floor=floor
         )
-        lifetime, bound = spend.lifetime_s(offer, available), "cap"
+        cap_bound = "cap"
+        if self.month_cap_micros is not None:
+            rest = self.ledger.month(self._now()).left_micros(self.month_cap_micros)
+            if rest < available:
+                available, cap_bound = rest, "month"
+        lifetime, bound = spend.lifetime_s(offer, available), cap_bound
         if lifetime >= spend.MAX_LIFETIME_S:
             bound = "limit"
         if run.deadline_s is not None:
@@ -464,6 +471,13 @@ class Runner:
                     "deadline",
                     f"stage {stage.name}: the deadline leaves it no time",
                     "resume it with a later --deadline",
+                    stage.name,
+                ), True
+            if bound == "month":
+                return Outcome(
+                    "cap",
+                    f"stage {stage.name}: what is left of this month's budget pays for no useful machine time",
+                    f"`kdcloud budget --month MORE`, then `kdcloud run --resume {self.run_id}`",
                     stage.name,
                 ), True
             return Outcome(
@@ -490,7 +504,10 @@ class Runner:
             "fence": self.lease.fence,
         }
         try:
-            self.ledger.reserve(self.run_id, stage.name, name, micros, self._now(), later_floor=floor, order=order)
+            self.ledger.reserve(
+                self.run_id, stage.name, name, micros, self._now(),
+                later_floor=floor, order=order, month_cap_micros=self.month_cap_micros,
+            )  # fmt: skip
         except BudgetExceeded as error:
             return Outcome("cap", error.message, error.hint, stage.name), True
         again = f"attempt {len(rows) + 1} " if rows else ""
@@ -675,6 +692,12 @@ def machine_age_s(row: MachineRow, clock: Clock) -> float:
     """Seconds since the create request was sent; 0 before."""
     sent = row.facts.get("sent")
     return age_s(mark_from_dict(sent), clock.mark()) if sent else 0.0
+
+
+def worst_case_micros(row: MachineRow, clock: Clock) -> int:
+    """The most an open machine may cost, now; see spend.worst_case_micros."""
+    offer = offer_from_dict(row.facts.get("landed") or row.order["offer"])
+    return spend.worst_case_micros(offer, reserved=row.reserved_micros, age_s=machine_age_s(row, clock))
 
 
 def _open(run: Run) -> list[MachineRow]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import __version__
+from orchestrator.budget import month_cap_micros
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.config import Config, Home
+from orchestrator.config import Config, Home, load_config
 from orchestrator.errors import NotOwner, UsageError
 from orchestrator.handover import code_wheel, put_code, upload_data
 from orchestrator.lease import Lease, is_free, read_holder
@@ -20,7 +21,7 @@ from orchestrator.names import new_run_id
 from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
 from orchestrator.provision import NotYetGone, Provisioner, ProvisionError
 from orchestrator.provision_local import LocalProvisioner
-from orchestrator.runner import Outcome, Runner, Snapshot, mark_to_dict, snapshot_of
+from orchestrator.runner import Outcome, Runner, Snapshot, mark_to_dict, snapshot_of, worst_case_micros
 from orchestrator.states import State
 from tasks.bucket import Bucket, open_bucket, probe
 from tasks.contract import LOG_FILE
@@ -56,6 +57,7 @@ class Session:
             code_folder=self.home.runs / self.run_id / "code",
             say=say,
             stop=stop,
+            month_cap_micros=month_cap_micros(load_config(self.home)),
         )
         try:
             return runner.run(on_turn=on_turn)
@@ -200,8 +202,14 @@ def plan_of(run: Run) -> Plan:
 def reapable_providers(home: Home, ledger: Ledger | None, *, infra: Sequence[str] = ()) -> dict[str, Provisioner]:
     """Everywhere this computer may have machines, by name: here, where its runs have been, and what `infra` names.
 
-    `ledger` None: it cannot be read. AWS is also asked itself: what SkyPilot forgot only EC2 knows.
+    `ledger` None: it cannot be read. AWS is also asked itself: what SkyPilot forgot only EC2 knows. Raises UsageError.
     """
+    unknown = [name for name in infra if name.partition("/")[0] not in ("local", "slurm", "aws")]
+    if unknown:
+        raise UsageError(
+            f"reap cannot be told to look at {', '.join(unknown)}",
+            hint="--infra aws or slurm; where runs of this computer have been is looked at anyway",
+        )
     named = os.environ.get("KDCLOUD_PROVIDER")
     if named:
         return {named: named_provider(named)}
@@ -315,8 +323,9 @@ def state_of(run: Run) -> str:
     return "running"
 
 
-def live_machines(run: Run, provider: Provisioner | None) -> list[dict[str, Any]]:
+def live_machines(run: Run, provider: Provisioner | None, clock: Clock | None = None) -> list[dict[str, Any]]:
     """Machines that may bill, with what the provider says of them now (unknown when it was not asked)."""
+    clock = clock or SystemClock()
     found = []
     for row in run.live:
         status = "unknown"
@@ -330,6 +339,7 @@ def live_machines(run: Run, provider: Provisioner | None) -> list[dict[str, Any]
                 "state": str(row.state),
                 "provider": status,
                 "reserved_micros": row.reserved_micros,
+                "worst_case_micros": worst_case_micros(row, clock),
             }
         )
     return found

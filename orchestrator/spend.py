@@ -76,6 +76,14 @@ def settled_micros(offer: Offer, *, until_s: float, alive_s: float, reserved: in
     return max(seen, min(copies * cost_micros(offer, until_s), reserved))
 
 
+def worst_case_micros(offer: Offer, *, reserved: int, age_s: float) -> int:
+    """The most a machine that is not seen gone may cost; grows for as long as nothing confirms its end.
+
+    Its reservation, or, once it is older than that pays for, all until a teardown that is accepted now takes effect.
+    """
+    return max(reserved, cost_micros(offer, age_s + offer.latencies.api_s + offer.latencies.provision_s))
+
+
 def available_micros(*, cap: int, spent: int, open_: int, later_floor: int) -> int:
     """What the stage at hand may reserve, so that it cannot eat the later ones: cap - spent - open - their floor."""
     return max(0, cap - spent - open_ - later_floor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.ledger import Run
@@ -24,6 +23,7 @@ def build_status(runs: Sequence[Run], provider_of: Callable[[Run], Provisioner |
 
 def _one(run: Run, provider_of: Callable[[Run], Provisioner | None]) -> dict[str, Any]:
     plan = run.data["plan"]
+    live = live_machines(run, provider_of(run) if run.live else None)
     state = state_of(run)
     if state == "running" and not _driven(run):
         state = "interrupted"
@@ -38,7 +38,8 @@ def _one(run: Run, provider_of: Callable[[Run], Provisioner | None]) -> dict[str
         "spend_micros": run.spent_micros,
         "reserved_micros": run.open_micros,
         "bucket": run.bucket,
-        "live": live_machines(run, provider_of(run) if run.live else None),
+        "worst_case_micros": run.spent_micros + sum(m["worst_case_micros"] for m in live),
+        "live": live,
     }
 
 
@@ -89,9 +90,19 @@ def render_status(document: Mapping[str, Any], console: Console) -> None:
                 f"`kdcloud down {run['run']}` ends it",
                 soft_wrap=True,
             )
-    total = Decimal(sum(m["reserved_micros"] for run in document["runs"] for m in run["live"]))
-    console.print(
-        f"machines that may bill hold reservations of {usd(int(total))}"
-        if total
-        else "nothing is running, nothing bills"
-    )
+    console.print(may_bill([m for run in document["runs"] for m in run["live"]]), soft_wrap=True)
+
+
+def may_bill(live: Sequence[Mapping[str, Any]]) -> str:
+    """What open machines hold, and the most they may come to: more than that once an end is not confirmed in time."""
+    from orchestrator.money import usd
+
+    if not live:
+        return "nothing is running, nothing bills"
+    reserved, worst = (sum(m[key] for m in live) for key in ("reserved_micros", "worst_case_micros"))
+    if worst > reserved:
+        return (
+            f"{len(live)} may still bill beyond their reservations of {usd(reserved)}: in the worst case "
+            f"{usd(worst)} by now, and it grows until their end is confirmed; `kdcloud reap --yes` tries again"
+        )
+    return f"machines that may bill hold reservations of {usd(reserved)}; in the worst case they use them up"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import DEFAULT_RATE, KEYS, Home, load_config
+from orchestrator.config import DEFAULT_RATE, KEYS, Home, load_config, set_monthly_cap
 from orchestrator.errors import UsageError
 from orchestrator.money import Amount
 
@@ -102,3 +102,43 @@ def test_two_clients_that_start_at_once_agree_on_the_owner(home: Home, monkeypat
     monkeypatch.setattr("orchestrator.config.new_id", other_is_faster)
     assert load_config(home).owner == "first1"
     assert home.config.read_text() == "owner: first1\n"
+
+
+def test_the_monthly_cap_is_set_changed_and_removed_and_every_other_line_stays(home: Home) -> None:
+    home.make()
+    home.config.write_text("# mine\nmonthly_cap: 300 CNY  # too much\nowner: abc123")
+    set_monthly_cap(home, Amount(Decimal("12.5"), "USD"))
+    assert load_config(home).monthly_cap == Amount(Decimal("12.5"), "USD")
+    assert home.config.read_text() == "# mine\nowner: abc123\nmonthly_cap: 12.5 USD\n"
+    set_monthly_cap(home, None)
+    assert load_config(home).monthly_cap is None
+    assert home.config.read_text() == "# mine\nowner: abc123\n"
+    assert stat.S_IMODE(home.config.stat().st_mode) == 0o600
+
+
+def test_a_new_home_takes_a_monthly_cap(home: Home) -> None:
+    set_monthly_cap(home, Amount(Decimal(200), "CNY"))
+    config = load_config(home)
+    assert config.monthly_cap == Amount(Decimal(200), "CNY")
+    set_monthly_cap(home, Amount(Decimal(100), "CNY"))
+    assert load_config(home).owner == config.owner
+
+
+@pytest.mark.parametrize(
+    "text", ["{owner: abc123}\n", "{owner: abc123, monthly_cap: 3 CNY}\n", '"monthly_cap": 3 CNY\n']
+)
+def test_a_monthly_cap_is_never_written_into_what_it_would_break(home: Home, text: str) -> None:
+    home.make()
+    home.config.write_text(text)
+    with pytest.raises(UsageError):
+        set_monthly_cap(home, Amount(Decimal(200), "CNY") if "monthly" not in text else None)
+    assert "200" not in home.config.read_text()
+
+
+def test_the_bucket_for_every_run_can_be_set(home: Home) -> None:
+    home.make()
+    home.config.write_text("owner: abc123\nbucket: s3://mine/kd/\n")
+    assert load_config(home).bucket == "s3://mine/kd"
+    home.config.write_text("owner: abc123\nbucket: mine\n")
+    with pytest.raises(UsageError, match="s3://name/prefix"):
+        load_config(home)

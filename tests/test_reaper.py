@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
 from orchestrator.names import machine_name
 from orchestrator.provision import Job, Observation, Status
-from orchestrator.reaper import Action, Known, judge
+from orchestrator.reaper import Action, Heard, Known, judge
 from orchestrator.states import State
 from orchestrator.testing import START, fake_offer
 from tests.plans import make_row
@@ -20,7 +21,7 @@ def machine(owner: str = "owner1", deadline=LATER, created=EARLIER, state: Statu
     return Observation(machine_name(owner, "r-abc123", "train", deadline), state, fake_offer(), created, Job(), START)
 
 
-def knows(seen: Observation, state: State = State.LIVE, **changes: bool) -> dict[str, Known]:
+def knows(seen: Observation, state: State = State.LIVE, **changes: bool | None) -> dict[str, Known]:
     facts = {"ended": False, "driven": False, "stage_done": False, **changes}
     return {seen.name: Known(row=make_row(seen.name, state), **facts)}
 
@@ -34,6 +35,9 @@ CASES = [
     (machine(owner="other1", deadline=EARLIER), {}, Action.FOREIGN),  # somebody else's, never
     (machine(), {"driven": True}, Action.KEEP),
     (machine(deadline=EARLIER), {"driven": True}, Action.KEEP),  # its client ends it
+    (machine(), {"driven": True, "outlived": True}, Action.END),  # whatever its client does, it does not end it
+    (machine(), {"driven": None, "ended": True}, Action.KEEP),  # nobody can tell whether it is driven
+    (machine(deadline=EARLIER), {"driven": None}, Action.END),
     (machine(), {"state": State.GONE}, Action.END),
     (machine(), {"ended": True}, Action.END),
     (machine(), {"stage_done": True}, Action.END),
@@ -48,6 +52,43 @@ def test_fate(seen, facts, action):
     (finding,) = judge([seen], known, owner="owner1", now=START)
     assert finding.action is action
     assert finding.why
+
+
+HEARD = [
+    # machine no run here knows, (driven, stage done) as its run's bucket has it -> action, and with --orphans
+    (machine(), (True, False), Action.KEEP, Action.KEEP),  # a healthy run of another computer
+    (machine(), (True, True), Action.KEEP, Action.KEEP),
+    (machine(deadline=EARLIER), (True, False), Action.KEEP, Action.KEEP),  # the clock that named it was wrong
+    (machine(deadline=START - timedelta(hours=4)), (True, False), Action.END, Action.END),  # not by that much
+    (machine(), (False, True), Action.END, Action.END),
+    (machine(), (False, False), Action.ASK, Action.END),
+    (machine(deadline=EARLIER), (False, False), Action.END, Action.END),
+    (machine(owner="other1"), (False, True), Action.FOREIGN, Action.FOREIGN),
+]
+
+
+@pytest.mark.parametrize(("seen", "heard", "action", "with_orphans"), HEARD)
+def test_fate_by_what_the_bucket_says(seen, heard, action, with_orphans):
+    told = {seen.name: Heard(*heard)}
+    for orphans, expected in ((False, action), (True, with_orphans)):
+        (finding,) = judge([seen], {}, heard=told, owner="owner1", now=START, orphans=orphans)
+        assert finding.action is expected, finding
+
+
+def test_the_price_is_the_providers_else_the_ledgers_else_unknown():
+    seen = machine()
+    silent = replace(seen, landed_offer=None)
+    row = replace(make_row(seen.name, State.LIVE), order={"offer": {"price_micros_per_hour": 7}})
+    known = {seen.name: Known(row, ended=False, driven=True, stage_done=False)}
+    for one, knows_it, price in ((seen, {}, 500_000), (silent, known, 7), (silent, {}, None)):
+        assert judge([one], knows_it, owner="owner1", now=START)[0].price_micros_per_hour == price
+
+
+def test_older_than_spares_what_has_no_age():
+    ageless = machine(deadline=EARLIER, created=None)
+    (finding,) = judge([ageless], {}, owner="owner1", now=START, older_than=timedelta(hours=1))
+    assert finding.action is Action.KEEP
+    assert "not known" in finding.why
 
 
 def test_orphans_are_ended_only_when_asked_for_and_strangers_not_even_then():
@@ -69,34 +110,3 @@ def test_older_than_spares_the_young():
 
 def test_what_is_gone_is_no_finding():
     assert judge([machine(state=Status.ABSENT)], {}, owner="owner1", now=START) == []
-
-
-def test_reaping_over_a_provider_ends_the_overdue_and_leaves_a_healthy_run_alone(tmp_path):
-    from orchestrator.ledger import Ledger
-    from orchestrator.provision import Order
-    from orchestrator.reap import reap
-    from orchestrator.testing import FakeBucket, FakeProvisioner, VirtualClock
-
-    clock = VirtualClock()
-    provider = FakeProvisioner(clock, FakeBucket(clock), {})
-    now = START
-    deadlines = {"old": now - timedelta(hours=1), "new": now + timedelta(hours=1)}
-    names = {key: machine_name("owner1", "r-abc123", "train", at) for key, at in deadlines.items()}
-    for key, name in names.items():
-        provider.launch(Order(name, "r-abc123", "train", fake_offer(), deadlines[key], 3600.0))
-    ledger = Ledger(tmp_path / "ledger.sqlite")
-    common = {
-        "ledger": ledger,
-        "providers": {"fake": provider},
-        "owner": "owner1",
-        "clock": clock,
-        "call_limit_s": None,
-    }
-    assert reap(**common, do_end=False).ended == ()
-    assert len(provider.live()) == 2
-    result = reap(**common, do_end=True)
-    assert result.ended == (names["old"],)
-    assert result.saved_micros_per_hour == 500_000
-    assert provider.live() == [names["new"]]
-    assert reap(**common, do_end=True, orphans=True).ended == (names["new"],)
-    assert provider.live() == []

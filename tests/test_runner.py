@@ -58,7 +58,12 @@ class World:
         )
 
     def client(
-        self, *, turns: int | None = None, stop_after: int | None = None, take_over: bool = False
+        self,
+        *,
+        turns: int | None = None,
+        stop_after: int | None = None,
+        take_over: bool = False,
+        month_cap: int | None = None,
     ) -> Outcome | None:
         """Drives until the end, or for so many turns (then it is 'killed')."""
         if take_over:
@@ -88,6 +93,7 @@ class World:
             say=lambda *words: self.said.append(words),
             stop=stop,
             call_limit_s=None,
+            month_cap_micros=month_cap,
         )
         try:
             return runner.run(turn_s=5.0)
@@ -498,3 +504,29 @@ def test_an_order_never_carries_a_longer_life_than_its_reservation_pays(tmp_path
     pays_s = row.reserved_micros * 3600 / 500_000
     assert row.order["lifetime_s"] + fake_offer().latencies.total_s <= pays_s
     assert replace(fake_offer()).latencies.total_s > 0
+
+
+def test_the_months_budget_ends_a_run_that_its_own_cap_would_let_go_on(tmp_path):
+    world = World(tmp_path)
+    outcome = world.client(month_cap=80_000)
+    assert outcome.state == "cap"
+    assert "month" in outcome.message
+    assert "kdcloud budget" in outcome.hint
+    assert world.provider.invoice_micros() <= 80_000
+    world.check_money(80_000)
+    assert world.client(take_over=True, month_cap=world.plan.cap_micros).state == "done"
+
+
+def test_a_stage_cut_short_by_the_months_budget_says_so_and_keeps_its_checkpoint(tmp_path):
+    world = World(tmp_path, work_s={"train": 3000.0})
+    outcome = world.client(month_cap=200_000)  # 1,440 s at $0.50 an hour
+    assert (outcome.state, outcome.stage) == ("cap", "train")
+    assert "this month's budget" in outcome.message
+    assert any(stat.key.endswith("/COMMIT") for stat in world.bucket.list("train/checkpoints/"))
+    world.check_money(200_000)
+
+
+def test_a_month_in_which_more_than_its_cap_was_spent_already_rents_nothing(tmp_path):
+    world = World(tmp_path)
+    assert world.client(month_cap=0).state == "cap"
+    assert world.provider.calls == []
