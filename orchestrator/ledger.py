@@ -294,7 +294,7 @@ class Ledger:
         head = known.head if known else self._head(run)
         rows = self._db.execute(
             "SELECT seq, run, stage, machine, kind, micros, at, data FROM entry WHERE run=? AND seq>? ORDER BY seq",
-            (run, known.run.entries[-1].seq if known else 0),
+            (run, known.run.entries[-1].seq if known and known.run.entries else 0),
         )
         fresh = tuple(_entry(*row) for row in rows)
         if known and not fresh:
