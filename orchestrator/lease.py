@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -33,6 +34,7 @@ class Holder:
     fence: int
     beat: int = 0
     released: bool = False
+    token: str = ""  # of this one acquisition: tells a renewal of our own from everybody else's
 
 
 class Lease:
@@ -103,7 +105,7 @@ class Lease:
         except NotFound:
             raise _taken_over() from None
         there = _read(raw)
-        if replace(there, beat=0, released=False) != replace(self._holder, beat=0, released=False) or there.released:
+        if there.token != self._holder.token or there.released:
             raise _taken_over()
         self._holder, self._etag = replace(self._holder, beat=there.beat), stat.etag
 
@@ -156,6 +158,7 @@ def _me(client: str, clock: Clock, *, fence: int) -> Holder:
         pid=os.getpid(),
         started=psutil.Process().create_time(),
         fence=fence,
+        token=uuid.uuid4().hex,
     )
 
 
