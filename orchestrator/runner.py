@@ -22,6 +22,8 @@ from orchestrator.guarded import CALL_LIMIT_S, Guarded
 from orchestrator.handover import fetch_code, supervisor_argv, supervisor_env
 from orchestrator.lease import LEASE_S, Lease
 from orchestrator.ledger import Ledger, MachineRow, Run
+from orchestrator.mirror import CALL_LIMIT_S as BUCKET_LIMIT_S
+from orchestrator.mirror import Mirror
 from orchestrator.money import human_seconds, shown
 from orchestrator.names import machine_name, parse_machine_name
 from orchestrator.offers import known_price
@@ -48,6 +50,7 @@ PROVISION_LIMIT_S = 1200.0
 MIN_WORK_S = 5.0  # a machine that could not work longer than this is not worth its minimum charge
 JOB_START_LIMIT_S = 180.0
 WARN_EVERY_S = 20.0
+BUCKET_PATIENCE_S = 600.0  # with nothing running, a bucket that does not answer is waited for that long
 TEARDOWN_PATIENCE_S = 60.0  # or three times the provider's own delays, whichever is longer
 
 
@@ -96,6 +99,9 @@ class Runner:
         self.provider = Guarded(provider, self._now, limit_s=call_limit_s)
         self.plan, self.run_id, self.owner, self.lease = plan, run_id, owner, lease
         self.code_folder, self.say, self.stop = code_folder, say, stop
+        limit_s = None if call_limit_s is None else BUCKET_LIMIT_S
+        self.mirror = Mirror(ledger, bucket, run_id, lease, clock, limit_s=limit_s)
+        self._bucket_since: Mark | None = None
         self._started = clock.mark()
         self._ending_since: dict[str, Mark] = {}
         self._retry: tuple[str, Mark, float] | None = None
@@ -109,6 +115,7 @@ class Runner:
             while True:
                 self._renew()
                 outcome, moved = self.turn()
+                self.mirror.flush()
                 if outcome is not None:
                     self.ledger.note(
                         self.run_id,
@@ -117,6 +124,7 @@ class Runner:
                         stage=outcome.stage,
                         data={"state": outcome.state, "message": outcome.message, "hint": outcome.hint},
                     )
+                    self.mirror.flush()
                     return outcome
                 on_turn(self.snapshot())
                 if not moved:
@@ -186,6 +194,10 @@ class Runner:
     ) -> bool:
         match do:
             case Do.SEND:
+                if not self.mirror.flush(must=True):
+                    self._warn(row.stage, f"nothing was started: {self.mirror.trouble}")
+                    self._move(row, Event.DROPPED)
+                    return True
                 mark = self.clock.mark()
                 self._move(row, Event.SENT, data={"sent": mark_to_dict(mark)})
                 self._launch(row, offer)
@@ -230,6 +242,11 @@ class Runner:
         return True
 
     def _launch(self, row: MachineRow, offer: Offer) -> None:
+        if not self.mirror.flush(must=True):
+            why = f"the bucket does not take word of it: {self.mirror.trouble}"
+            self._warn(row.stage, why)
+            self._move(row, Event.STOP, data={"why": why})
+            return
         order = Order(
             name=row.name,
             run=self.run_id,
@@ -283,6 +300,7 @@ class Runner:
             ),
         )
         try:
+            self.lease.confirm()
             self.bucket.put(f"{stage.name}/{TASK_FILE}", task.to_json().encode())
             wheel = fetch_code(self.bucket, self._code_sha256(), self.code_folder)
             self.provider.run(
@@ -413,7 +431,23 @@ class Runner:
             return Outcome(str(fate.fate), f"stage {stage.name}: {fate.message}", fate.hint, stage.name), True
         if self._waiting(stage.name, len(rows), fate.wait_s):
             return None, False
+        if not self.mirror.flush():
+            return self._bucket_away(stage.name), False
+        self._bucket_since = None
         return self._reserve(run, stage, rows, fate.offer_index)
+
+    def _bucket_away(self, stage: str) -> Outcome | None:
+        """Nothing is running and nothing can be started: waits for the bucket, but not for ever."""
+        self._warn(stage, f"waiting for the bucket: {self.mirror.trouble}")
+        self._bucket_since = self._bucket_since or self.clock.mark()
+        if age_s(self._bucket_since, self.clock.mark()) < BUCKET_PATIENCE_S:
+            return None
+        return Outcome(
+            "failed",
+            f"the bucket took no word of what is to be started: {self.mirror.trouble}",
+            f"nothing is running; go on with `kdcloud run --resume {self.run_id}` when it answers",
+            stage,
+        )
 
     def _reserve(
         self, run: Run, stage: StagePlan, rows: list[MachineRow], offer_index: int
