@@ -33,7 +33,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 SECTIONS = {
     "Plan": ["plan", "recipe-schema"],
-    "Run": ["run", "attach", "status", "logs", "down"],
+    "Run": ["run", "attach", "status", "logs", "down", "adopt"],
     "Look": ["report"],
     "Forgotten": ["reap"],
 }
@@ -235,6 +235,30 @@ def down(run_id: str | None, every: bool) -> None:
 
 
 @kdcloud.command()
+@click.argument("url", metavar="BUCKET/RUN")
+def adopt(url: str) -> None:
+    """Take a run that another computer began into this one's ledger, from its bucket; rents and ends nothing.
+
+    Every command that takes a RUN takes such an address too: `kdcloud run --resume s3://...` goes on at once.
+
+    \b
+    kdcloud adopt s3://my-bucket/kd/quickstart-k3x9ab
+    """
+    from orchestrator.session import newest, state_of
+
+    if ":" not in url:
+        raise UsageError(f"{url!r} is not a place in a bucket", hint="write file:/some/folder/RUN or s3://bucket/RUN")
+    with _ledger() as ledger:
+        name = newest(ledger, url)
+        known = ledger.run(name)
+        click.echo(name)
+    _talk(
+        f"{state_of(known)}; {len(known.done)} stages done, {len(known.live)} machines may still bill; "
+        f"go on with `kdcloud run --resume {name}`, or end it with `kdcloud down {name}`"
+    )
+
+
+@kdcloud.command()
 @click.argument("run_id", metavar="[RUN]", required=False)
 @json_option
 def report(run_id: str | None, as_json: bool) -> None:
@@ -346,6 +370,8 @@ def _go(session: Session) -> None:
 
     asked: list[int] = []
     view = view_for(session.plan)
+    for text in session.notes:
+        _talk(f"note: {text}")
 
     def stop(number: int, frame: object) -> None:
         asked.append(number)

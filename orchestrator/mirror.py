@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import UsageError
-from orchestrator.lease import Lease, NoLease
+from orchestrator.lease import LEASE_S, Lease, NoLease
 from orchestrator.ledger import ELSEWHERE, LOST, Entry, Ledger, Run
 from tasks.bucket import Bucket, BucketError, NotFound, PreconditionFailed, put_if
 
@@ -76,6 +76,8 @@ class Mirror:
         self.trouble = ""
         self._failed: Mark | None = None
         self._numbers: deque[int] | None = None  # free ones, the last goes on without end; None: not looked yet
+        self._headed = False
+        self._fences: dict[int, int] = {}  # of entries that fill a gap: no newer than what follows them
         self._handled = 0  # entries of the run, from its first, that are in the bucket
         self._there: set[int] = set()  # seqs of later ones that are there too, since they came from there
 
@@ -94,25 +96,38 @@ class Mirror:
             self._ask(self._lease.renew_if_due)  # one who slept too long writes nothing
             alone = self._open(run) if self._numbers is None else True
             alone = self._put_rest() and alone
+            if not self._headed:  # after the first entries: where no head is, nothing was ever made
+                self._ask(lambda: put_head(self._bucket, run))
+                self._headed = True
             if must:
-                self._ask(self._lease.confirm)
+                self._confirm()
         except BucketError as error:
             self.trouble, self._failed = error.message, self._clock.mark()
             return False
         self._failed, self.trouble = None, "" if alone else "another client wrote to the ledger of this run"
         return alone
 
+    def _confirm(self) -> None:
+        """Returns while the lease that was renewed is still young: one who slept meanwhile asks again."""
+        since, now = None, None
+        while since is None or now is None or age_s(since, now) >= LEASE_S / 2:
+            since = self._clock.mark()
+            self._ask(self._lease.confirm)
+            now = self._clock.mark()
+
     def _resting(self) -> bool:
         return self._failed is not None and age_s(self._failed, self._clock.mark()) < REST_S
 
     def _open(self, run: Run) -> bool:
         """Looks what is there already. False when that was news."""
-        self._ask(lambda: put_head(self._bucket, run))
         pages = self._ask(lambda: read_pages(self._bucket, run.id))
         known, news = compare(run.entries, pages.written)
         seqs, _ = self._ledger.absorb(run.id, [w.entry for w in news]) if news else ([], [])
         self._there = known | set(seqs)
         self._numbers = deque([*pages.missing, pages.next])
+        for gap in pages.missing:
+            after = [w.fence for w in pages.written if w.number > gap]
+            self._fences[gap] = min([self._lease.fence, *after])
         return not news
 
     def _put_rest(self) -> bool:
@@ -133,7 +148,7 @@ class Mirror:
         """Whether the entry is at the next free number now; else the one that is there was taken into the ledger."""
         assert self._numbers is not None
         number = self._numbers[0]
-        key, data = key_of(number), _dump(entry, number, self._lease.fence)
+        key, data = key_of(number), _dump(entry, number, self._fences.get(number, self._lease.fence))
         mine = True
         try:
             self._ask(lambda: put_if(self._bucket, key, data))
@@ -235,7 +250,9 @@ def _count_lost(ledger: Ledger, bucket: Bucket, run_id: str, missing: Sequence[i
     counted = {number for e in run.entries if e.kind == LOST for number in e.data["missing"]}
     if set(missing) <= counted:
         return []
-    micros = max(0, run.cap_micros - run.spent_micros - run.open_micros)
+    broken = {e.machine for e in run.entries if e.kind == ELSEWHERE}
+    whole = sum(m.open_micros for m in run.machines if m.name not in broken)
+    micros = max(0, run.cap_micros - run.spent_micros - whole)
     lost = Entry(0, run_id, None, None, LOST, micros, bucket.now(), {"missing": list(missing)})
     ledger.absorb(run_id, [lost])
     return [

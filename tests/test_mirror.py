@@ -1,0 +1,518 @@
+"""The ledger in the bucket: rebuilt on another computer, never ahead of what was done, written by one client only.
+
+Money is read from the fake provider's own invoice.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.errors import NotOwner, UsageError
+from orchestrator.lease import LEASE_S, Lease
+from orchestrator.ledger import LOST, Entry, Ledger
+from orchestrator.mirror import HEAD, Mirror, adopt, catch_up, compare, identity, key_of, read_pages
+from orchestrator.plan import Plan
+from orchestrator.runner import BUCKET_PATIENCE_S, Runner
+from orchestrator.states import Event, State
+from orchestrator.testing import START, FakeBucket, Faults, VirtualClock
+from tasks.bucket import BucketError, Unsupported
+from tests.plans import make_plan
+from tests.test_runner import WORK, Killed, World
+from tests.whole_runs import make_home
+
+RUN = "test-abc123"
+
+
+class Elsewhere(World):
+    """A world whose client can lose its home: the next one knows the bucket's address and nothing else."""
+
+    homes = 0
+
+    def lose_home(self) -> tuple[str, ...]:
+        """A new home, rebuilt from the bucket. What a person is told."""
+        self.path.unlink(missing_ok=True)
+        self.homes += 1
+        self.path = self.folder / f"home-{self.homes}" / "ledger.sqlite"
+        ledger = Ledger(self.path)
+        run_id, notes = adopt(ledger, self.bucket)
+        assert run_id == RUN
+        ledger.close()
+        return notes
+
+    def client_elsewhere(self, **how):
+        self.clock.sleep(LEASE_S + 1)
+        ledger = Ledger(self.path)
+        ledger.note(RUN, "resumed", self.clock.mark().wall)
+        ledger.close()
+        return self.client(**how)
+
+    def runner(self, path: Path, lease: Lease) -> Runner:
+        return Runner(
+            ledger=Ledger(path),
+            provider=self.provider,
+            bucket=self.bucket,
+            clock=self.clock,
+            plan=self.plan,
+            run_id=RUN,
+            owner="owner1",
+            lease=lease,
+            code_folder=self.folder / "code",
+            call_limit_s=None,
+        )
+
+
+def kinds(bucket) -> list[str]:
+    return [w.entry.kind for w in read_pages(bucket, RUN).written]
+
+
+def test_every_entry_of_a_run_is_in_the_bucket_in_order_and_with_its_fencing_number(tmp_path):
+    world = Elsewhere(tmp_path)
+    assert world.client().state == "done"
+    pages = read_pages(world.bucket, RUN)
+    assert [identity(w.entry) for w in pages.written] == [identity(e) for e in world.run.entries]
+    assert {w.fence for w in pages.written} == {1} and pages.missing == ()
+    assert [e.kind for e in world.run.entries].count("reserve") == len(WORK)
+
+
+def test_a_rebuilt_ledger_tells_the_same_as_the_lost_one(tmp_path):
+    world = Elsewhere(tmp_path, faults=lambda order, count: Faults(lost_after_s=200.0 if count == 0 else None))
+    world.client(turns=60)
+    before = world.run
+    assert world.lose_home() == ()
+    after = world.run
+    assert [identity(e) for e in after.entries] == [identity(e) for e in before.entries][: len(after.entries)]
+    assert len(before.entries) - len(after.entries) <= 1
+    same = ("id", "name", "created_at", "data", "cap_micros", "deadline_s", "done")
+    assert [getattr(after, name) for name in same] == [getattr(before, name) for name in same]
+
+
+def test_a_turn_without_news_asks_the_bucket_nothing(tmp_path):
+    world = Elsewhere(tmp_path)
+    world.client(turns=20)
+    ledger, lease = Ledger(world.path), None
+    world.clock.sleep(LEASE_S + 1)
+    lease = Lease.acquire(world.bucket, "owner1", world.clock)
+    mirror = Mirror(ledger, world.bucket, RUN, lease, world.clock, limit_s=None)
+    assert mirror.flush()
+    world.bucket._store = {}  # whatever is asked now fails
+    assert mirror.flush()
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_homes_that_are_lost_at_any_turn_change_neither_the_end_nor_the_money(tmp_path, seed):
+    random_ = random.Random(seed)
+    world = Elsewhere(tmp_path)
+    world.client(turns=random_.randint(2, 40))
+    while world.run.ends == ():
+        assert world.lose_home() == ()
+        outcome = world.client_elsewhere(turns=random_.randint(3, 60))
+        assert outcome is None or outcome.state == "done"
+    assert list(world.run.done) == list(WORK)
+    assert [e.stage for e in world.run.entries if e.kind == "stage_done"] == list(WORK)  # no stage twice
+    world.check_money()
+
+
+@pytest.mark.parametrize("statement", range(3, 110, 2))
+def test_whatever_was_made_stands_in_the_bucket_wherever_the_client_dies(tmp_path, monkeypatch, statement):
+    """Dies before or after the n-th call that leaves the process; then its home is lost, too."""
+    world = Elsewhere(tmp_path)
+    count = 0
+
+    def dying(original):
+        def call(*args, **kwargs):
+            nonlocal count
+            for before in (True, False):
+                count += 1
+                if count == statement:
+                    raise Killed
+                if before:
+                    result = original(*args, **kwargs)
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_append", dying(Ledger._append))
+        patch.setattr(world.bucket, "put", dying(world.bucket.put))
+        for name in ("launch", "run", "terminate"):
+            patch.setattr(world.provider, name, dying(getattr(world.provider, name)))
+        assert world.client() is None
+    known = {w.entry.machine for w in read_pages(world.bucket, RUN).written if w.entry.kind == "sent"}
+    assert set(world.provider.live()) <= known
+    if world.bucket.head(HEAD) is None:  # it died before it could have made anything
+        assert world.provider.calls == []
+        return
+    assert world.lose_home() == ()
+    assert world.client_elsewhere().state == "done"
+    assert [e.stage for e in world.run.entries if e.kind == "stage_done"] == list(WORK)
+    world.check_money()
+
+
+@pytest.mark.parametrize("statement", range(1, 90, 2))
+def test_an_old_client_that_wakes_after_its_lease_expired_writes_no_entry_and_launches_nothing(
+    tmp_path, monkeypatch, statement
+):
+    """It sleeps in its n-th call of ledger or bucket, before or after the effect, while another computer goes on."""
+    world = Elsewhere(tmp_path)
+    old_path, count, after_it, launches = world.path, 0, [], []
+    launch = world.provider.launch
+
+    def sleeping(original):
+        def call(*args, **kwargs):
+            nonlocal count
+            for before in (True, False):
+                count += 1
+                if count == statement:
+                    patch.undo()
+                    another()
+                if before:
+                    result = original(*args, **kwargs)
+            return result
+
+        return call
+
+    def another():
+        """Takes the run over and brings it to its end, then the old one wakes."""
+        if world.bucket.head(HEAD) is None:
+            raise Killed
+        world.path = tmp_path / "second" / "ledger.sqlite"
+        ledger = Ledger(world.path)
+        adopt(ledger, world.bucket)
+        ledger.close()
+        assert world.client_elsewhere().state == "done"
+        after_it.append(sorted(s.key for s in world.bucket.list("ledger/")))
+        world.provider.launch = lambda order: launches.append(order.name) or launch(order)
+
+    lease = Lease.acquire(world.bucket, "owner1", world.clock)
+    runner = world.runner(old_path, lease)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_append", sleeping(Ledger._append))
+        patch.setattr(world.bucket, "put", sleeping(world.bucket.put))
+        with pytest.raises((NotOwner, Killed)):
+            runner.run(turn_s=5.0)
+    if not after_it:
+        assert world.provider.calls == []
+        return
+    late = set(s.key for s in world.bucket.list("ledger/")) - set(after_it[0])
+    assert late <= {key_of(len(after_it[0]))}, "more than the one write that was under way"
+    assert launches == []
+    world.check_money()
+
+
+def test_a_client_that_finds_its_number_taken_counts_what_is_there_and_starts_nothing(tmp_path):
+    """The one write that an old client had under way when it fell asleep."""
+    world = Elsewhere(tmp_path)
+    world.client(turns=4)
+    old = Ledger(world.path).run(RUN)
+    world.lose_home()
+    world.clock.sleep(LEASE_S + 1)
+    lease = Lease.acquire(world.bucket, "owner1", world.clock)
+    ledger = Ledger(world.path)
+    mirror = Mirror(ledger, world.bucket, RUN, lease, world.clock, limit_s=None)
+    assert mirror.flush(must=True)
+    reserve = next(e for e in old.entries if e.kind == "reserve")
+    late = {
+        "schema": 1, "run": RUN, "n": read_pages(world.bucket, RUN).next, "fence": 1, "stage": "train",
+        "machine": "kd-owner1-abc123-train-zzzzzz", "kind": "reserve", "micros": 1234, "at": START.isoformat(),
+        "data": dict(reserve.data),
+    }  # fmt: skip
+    world.bucket.put(key_of(late["n"]), json.dumps(late).encode())
+    ledger.note(RUN, "resumed", START)
+    open_before = ledger.run(RUN).open_micros
+    assert not mirror.flush(must=True)
+    assert "another client" in mirror.trouble
+    assert ledger.run(RUN).open_micros == open_before + 1234
+    assert mirror.flush(must=True)  # known now, and our own entry is behind it
+    assert kinds(world.bucket)[-2:] == ["reserve", "resumed"]
+
+
+def test_a_run_that_wandered_to_another_computer_and_back_ends_as_if_it_had_not(tmp_path):
+    world = Elsewhere(tmp_path)
+    first = world.path
+    world.client(turns=25)
+    Ledger(first).note(RUN, "warning", world.clock.mark().wall)  # one entry that the bucket never got
+    kept = first.read_bytes()
+    world.lose_home()
+    world.client_elsewhere(turns=40)
+    first.write_bytes(kept)
+    world.path = first
+    ledger = Ledger(first)
+    assert catch_up(ledger, world.bucket, RUN) == ()
+    ledger.close()
+    assert world.client_elsewhere().state == "done"
+    assert [e.stage for e in world.run.entries if e.kind == "stage_done"] == list(WORK)
+    world.check_money()
+    there = read_pages(world.bucket, RUN)
+    known, news = compare(world.run.entries, there.written)
+    assert news == [] and len(known) == len(world.run.entries) == len(there.written)
+
+
+def test_a_machine_that_two_clients_ended_counts_at_the_dearer_figure(tmp_path):
+    world = Elsewhere(tmp_path)
+    world.client(turns=12)
+    name = world.run.machines[0].name
+    world.lose_home()
+    world.client_elsewhere(turns=60)
+    mine = Ledger(world.path)
+    settled = {m.name: m.settled_micros for m in mine.run(RUN).machines}[name]
+    assert settled > 0
+    theirs = [e for e in mine.run(RUN).entries if e.machine == name and e.kind == "gone"]
+    for micros in (settled - 1, settled + 5):
+        _, contradicting = mine.absorb(RUN, [replace(theirs[0], micros=micros)])
+        assert [e.kind for e in contradicting] == ["gone"]
+    assert {m.name: m.settled_micros for m in mine.run(RUN).machines}[name] == settled + 5
+
+
+# -- gaps and hostile entries ------------------------------------------------------------------------------------------
+
+
+def test_with_any_entry_missing_all_that_was_left_counts_as_spent_and_a_person_is_told(tmp_path):
+    world = Elsewhere(tmp_path)
+    world.client(turns=90)
+    world.provider.launch = None  # nothing may be launched from here on
+    whole = dict(world.bucket._store)
+    numbers = [w.number for w in read_pages(world.bucket, RUN).written]
+    assert len(numbers) > 8
+    for number in numbers[1:-1]:
+        world.bucket._store.clear()
+        world.bucket._store.update(whole)
+        world.bucket.delete(key_of(number))
+        (note,) = [text for text in world.lose_home() if "missing" in text]
+        assert f" {number} " in note and "--budget" in note
+        run = world.run
+        assert run.spent_micros + run.open_micros >= run.cap_micros and run.lost_micros > 0
+        again = catch_up(Ledger(world.path), world.bucket, RUN)
+        assert not [text for text in again if "missing" in text] and world.run.lost_micros == run.lost_micros
+
+
+def test_gaps_that_this_computer_can_fill_cost_nothing(tmp_path):
+    world = Elsewhere(tmp_path)
+    world.client(turns=90)
+    for number in (2, 5):
+        world.bucket.delete(key_of(number))
+    ledger = Ledger(world.path)
+    assert catch_up(ledger, world.bucket, RUN) == ()
+    ledger.close()
+    assert world.client_elsewhere().state == "done"
+    assert read_pages(world.bucket, RUN).missing == ()
+    assert not [e for e in world.run.entries if e.kind == LOST]
+    assert world.lose_home() == ()
+    world.check_money()
+
+
+def test_an_entry_of_a_client_that_had_lost_the_run_is_counted_and_named(tmp_path):
+    world = Elsewhere(tmp_path)
+    world.client(turns=10)
+    world.clock.sleep(LEASE_S + 1)
+    Ledger(world.path).note(RUN, "resumed", START)
+    world.client(turns=10)
+    number = read_pages(world.bucket, RUN).next - 1
+    last = json.loads(world.bucket.get(key_of(number))[0])
+    assert last["fence"] == 2
+    world.bucket.put(key_of(number + 1), json.dumps({**last, "n": number + 1, "fence": 1, "kind": "late"}).encode())
+    assert any("had lost the run" in text for text in world.lose_home())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("schema", "run", "n", "fence", "stage", "machine", "kind", "micros", "at", "data")
+
+
+@settings(max_examples=150)
+@given(field=st.sampled_from(FIELDS), value=JSON, kind=st.sampled_from(["cap", "reserve", "gone", "up", "ended", "lost"]))
+def test_whatever_a_machine_writes_among_the_entries_the_ledger_can_be_read(field, value, kind):
+    clock = VirtualClock()
+    bucket, ledger = FakeBucket(clock).at(RUN), Ledger.in_memory()
+    mark = {"wall": START.isoformat(), "boot_id": "b", "boot_s": 0.0}
+    made = Ledger.in_memory()
+    made.create_run(
+        RUN, name="t", bucket="fake:", cap_micros=100, deadline_s=None, mark=mark, at=START, data={"owner": "owner1"}
+    )
+    mirror = Mirror(made, bucket, RUN, Lease.acquire(bucket, "o", clock), clock, limit_s=None)
+    assert mirror.flush()
+    entry = {
+        "schema": 1, "run": RUN, "n": 2, "fence": 1, "stage": "s", "machine": "kd-1", "kind": kind, "micros": 5,
+        "at": START.isoformat(), "data": {"offer": {}, "attempt": 1, "lifetime_s": 1.0},
+    }  # fmt: skip
+    bucket.put(key_of(2), json.dumps({**entry, field: value}).encode())
+    adopt(ledger, bucket)
+    run = ledger.run(RUN)
+    assert run.spent_micros + run.open_micros >= 0 and run.cap_micros >= 0
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 9, "id": "x"}'])
+def test_a_head_that_cannot_be_read_is_one_sentence(text):
+    bucket = FakeBucket(VirtualClock()).at(RUN)
+    bucket.put(HEAD, text.encode())
+    with pytest.raises(UsageError, match="read"):
+        adopt(Ledger.in_memory(), bucket)
+
+
+def test_a_run_id_in_the_bucket_cannot_be_a_path(tmp_path):
+    world = Elsewhere(tmp_path)
+    world.client(turns=5)
+    head = json.loads(world.bucket.get(HEAD)[0])
+    world.bucket.put(HEAD, json.dumps({**head, "id": "../../etc"}).encode())
+    with pytest.raises(UsageError):
+        adopt(Ledger.in_memory(), world.bucket)
+
+
+def test_the_root_of_a_bucket_names_the_runs_in_it(tmp_path):
+    world = Elsewhere(tmp_path)
+    world.client(turns=5)
+    root = FakeBucket(world.clock, store=world.bucket._store)
+    with pytest.raises(UsageError, match=RUN):
+        adopt(Ledger.in_memory(), root)
+    with pytest.raises(UsageError, match="no run"):
+        adopt(Ledger.in_memory(), root.at("nothing"))
+
+
+# -- a store that is away or knows no conditions -----------------------------------------------------------------------
+
+
+class Moody:
+    """A store that fails, or has no conditional writes, when told to."""
+
+    def __init__(self, inner, *, conditional: bool = True) -> None:
+        self._inner, self.away, self._conditional = inner, False, conditional
+        self.url = inner.url
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            if self.away:
+                raise BucketError("the store is away", hint="wait")
+            if not self._conditional and (kwargs.get("if_none_match") or kwargs.get("if_match")):
+                raise Unsupported("no conditional writes")
+            return getattr(self._inner, name)(*args, **kwargs)
+
+        return call
+
+
+def test_without_a_bucket_nothing_is_launched_and_the_run_says_so_in_time(tmp_path):
+    world = Elsewhere(tmp_path)
+    world.bucket = Moody(world.bucket)
+    runner = world.runner(world.path, Lease.acquire(world.bucket, "owner1", world.clock))
+    world.bucket.away = True
+    began = world.clock.elapsed_s
+    outcome = runner.run(turn_s=5.0)
+    assert outcome.state == "failed" and "--resume" in outcome.hint
+    assert world.provider.calls == []
+    assert BUCKET_PATIENCE_S <= world.clock.elapsed_s - began <= BUCKET_PATIENCE_S + 30
+    world.check_money()
+
+
+@pytest.mark.parametrize("turns", range(1, 40, 3))
+def test_a_bucket_that_goes_away_holds_up_no_teardown(tmp_path, turns):
+    world = Elsewhere(tmp_path)
+    world.bucket = Moody(world.bucket)
+    runner = world.runner(world.path, Lease.acquire(world.bucket, "owner1", world.clock))
+    count = 0
+
+    def stop() -> bool:
+        nonlocal count
+        count += 1
+        world.bucket.away = count >= turns
+        return count >= turns
+
+    runner.stop = stop
+    began: list[float] = []
+    outcome = runner.run(turn_s=1.0, on_turn=lambda s: began.append(world.clock.elapsed_s) if count >= turns else None)
+    assert outcome.state == "stopped"
+    assert not began or world.clock.elapsed_s - began[0] < 30
+    world.check_money()
+
+
+def test_a_bucket_that_is_back_in_time_costs_only_the_wait(tmp_path):
+    world = Elsewhere(tmp_path)
+    world.bucket = Moody(world.bucket)
+    runner = world.runner(world.path, Lease.acquire(world.bucket, "owner1", world.clock))
+    world.bucket.away = True
+    until = world.clock.elapsed_s + 120
+
+    def stop() -> bool:
+        world.bucket.away = world.clock.elapsed_s < until
+        return False
+
+    runner.stop = stop
+    assert runner.run(turn_s=5.0).state == "done"
+    assert len(world.run.machines) == len(WORK)
+    world.check_money()
+
+
+def test_a_store_without_conditional_writes_works_for_one_client(tmp_path):
+    world = Elsewhere(tmp_path)
+    world.bucket = Moody(world.bucket, conditional=False)
+    assert world.client().state == "done"
+    assert world.lose_home() == ()
+    world.check_money()
+
+
+def test_a_call_of_the_store_that_hangs_is_given_up(tmp_path):
+    world = Elsewhere(tmp_path)
+    lease = Lease.acquire(world.bucket, "owner1", world.clock)
+    mirror = Mirror(Ledger(world.path), world.bucket, RUN, lease, world.clock, limit_s=0.2)
+    put = world.bucket.put
+    world.bucket.put = lambda *args, **kwargs: time.sleep(1.0) or put(*args, **kwargs)
+    began = time.monotonic()
+    assert not mirror.flush(must=True)
+    assert time.monotonic() - began < 0.9 and "within" in mirror.trouble
+    world.bucket.put = put
+    time.sleep(1.2)  # the write that was given up arrives after all
+    assert mirror.flush(must=True)
+    assert kinds(world.bucket) == ["cap"]
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+RECIPE = """
+name: wander
+budget: 2 CNY
+infra: local
+local: {price: 0.10 USD/h}
+bucket: file:bucket
+stages:
+  - {name: one, kind: rehearse, steps: 30, seconds_per_step: 0.1}
+  - {name: two, kind: rehearse, steps: 5, seconds_per_step: 0.01}
+"""
+
+
+def test_a_run_goes_on_from_another_computer_by_its_address_alone(tmp_path):
+    home = make_home(tmp_path, RECIPE)
+    client = home.start("run", "recipe.yaml", "--yes")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "bucket").glob("*/one/progress.json")):
+        assert time.monotonic() < deadline and client.poll() is None, (tmp_path / "client.log").read_text()
+        time.sleep(0.1)
+    (run,) = [f for f in (tmp_path / "bucket").iterdir() if (f / "lease.json").exists()]
+    client.send_signal(signal.SIGKILL)
+    client.wait()
+    for process in home.machine_processes():  # the laptop is dead, and all that ran on it
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+    shutil.rmtree(tmp_path / "home")
+
+    assert run.name in home.call("adopt", f"file:{tmp_path}/bucket").stderr  # which one was it?
+    taken = home.call("adopt", f"file:{run}")
+    assert taken.returncode == 0 and taken.stdout.strip() == run.name, taken.stderr
+    assert "1 machines may still bill" in taken.stderr
+    done = home.call("run", "--resume", f"file:{run}")
+    assert done.returncode == 0, done.stderr
+    report = home.json("report", run.name)
+    assert report["state"] == "done" and report["live"] == [] and report["spend_micros"] <= report["cap_micros"]
+    assert home.call("adopt", "nothing").returncode == 2
