@@ -241,18 +241,19 @@ def catch_up(ledger: Ledger, bucket: Bucket, run_id: str) -> tuple[str, ...]:
     ]
     unsent = len(run.entries) - len(known)  # of this ledger's own: they fill the gaps when they are put
     if len(pages.missing) > unsent:
-        notes += _count_lost(ledger, bucket, run_id, pages.missing)
+        notes += _count_lost(ledger, bucket, run_id, pages)
     return tuple(notes)
 
 
-def _count_lost(ledger: Ledger, bucket: Bucket, run_id: str, missing: Sequence[int]) -> list[str]:
-    run = ledger.run(run_id)
+def _count_lost(ledger: Ledger, bucket: Bucket, run_id: str, pages: Pages) -> list[str]:
+    run, missing = ledger.run(run_id), pages.missing
     counted = {number for e in run.entries if e.kind == LOST for number in e.data["missing"]}
     if set(missing) <= counted:
         return []
-    broken = {e.machine for e in run.entries if e.kind == ELSEWHERE}
-    whole = sum(m.open_micros for m in run.machines if m.name not in broken)
-    micros = max(0, run.cap_micros - run.spent_micros - whole)
+    # Machines reserved after the gap were checked against whatever it hid; the older ones may have ended in it.
+    after = {w.entry.machine for w in pages.written if w.entry.kind == "reserve" and w.number > missing[-1]}
+    checked = sum(m.open_micros for m in run.machines if m.name in after)
+    micros = max(0, run.cap_micros - run.spent_micros - checked)
     lost = Entry(0, run_id, None, None, LOST, micros, bucket.now(), {"missing": list(missing)})
     ledger.absorb(run_id, [lost])
     return [

@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +21,11 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import NotOwner, UsageError
 from orchestrator.lease import LEASE_S, Lease
-from orchestrator.ledger import LOST, Entry, Ledger
+from orchestrator.ledger import LOST, Ledger
 from orchestrator.mirror import HEAD, Mirror, adopt, catch_up, compare, identity, key_of, read_pages
-from orchestrator.plan import Plan
 from orchestrator.runner import BUCKET_PATIENCE_S, Runner
-from orchestrator.states import Event, State
 from orchestrator.testing import START, FakeBucket, Faults, VirtualClock
 from tasks.bucket import BucketError, Unsupported
-from tests.plans import make_plan
 from tests.test_runner import WORK, Killed, World
 from tests.whole_runs import make_home
 
@@ -204,7 +202,7 @@ def test_an_old_client_that_wakes_after_its_lease_expired_writes_no_entry_and_la
     if not after_it:
         assert world.provider.calls == []
         return
-    late = set(s.key for s in world.bucket.list("ledger/")) - set(after_it[0])
+    late = {s.key for s in world.bucket.list("ledger/")} - set(after_it[0])
     assert late <= {key_of(len(after_it[0]))}, "more than the one write that was under way"
     assert launches == []
     world.check_money()
@@ -330,10 +328,11 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FIELDS = ("schema", "run", "n", "fence", "stage", "machine", "kind", "micros", "at", "data")
+KINDS = ("cap", "reserve", "gone", "up", "ended", "lost")
 
 
 @settings(max_examples=150)
-@given(field=st.sampled_from(FIELDS), value=JSON, kind=st.sampled_from(["cap", "reserve", "gone", "up", "ended", "lost"]))
+@given(field=st.sampled_from(FIELDS), value=JSON, kind=st.sampled_from(KINDS))
 def test_whatever_a_machine_writes_among_the_entries_the_ledger_can_be_read(field, value, kind):
     clock = VirtualClock()
     bucket, ledger = FakeBucket(clock).at(RUN), Ledger.in_memory()
@@ -501,10 +500,8 @@ def test_a_run_goes_on_from_another_computer_by_its_address_alone(tmp_path):
     client.send_signal(signal.SIGKILL)
     client.wait()
     for process in home.machine_processes():  # the laptop is dead, and all that ran on it
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            pass
     shutil.rmtree(tmp_path / "home")
 
     assert run.name in home.call("adopt", f"file:{tmp_path}/bucket").stderr  # which one was it?
