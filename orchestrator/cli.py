@@ -34,7 +34,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SECTIONS = {
     "Plan": ["plan", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down", "adopt"],
-    "Look": ["report"],
+    "Look": ["report", "artifacts"],
     "Forgotten": ["reap"],
 }
 
@@ -275,6 +275,43 @@ def report(run_id: str | None, as_json: bool) -> None:
 
 
 @kdcloud.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@click.option("--stage", help="Only this stage.")
+@click.option("--fetch", "dest", metavar="DIR", help="Bring what is committed to DIR, checked; again goes on.")
+@click.option("--prune", is_flag=True, help="Delete what old runs (or RUN) left; only shows it without --yes.")
+@click.option("--older-than", default="30d", metavar="TIME", help="With --prune: runs that ended before (30d).")
+@click.option(
+    "--what",
+    type=click.Choice(["checkpoints", "labels", "everything"]),
+    default="checkpoints",
+    help="With --prune: checkpoints and broken uploads; labels, too; or everything but the ledger.",
+)
+@click.option("--yes", "-y", is_flag=True, help="With --prune: really delete.")
+@json_option
+def artifacts(
+    run_id: str | None, stage: str | None, dest: str | None, prune: bool, older_than: str, what: str, yes: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """What a run left in its bucket: list it, fetch it, or delete what old runs left.
+
+    \b
+    kdcloud artifacts
+    kdcloud artifacts last --fetch student --stage export
+    kdcloud artifacts --prune --older-than 60d
+    """
+    from orchestrator.session import newest
+
+    if prune and (dest or stage):
+        raise UsageError("--prune goes with neither --fetch nor --stage", hint="fetch first, then prune")
+    with _ledger() as ledger:
+        if prune:
+            runs = [newest(ledger, run_id)] if run_id else ledger.runs()
+            _prune(ledger, runs, run_id is not None, _duration(older_than, "--older-than"), what, yes, as_json)
+        else:
+            _artifacts(ledger, newest(ledger, run_id), stage, dest, as_json)
+
+
+@kdcloud.command()
 @click.option("--yes", "-y", is_flag=True, help="End what is forgotten; without it nothing is touched.")
 @click.option("--orphans", is_flag=True, help="Also end machines of yours that no run here knows.")
 @click.option("--older-than", metavar="TIME", help="Only machines older than this, like 2h.")
@@ -448,6 +485,47 @@ def _plan(
         deadline_s=_duration(deadline) if deadline else None,
     )
     return made, provider, loaded
+
+
+def _artifacts(ledger: Ledger, name: str, stage: str | None, dest: str | None, as_json: bool) -> None:
+    from pathlib import Path
+
+    from orchestrator import artifacts as kept
+    from tasks.bucket import open_bucket
+
+    known = ledger.run(name)
+    bucket = open_bucket(known.bucket)
+    found = kept.look(bucket, kept.chosen_stages(known, stage))
+    if dest is not None:
+        folder = Path(dest).expanduser()
+        with kept.bytes_bar(sum(kept.wanted(found).values()), "fetching") as moved:
+            count = kept.fetch(bucket, found, folder, moved=moved)
+        _talk(f"{count} files in {folder}, each as it was committed")
+    if as_json:
+        _print_json(kept.artifacts_to_json(known, found))
+    elif dest is None:
+        kept.render_artifacts(known, found, _console())
+
+
+def _prune(
+    ledger: Ledger, runs: list[str], named: bool, older_than_s: float, what: str, yes: bool, as_json: bool
+) -> None:
+    from datetime import timedelta
+
+    from orchestrator import artifacts as kept
+    from orchestrator.clock import SystemClock
+
+    clock, much = SystemClock(), kept.What(what)
+    found = kept.prunable_runs(
+        ledger, runs, clock=clock, older_than=timedelta(seconds=older_than_s), named=named, what=much
+    )
+    for one in found if yes else ():
+        if one.keys:
+            kept.prune(ledger, one, clock=clock, what=much)
+    if as_json:
+        _print_json(kept.prunable_to_json(found, much, deleted=yes))
+    else:
+        kept.render_prunable(found, much, _home()[1], _console(), deleted=yes)
 
 
 def _too_dear(made: Plan) -> BudgetExceeded:

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import NotOwner, UsageError
-from orchestrator.lease import LEASE_S, Lease
+from orchestrator.lease import LEASE_S, RENEW_S, Lease
 from orchestrator.ledger import LOST, Ledger
 from orchestrator.mirror import HEAD, Mirror, adopt, catch_up, compare, identity, key_of, read_pages
 from orchestrator.runner import BUCKET_PATIENCE_S, Runner
@@ -103,6 +103,7 @@ def test_a_turn_without_news_asks_the_bucket_nothing(tmp_path):
     lease = Lease.acquire(world.bucket, "owner1", world.clock)
     mirror = Mirror(ledger, world.bucket, RUN, lease, world.clock, limit_s=None)
     assert mirror.flush()
+    world.clock.sleep(RENEW_S)  # a lease would be renewed, too
     world.bucket._store = {}  # whatever is asked now fails
     assert mirror.flush()
 
@@ -206,6 +207,26 @@ def test_an_old_client_that_wakes_after_its_lease_expired_writes_no_entry_and_la
     assert late <= {key_of(len(after_it[0]))}, "more than the one write that was under way"
     assert launches == []
     world.check_money()
+
+
+def test_an_old_client_that_wakes_with_a_job_to_start_leaves_the_new_ones_task_alone(tmp_path):
+    world = Elsewhere(tmp_path)
+    old_path, observe, after_it = world.path, world.provider.observe, []
+
+    def stale(name):
+        seen = observe(name)
+        if str(seen.state) == "running" and not after_it:
+            world.provider.observe = observe
+            world.lose_home()
+            assert world.client_elsewhere().state == "done"
+            after_it.append((dict(world.bucket._store), list(world.provider.calls)))
+        return seen
+
+    runner = world.runner(old_path, Lease.acquire(world.bucket, "owner1", world.clock))
+    world.provider.observe = stale
+    with pytest.raises(NotOwner):
+        runner.run(turn_s=5.0)
+    assert after_it == [(world.bucket._store, world.provider.calls)]
 
 
 @pytest.mark.parametrize("must", [True, False])
