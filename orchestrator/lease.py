@@ -10,7 +10,7 @@ import os
 import socket
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from orchestrator.clock import Clock, age_s
@@ -185,4 +185,4 @@ def _read(raw: bytes) -> Holder:
 
 
 def _dump(holder: Holder) -> bytes:
-    return json.dumps(asdict(holder)).encode()
+    return json.dumps(vars(holder)).encode()

@@ -431,8 +431,8 @@ def _moved(row: MachineRow | None, entry: Entry) -> MachineRow:
     if entry.kind == ELSEWHERE:
         return _dearer(row, entry)
     facts = {**row.facts, **entry.data, f"{entry.kind}_at": entry.at.isoformat()}
-    if entry.kind not in _EVENTS:
-        return replace(row, facts=facts)
+    if entry.kind not in _EVENTS:  # only one that charges a machine which came up late carries money
+        return replace(row, facts=facts, settled_micros=row.settled_micros + entry.micros)
     event = Event(entry.kind)
     return replace(
         row,

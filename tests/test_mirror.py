@@ -211,11 +211,12 @@ def test_an_old_client_that_wakes_after_its_lease_expired_writes_no_entry_and_la
 
 def test_an_old_client_that_wakes_with_a_job_to_start_leaves_the_new_ones_task_alone(tmp_path):
     world = Elsewhere(tmp_path)
-    old_path, observe, after_it = world.path, world.provider.observe, []
+    old_path, observe, after_it, running = world.path, world.provider.observe, [], []
 
     def stale(name):
         seen = observe(name)
-        if str(seen.state) == "running" and not after_it:
+        running.extend([name] if str(seen.state) == "running" else [])
+        if len(running) == 2:  # up already, and its job is not sent
             world.provider.observe = observe
             world.lose_home()
             assert world.client_elsewhere().state == "done"
