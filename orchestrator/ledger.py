@@ -239,14 +239,19 @@ class Ledger:
                 (run, _iso(created_at), name, bucket, _dump(data)),
             )
 
-    def absorb(self, run: str, entries: Sequence[Entry]) -> tuple[list[int], list[Entry]]:
+    def absorb(self, run: str, entries: Sequence[Entry], *, seen: int) -> tuple[list[int], list[Entry]] | None:
         """Appends what another client wrote of the run, in one transaction. Returns the new seqs, and what contradicts.
 
-        An entry that this ledger's own contradict (a machine ended by both) is kept as ELSEWHERE: none is forgotten.
+        `seen`: how many entries the run had when these were found to be new; None when it has others by now. An entry
+        that this ledger's own contradict (a machine ended by both) is kept as ELSEWHERE: none is forgotten.
         """
-        seqs, contradicting = [], []
+        seqs: list[int] = []
+        contradicting: list[Entry] = []
         with self._write():
-            states = {row.name: row.state for row in self._fold(run).machines}
+            now = self._fold(run)
+            if len(now.entries) != seen:
+                return None
+            states = {row.name: row.state for row in now.machines}
             for entry in entries:
                 state = self._next_state(entry, states)
                 if state is None:

@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ FOLDER = "ledger"
 HEAD = f"{FOLDER}/run.json"
 SCHEMA = 1
 CALL_LIMIT_S = 20.0  # a store that hangs must not hold up a teardown
+FOLLOW_S = 3.0  # how often a watcher looks for news
 REST_S = 10.0  # after a failure, before the store is asked again
 READERS = 16  # at a time, from a store far away
 
@@ -121,14 +123,13 @@ class Mirror:
     def _open(self, run: Run) -> bool:
         """Looks what is there already. False when that was news."""
         pages = self._ask(lambda: read_pages(self._bucket, run.id))
-        known, news = compare(run.entries, pages.written)
-        seqs, _ = self._ledger.absorb(run.id, [w.entry for w in news]) if news else ([], [])
-        self._there = known | set(seqs)
+        taken = take(self._ledger, run.id, pages.written)
+        self._there = set(taken.seqs)
         self._numbers = deque([*pages.missing, pages.next])
         for gap in pages.missing:
             after = [w.fence for w in pages.written if w.number > gap]
             self._fences[gap] = min([self._lease.fence, *after])
-        return not news
+        return not taken.news
 
     def _put_rest(self) -> bool:
         """Puts entry after entry. False when a number was taken by somebody else's, which is in the ledger then."""
@@ -158,7 +159,7 @@ class Mirror:
             if there is not None:  # else unreadable: that number is lost
                 mine = identity(there.entry) == identity(entry)  # an answer that never arrived, or another client's
                 if not mine:
-                    self._there.update(self._ledger.absorb(entry.run, [there.entry])[0])
+                    self._there.update(take(self._ledger, entry.run, [there]).seqs)
             else:
                 mine = False
         self._numbers.popleft()
@@ -227,22 +228,58 @@ def catch_up(ledger: Ledger, bucket: Bucket, run_id: str) -> tuple[str, ...]:
     Where entries are missing, all that was left under the cap counts as spent: they may have promised that much.
     """
     pages = read_pages(bucket, run_id)
-    run = ledger.run(run_id)
-    known, news = compare(run.entries, pages.written)
-    _, contradicting = ledger.absorb(run_id, [w.entry for w in news]) if news else ([], [])
-    notes = (
-        [f"{_numbers(late)}: written by a client that had lost the run; counted all the same"]
-        if (late := _late(news))
-        else []
-    )
+    taken = take(ledger, run_id, pages.written)
+    late = _late(taken.news)
+    notes = [f"{_numbers(late)}: written by a client that had lost the run; counted all the same"] if late else []
     notes += [
         f"{e.machine or 'the run'}: {e.kind} contradicts what is known here; the dearer of the two counts"
-        for e in contradicting
+        for e in taken.contradicting
     ]
-    unsent = len(run.entries) - len(known)  # of this ledger's own: they fill the gaps when they are put
+    unsent = len(ledger.run(run_id).entries) - len(
+        taken.seqs
+    )  # of this ledger's own: they fill the gaps when they are put
     if len(pages.missing) > unsent:
         notes += _count_lost(ledger, bucket, run_id, pages)
     return tuple(notes)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What came of entries in the bucket. `seqs`: those of all of them in this ledger, the new ones included."""
+
+    seqs: frozenset[int]
+    news: tuple[Written, ...]
+    contradicting: tuple[Entry, ...]
+
+
+def take(ledger: Ledger, run_id: str, written: Sequence[Written]) -> Taken:
+    """Brings entries of the bucket that the ledger has not into it, once, whoever else does so at the same time."""
+    while True:
+        run = ledger.run(run_id)
+        known, news = compare(run.entries, written)
+        done = ledger.absorb(run_id, [w.entry for w in news], seen=len(run.entries)) if news else ([], [])
+        if done is not None:
+            return Taken(frozenset(known | set(done[0])), tuple(news), tuple(done[1]))
+
+
+class Follower:
+    """For whoever watches: brings what the run's client, elsewhere, writes into this ledger as it comes."""
+
+    def __init__(self, ledger: Ledger, bucket: Bucket, run_id: str, clock: Clock) -> None:
+        self._ledger, self._bucket, self._run_id, self._clock = ledger, bucket, run_id, clock
+        self._next = 1
+        self._looked: Mark | None = None
+
+    def look(self) -> None:
+        """Asks the bucket at most every few seconds; a store that does not answer is asked again later."""
+        now = self._clock.mark()
+        if self._looked is not None and age_s(self._looked, now) < FOLLOW_S:
+            return
+        self._looked = now
+        with suppress(BucketError):
+            pages = read_pages(self._bucket, self._run_id, start=self._next)
+            take(self._ledger, self._run_id, pages.written)
+            self._next = max(self._next, pages.next)
 
 
 def _count_lost(ledger: Ledger, bucket: Bucket, run_id: str, pages: Pages) -> list[str]:
@@ -255,7 +292,8 @@ def _count_lost(ledger: Ledger, bucket: Bucket, run_id: str, pages: Pages) -> li
     checked = sum(m.open_micros for m in run.machines if m.name in after)
     micros = max(0, run.cap_micros - run.spent_micros - checked)
     lost = Entry(0, run_id, None, None, LOST, micros, bucket.now(), {"missing": list(missing)})
-    ledger.absorb(run_id, [lost])
+    if ledger.absorb(run_id, [lost], seen=len(run.entries)) is None:
+        return _count_lost(ledger, bucket, run_id, pages)
     return [
         f"{_numbers(missing)} missing or unreadable in {bucket.url}/{FOLDER}: a machine may have been made that nobody "
         "knows, so all that was left under the cap counts as spent; look with `kdcloud reap --orphans`, and give a "
@@ -284,9 +322,9 @@ def runs_in(bucket: Bucket) -> list[str]:
                   and stat.key.endswith(f"/{HEAD}"))  # fmt: skip
 
 
-def read_pages(bucket: Bucket, run_id: str) -> Pages:
-    """Every entry of the run in the bucket. Raises BucketError when the store does not answer."""
-    numbers = sorted(n for stat in bucket.list(f"{FOLDER}/") if (n := _number_of(stat.key)) is not None)
+def read_pages(bucket: Bucket, run_id: str, *, start: int = 1) -> Pages:
+    """Every entry of the run in the bucket from number `start` on. Raises BucketError."""
+    numbers = sorted(n for stat in bucket.list(f"{FOLDER}/") if (n := _number_of(stat.key)) is not None and n >= start)
     if not numbers:
         return Pages()
 
@@ -303,7 +341,7 @@ def read_pages(bucket: Bucket, run_id: str) -> Pages:
         found = [read(number) for number in numbers]
     written = tuple(one for one in found if one is not None)
     there = {one.number for one in written}
-    return Pages(written, tuple(n for n in range(1, numbers[-1] + 1) if n not in there))
+    return Pages(written, tuple(n for n in range(start, numbers[-1] + 1) if n not in there))
 
 
 def compare(local: Sequence[Entry], written: Sequence[Written]) -> tuple[set[int], list[Written]]:

@@ -17,7 +17,7 @@ from orchestrator.errors import KdcloudError, NotOwner, UsageError
 from orchestrator.handover import code_wheel, put_code, upload_data
 from orchestrator.lease import Lease, NoLease, is_free, read_holder
 from orchestrator.ledger import Ledger, Run
-from orchestrator.mirror import adopt, catch_up
+from orchestrator.mirror import Follower, adopt, catch_up
 from orchestrator.names import new_run_id
 from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
 from orchestrator.provision import NotYetGone, Provisioner, ProvisionError
@@ -367,7 +367,9 @@ def watch_run(
     """Follows a run that another client drives until it ends. Raises UsageError when nobody drives it any more."""
     clock = clock or SystemClock()
     bucket = open_bucket(ledger.run(run_id).bucket)
+    news = Follower(ledger, bucket, run_id, clock)
     while True:
+        news.look()
         run = ledger.run(run_id)
         ends = [e for e in run.entries if e.kind in ("ended", "resumed")]
         if ends and ends[-1].kind == "ended":

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from orchestrator.errors import NotOwner, UsageError
 from orchestrator.lease import LEASE_S, RENEW_S, Lease
 from orchestrator.ledger import LOST, Ledger
-from orchestrator.mirror import HEAD, Mirror, adopt, catch_up, compare, identity, key_of, read_pages
+from orchestrator.mirror import FOLLOW_S, HEAD, Follower, Mirror, adopt, catch_up, compare, identity, key_of, read_pages
 from orchestrator.runner import BUCKET_PATIENCE_S, Runner
 from orchestrator.testing import START, FakeBucket, Faults, VirtualClock
-from tasks.bucket import BucketError, Unsupported
+from tasks.bucket import BucketError, Probe, Unsupported
+from tests.plans import make_plan
 from tests.test_runner import WORK, Killed, World
 from tests.whole_runs import make_home
 
@@ -309,9 +310,30 @@ def test_a_machine_that_two_clients_ended_counts_at_the_dearer_figure(tmp_path):
     assert settled > 0
     theirs = [e for e in mine.run(RUN).entries if e.machine == name and e.kind == "gone"]
     for micros in (settled - 1, settled + 5):
-        _, contradicting = mine.absorb(RUN, [replace(theirs[0], micros=micros)])
+        seen = len(mine.run(RUN).entries)
+        _, contradicting = mine.absorb(RUN, [replace(theirs[0], micros=micros)], seen=seen)
+        assert mine.absorb(RUN, theirs, seen=seen) is None  # somebody wrote meanwhile: look again
         assert [e.kind for e in contradicting] == ["gone"]
     assert {m.name: m.settled_micros for m in mine.run(RUN).machines}[name] == settled + 5
+
+
+def test_a_watcher_elsewhere_sees_entries_as_they_come_and_none_twice(tmp_path):
+    world = Elsewhere(tmp_path)
+    world.client(turns=6)
+    ledger = Ledger(tmp_path / "watcher" / "ledger.sqlite")
+    adopt(ledger, world.bucket)
+    watcher = Follower(ledger, world.bucket, RUN, world.clock)
+    watcher.look()
+    world.clock.sleep(LEASE_S)
+    Ledger(world.path).note(RUN, "resumed", world.clock.mark().wall)
+    counts = []
+    lease = Lease.acquire(world.bucket, "owner1", world.clock)
+    runner = world.runner(world.path, lease)
+    runner.run(turn_s=5.0, on_turn=lambda snapshot: (watcher.look(), counts.append(len(ledger.run(RUN).entries))))
+    world.clock.sleep(FOLLOW_S)
+    watcher.look()
+    assert len(set(counts)) > 10
+    assert [identity(e) for e in ledger.run(RUN).entries] == [identity(e) for e in world.run.entries]
 
 
 # -- gaps and hostile entries ------------------------------------------------------------------------------------------
@@ -555,3 +577,49 @@ def test_a_run_goes_on_from_another_computer_by_its_address_alone(tmp_path):
     report = home.json("report", run.name)
     assert report["state"] == "done" and report["live"] == [] and report["spend_micros"] <= report["cap_micros"]
     assert home.call("adopt", "nothing").returncode == 2
+
+
+def test_a_machine_is_ended_although_the_bucket_is_away(tmp_path):
+    home = make_home(tmp_path, RECIPE.replace("steps: 30", "steps: 3000"))
+    client = home.start("run", "recipe.yaml", "--yes")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "bucket").glob("*/one/progress.json")):
+        assert time.monotonic() < deadline and client.poll() is None, (tmp_path / "client.log").read_text()
+        time.sleep(0.1)
+    client.send_signal(signal.SIGKILL)
+    client.wait()
+    assert home.machine_processes()
+    (tmp_path / "bucket").rename(tmp_path / "away")
+    (tmp_path / "bucket").write_text("a file where the bucket was")
+    done = home.call("down", "last")
+    assert done.returncode == 0 and "without it" in done.stderr, done.stderr
+    assert home.machine_processes() == []
+    status = home.json("status")
+    assert status["runs"][0]["live"] == []
+    (tmp_path / "bucket").unlink()
+    (tmp_path / "away").rename(tmp_path / "bucket")
+    again = home.call("down", "last")  # now the bucket hears of it, too
+    assert again.returncode == 0, again.stderr
+    (run,) = (tmp_path / "bucket").glob("wander-*")
+    kinds_there = [json.loads(f.read_text())["kind"] for f in sorted(run.glob("ledger/0*.json"))]
+    assert kinds_there.count("gone") == 1 and kinds_there[-1] == "ended"
+
+
+def test_a_store_that_ignores_conditions_is_said_when_a_run_starts(tmp_path, monkeypatch):
+    from orchestrator import session
+    from orchestrator.config import Home, load_config
+
+    monkeypatch.setattr(session, "probe", lambda bucket: Probe(writable=True, conditional=False))
+    monkeypatch.setenv("KDCLOUD_HOME", str(tmp_path / "home"))
+    home = Home.from_env()
+    config = load_config(home)
+    plan = replace(make_plan({"one": 1.0}), bucket=f"file:{tmp_path}/bucket")
+    with session.opened_ledger(home) as ledger:
+        made = session.start_run(
+            plan, ledger=ledger, home=home, config=config, provider=session.LocalProvisioner(home.root), recipe_text=""
+        )
+        assert any("one computer only" in text for text in made.notes)
+        monkeypatch.undo()
+        assert session.start_run(
+            plan, ledger=ledger, home=home, config=config, provider=session.LocalProvisioner(home.root), recipe_text=""
+        ).notes == ()
