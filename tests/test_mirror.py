@@ -19,14 +19,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.clock import SystemClock
 from orchestrator.errors import NotOwner, UsageError
 from orchestrator.lease import LEASE_S, RENEW_S, Lease
 from orchestrator.ledger import LOST, Ledger
 from orchestrator.mirror import FOLLOW_S, HEAD, Follower, Mirror, adopt, catch_up, compare, identity, key_of, read_pages
-from orchestrator.runner import BUCKET_PATIENCE_S, Runner
+from orchestrator.runner import BUCKET_PATIENCE_S, Runner, mark_to_dict
 from orchestrator.testing import START, FakeBucket, Faults, VirtualClock
 from tasks.bucket import BucketError, Probe, Unsupported
 from tests.plans import make_plan
+from tests.test_bucket import s3, s3_endpoint  # noqa: F401
 from tests.test_runner import WORK, Killed, World
 from tests.whole_runs import make_home
 
@@ -537,6 +539,35 @@ def test_a_call_of_the_store_that_hangs_is_given_up(tmp_path):
     time.sleep(1.2)  # the write that was given up arrives after all
     assert mirror.flush(must=True)
     assert kinds(world.bucket) == ["cap"]
+
+
+def test_an_s3_store_holds_the_ledger_and_keeps_two_clients_apart(s3, tmp_path):  # noqa: F811
+    clock, bucket = SystemClock(), s3.at(RUN)
+    mark = clock.mark()
+    first, second = (Ledger(tmp_path / name / "ledger.sqlite") for name in ("one", "two"))
+    first.create_run(
+        RUN, name="t", bucket=bucket.url, cap_micros=1000, deadline_s=None, mark=mark_to_dict(mark), at=mark.wall,
+        data={"owner": "owner1"},
+    )  # fmt: skip
+    lease = Lease.acquire(bucket, "owner1", clock)
+    mirror = Mirror(first, bucket, RUN, lease, clock)
+    for number in range(40):
+        first.note(RUN, "warning", clock.mark().wall, data={"text": f"no {number}: 漢 <&>"})
+    assert mirror.flush(must=True)
+    assert adopt(second, bucket) == (RUN, ())
+    assert [identity(e) for e in second.run(RUN).entries] == [identity(e) for e in first.run(RUN).entries]
+
+    lease.release()
+    newer = Lease.acquire(bucket, "owner1", clock)
+    taken_over = Mirror(second, bucket, RUN, newer, clock)
+    second.note(RUN, "resumed", clock.mark().wall)
+    assert taken_over.flush(must=True)
+    first.note(RUN, "warning", clock.mark().wall, data={"text": "from the one that was asleep"})
+    with pytest.raises(NotOwner):
+        mirror.flush()
+    assert catch_up(first, bucket, RUN) == ()
+    assert [e.kind for e in first.run(RUN).entries][-2:] == ["warning", "resumed"]
+    assert read_pages(bucket, RUN).written[-1].fence == newer.fence == 2
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
