@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import UsageError
@@ -28,12 +27,9 @@ from tasks.bucket import Bucket, BucketError, NotFound, PreconditionFailed, put_
 FOLDER = "ledger"
 HEAD = f"{FOLDER}/run.json"
 SCHEMA = 1
-CALL_LIMIT_S = 20.0  # a store that hangs must not hold up a teardown
 FOLLOW_S = 3.0  # how often a watcher looks for news
 REST_S = 10.0  # after a failure, before the store is asked again
 READERS = 16  # at a time, from a store far away
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,23 +54,11 @@ class Pages:
 
 
 class Mirror:
-    """Keeps the bucket up with the ledger, for the client that holds the lease. `trouble` says why it could not.
+    """Keeps the bucket up with the ledger, for the client that holds the lease. `trouble` says why it could not."""
 
-    `limit_s` None calls the store directly: for stores that live in memory.
-    """
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        bucket: Bucket,
-        run_id: str,
-        lease: Lease,
-        clock: Clock,
-        *,
-        limit_s: float | None = CALL_LIMIT_S,
-    ) -> None:
+    def __init__(self, ledger: Ledger, bucket: Bucket, run_id: str, lease: Lease, clock: Clock) -> None:
         self._ledger, self._bucket, self._run_id = ledger, bucket, run_id
-        self._lease, self._clock, self._limit_s = lease, clock, limit_s
+        self._lease, self._clock = lease, clock
         self.trouble = ""
         self._failed: Mark | None = None
         self._numbers: deque[int] | None = None  # free ones, the last goes on without end; None: not looked yet
@@ -95,11 +79,11 @@ class Mirror:
         if not must and (self._handled == len(run.entries) or self._resting()):
             return self._handled == len(run.entries)
         try:
-            self._ask(self._lease.renew_if_due)  # one who slept too long writes nothing
+            self._lease.renew_if_due()  # one who slept too long writes nothing
             alone = self._open(run) if self._numbers is None else True
             alone = self._put_rest() and alone
             if not self._headed:  # after the first entries: where no head is, nothing was ever made
-                self._ask(lambda: put_head(self._bucket, run))
+                put_head(self._bucket, run)
                 self._headed = True
             if must:
                 self._confirm()
@@ -114,7 +98,7 @@ class Mirror:
         since, now = None, None
         while since is None or now is None or age_s(since, now) >= LEASE_S / 2:
             since = self._clock.mark()
-            self._ask(self._lease.confirm)
+            self._lease.confirm()
             now = self._clock.mark()
 
     def _resting(self) -> bool:
@@ -122,7 +106,7 @@ class Mirror:
 
     def _open(self, run: Run) -> bool:
         """Looks what is there already. False when that was news."""
-        pages = self._ask(lambda: read_pages(self._bucket, run.id))
+        pages = read_pages(self._bucket, run.id)
         taken = take(self._ledger, run.id, pages.written)
         self._there = set(taken.seqs)
         self._numbers = deque([*pages.missing, pages.next])
@@ -152,10 +136,10 @@ class Mirror:
         key, data = key_of(number), _dump(entry, number, self._fences.get(number, self._lease.fence))
         mine = True
         try:
-            self._ask(lambda: put_if(self._bucket, key, data))
+            put_if(self._bucket, key, data)
         except PreconditionFailed:
-            self._ask(self._lease.confirm)
-            there = parse_entry(self._ask(lambda: self._bucket.get(key))[0], number, entry.run)
+            self._lease.confirm()
+            there = parse_entry(self._bucket.get(key)[0], number, entry.run)
             if there is not None:  # else unreadable: that number is lost
                 mine = identity(there.entry) == identity(entry)  # an answer that never arrived, or another client's
                 if not mine:
@@ -166,28 +150,6 @@ class Mirror:
         if not self._numbers:
             self._numbers.append(number + 1)
         return mine
-
-    def _ask(self, call: Callable[[], T]) -> T:
-        """What the call returns or raises. Raises BucketError when it takes longer than the limit."""
-        if self._limit_s is None:
-            return call()
-        result: list[T] = []
-        error: list[Exception] = []
-
-        def work() -> None:
-            try:
-                result.append(call())
-            except Exception as caught:  # noqa: BLE001 - raised again by the caller's thread
-                error.append(caught)
-
-        thread = threading.Thread(target=work, name="ledger-in-bucket", daemon=True)
-        thread.start()
-        thread.join(self._limit_s)
-        if error:
-            raise error[0]
-        if not result:
-            raise BucketError(f"the bucket did not answer within {self._limit_s:.0f} s", hint="check the network")
-        return result[0]
 
 
 def put_head(bucket: Bucket, run: Run) -> None:

@@ -22,7 +22,6 @@ from orchestrator.guarded import CALL_LIMIT_S, Guarded
 from orchestrator.handover import fetch_code, supervisor_argv, supervisor_env
 from orchestrator.lease import LEASE_S, Lease
 from orchestrator.ledger import Ledger, MachineRow, Run
-from orchestrator.mirror import CALL_LIMIT_S as BUCKET_LIMIT_S
 from orchestrator.mirror import Mirror
 from orchestrator.money import human_seconds, shown
 from orchestrator.names import machine_name, parse_machine_name
@@ -99,8 +98,7 @@ class Runner:
         self.provider = Guarded(provider, self._now, limit_s=call_limit_s)
         self.plan, self.run_id, self.owner, self.lease = plan, run_id, owner, lease
         self.code_folder, self.say, self.stop = code_folder, say, stop
-        limit_s = None if call_limit_s is None else BUCKET_LIMIT_S
-        self.mirror = Mirror(ledger, bucket, run_id, lease, clock, limit_s=limit_s)
+        self.mirror = Mirror(ledger, bucket, run_id, lease, clock)
         self._bucket_since: Mark | None = None
         self._started = clock.mark()
         self._ending_since: dict[str, Mark] = {}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import __version__
+from orchestrator.bounded import Bounded
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config import Config, Home
 from orchestrator.errors import KdcloudError, NotOwner, UsageError
@@ -125,7 +126,7 @@ def start_run(
     run_id = new_run_id(plan.name)
     root = open_bucket(plan.bucket)
     notes = () if probe(root).conditional else (NO_CONDITIONS,)
-    bucket = root.at(run_id)
+    bucket: Bucket = Bounded(root.at(run_id), clock)
     code, sha256 = code_wheel()
     put_code(bucket, code, sha256)
     stages = tuple(replace(stage, settings=upload_data(bucket, stage.settings)) for stage in plan.stages)
@@ -167,7 +168,7 @@ def resume_run(
     clock = clock or SystemClock()
     run = ledger.run(run_id)
     plan = plan_of(run)
-    bucket = open_bucket(run.bucket)
+    bucket = Bounded(open_bucket(run.bucket), clock)
     provider = provider_for(
         infra_of(plan),
         home,
@@ -243,7 +244,7 @@ def end_run(
     clock = clock or SystemClock()
     mark = clock.mark()
     ledger.note(run_id, "stop_requested", mark.wall)
-    bucket = open_bucket(ledger.run(run_id).bucket)
+    bucket = Bounded(open_bucket(ledger.run(run_id).bucket), clock)
     waited = 0.0
     while True:
         try:
