@@ -259,9 +259,8 @@ class Ledger:
                     entry = _elsewhere(entry, entry.machine if entry.machine in states else None)
                 elif entry.machine is not None:
                     states[entry.machine] = state
-                seqs.append(
-                    self._append(run, entry.stage, entry.machine, entry.kind, entry.micros, entry.at, entry.data)
-                )
+                self._append(run, entry.stage, entry.machine, entry.kind, entry.micros, entry.at, entry.data)
+                seqs.append(self._db.execute("SELECT last_insert_rowid()").fetchone()[0])
         return seqs, contradicting
 
     def run(self, run: str) -> Run:
@@ -335,12 +334,11 @@ class Ledger:
         micros: int,
         at: datetime,
         data: Mapping[str, Any],
-    ) -> int:
-        done = self._db.execute(
+    ) -> None:
+        self._db.execute(
             "INSERT INTO entry(run, stage, machine, kind, micros, at, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (run, stage, machine, kind, micros, _iso(at), _dump(data)),
         )
-        return int(done.lastrowid or 0)
 
     @contextmanager
     def _write(self) -> Iterator[None]:
