@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 CHECKPOINTS = "checkpoints"
 RECORDS = (TASK_FILE, PROGRESS_FILE, ENDED_FILE, METRICS_FILE, LOG_FILE)
-# S3 Standard, first 50 TB, us-east-1: 0.023 USD a GB and month, as of 2025-06 (aws.amazon.com/s3/pricing). Other
-# storage classes, regions and stores differ: shown as "about", and only for S3 itself.
+# S3 Standard, first 50 TB, us-east-1: 0.023 USD a GB (10^9 bytes) and month by the list at aws.amazon.com/s3/pricing.
+# Other storage classes, regions and stores differ: shown as "about", and only for S3 itself.
 S3_MICROS_PER_GB_MONTH = 23_000
 PLAIN_EVERY_S = 5.0
 

@@ -99,7 +99,7 @@ class Run:
     done: Mapping[str, Mapping[str, Any]]  # stage -> its result
     ends: tuple[Entry, ...]  # 'ended' entries, oldest first
     entries: tuple[Entry, ...] = field(repr=False, default=())
-    lost_micros: int = 0  # what entries that are missing may have reserved, counted as spent
+    lost_micros: int = 0  # counted as spent: what missing entries may have reserved, what unknown machines cost
 
     @property
     def spent_micros(self) -> int:
@@ -414,7 +414,7 @@ def _grown(run: Run, fresh: Sequence[Entry]) -> Run:
             done[entry.stage] = entry.data
         elif entry.kind == "ended":
             ends.append(entry)
-        elif entry.kind == LOST:
+        elif entry.kind in (LOST, ELSEWHERE):  # also of a machine whose reservation is not known here
             lost += entry.micros
     return replace(
         run, machines=tuple(rows.values()), done=done, ends=tuple(ends), entries=(*run.entries, *fresh),

@@ -22,6 +22,7 @@ from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import UsageError
 from orchestrator.lease import LEASE_S, Lease, NoLease
 from orchestrator.ledger import ELSEWHERE, LOST, Entry, Ledger, Run
+from orchestrator.money import usd
 from tasks.bucket import Bucket, BucketError, NotFound, PreconditionFailed, put_if
 
 FOLDER = "ledger"
@@ -189,6 +190,7 @@ def catch_up(ledger: Ledger, bucket: Bucket, run_id: str) -> tuple[str, ...]:
 
     Where entries are missing, all that was left under the cap counts as spent: they may have promised that much.
     """
+    cap_before = ledger.run(run_id).cap_micros
     pages = read_pages(bucket, run_id)
     taken = take(ledger, run_id, pages.written)
     late = _late(taken.news)
@@ -197,6 +199,9 @@ def catch_up(ledger: Ledger, bucket: Bucket, run_id: str) -> tuple[str, ...]:
         f"{e.machine or 'the run'}: {e.kind} contradicts what is known here; the dearer of the two counts"
         for e in taken.contradicting
     ]
+    cap_now = ledger.run(run_id).cap_micros
+    if cap_before and cap_now > cap_before:  # 0: nothing of the run was known here
+        notes.append(f"its cap was raised elsewhere, from {usd(cap_before)} to {usd(cap_now)}: not you? give --budget")
     unsent = len(ledger.run(run_id).entries) - len(
         taken.seqs
     )  # of this ledger's own: they fill the gaps when they are put
