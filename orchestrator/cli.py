@@ -39,8 +39,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 SECTIONS = {
     "Plan": ["plan", "recipe-schema"],
-    "Run": ["run", "attach", "status", "logs", "down"],
-    "Look": ["report"],
+    "Run": ["run", "attach", "status", "logs", "down", "adopt"],
+    "Look": ["report", "artifacts"],
     "Safety": ["budget", "reap", "drill"],
 }
 
@@ -242,6 +242,30 @@ def down(run_id: str | None, every: bool) -> None:
 
 
 @kdcloud.command()
+@click.argument("url", metavar="BUCKET/RUN")
+def adopt(url: str) -> None:
+    """Take a run that another computer began into this one's ledger, from its bucket; rents and ends nothing.
+
+    Every command that takes a RUN takes such an address too: `kdcloud run --resume s3://...` goes on at once.
+
+    \b
+    kdcloud adopt s3://my-bucket/kd/quickstart-k3x9ab
+    """
+    from orchestrator.session import newest, state_of
+
+    if ":" not in url:
+        raise UsageError(f"{url!r} is not a place in a bucket", hint="write file:/some/folder/RUN or s3://bucket/RUN")
+    with _ledger() as ledger:
+        name = newest(ledger, url)
+        known = ledger.run(name)
+        click.echo(name)
+    _talk(
+        f"{state_of(known)}; {len(known.done)} stages done, {len(known.live)} machines may still bill; "
+        f"go on with `kdcloud run --resume {name}`, or end it with `kdcloud down {name}`"
+    )
+
+
+@kdcloud.command()
 @click.argument("run_id", metavar="[RUN]", required=False)
 @json_option
 def report(run_id: str | None, as_json: bool) -> None:
@@ -255,6 +279,43 @@ def report(run_id: str | None, as_json: bool) -> None:
 
     with _ledger() as ledger:
         _report(ledger, newest(ledger, run_id), as_json)
+
+
+@kdcloud.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@click.option("--stage", help="Only this stage.")
+@click.option("--fetch", "dest", metavar="DIR", help="Bring what is committed to DIR, checked; again goes on.")
+@click.option("--prune", is_flag=True, help="Delete what old runs (or RUN) left; only shows it without --yes.")
+@click.option("--older-than", default="30d", metavar="TIME", help="With --prune: runs that ended before (30d).")
+@click.option(
+    "--what",
+    type=click.Choice(["checkpoints", "labels", "everything"]),
+    default="checkpoints",
+    help="With --prune: checkpoints and broken uploads; labels, too; or everything but the ledger.",
+)
+@click.option("--yes", "-y", is_flag=True, help="With --prune: really delete.")
+@json_option
+def artifacts(
+    run_id: str | None, stage: str | None, dest: str | None, prune: bool, older_than: str, what: str, yes: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """What a run left in its bucket: list it, fetch it, or delete what old runs left.
+
+    \b
+    kdcloud artifacts
+    kdcloud artifacts last --fetch student --stage export
+    kdcloud artifacts --prune --older-than 60d
+    """
+    from orchestrator.session import newest
+
+    if prune and (dest or stage):
+        raise UsageError("--prune goes with neither --fetch nor --stage", hint="fetch first, then prune")
+    with _ledger() as ledger:
+        if prune:
+            runs = [newest(ledger, run_id)] if run_id else ledger.runs()
+            _prune(ledger, runs, run_id is not None, _duration(older_than, "--older-than"), what, yes, as_json)
+        else:
+            _artifacts(ledger, newest(ledger, run_id), stage, dest, as_json)
 
 
 @kdcloud.command()
@@ -421,6 +482,8 @@ def _go(session: Session) -> None:
 
     asked: list[int] = []
     view = view_for(session.plan)
+    for text in session.notes:
+        _talk(f"note: {text}")
 
     def stop(number: int, frame: object) -> None:
         asked.append(number)
@@ -497,6 +560,47 @@ def _plan(
         deadline_s=_duration(deadline) if deadline else None,
     )
     return made, provider, loaded
+
+
+def _artifacts(ledger: Ledger, name: str, stage: str | None, dest: str | None, as_json: bool) -> None:
+    from pathlib import Path
+
+    from orchestrator import artifacts as kept
+    from tasks.bucket import open_bucket
+
+    known = ledger.run(name)
+    bucket = open_bucket(known.bucket)
+    found = kept.look(bucket, kept.chosen_stages(known, stage))
+    if dest is not None:
+        folder = Path(dest).expanduser()
+        with kept.bytes_bar(sum(kept.wanted(found).values()), "fetching") as moved:
+            count = kept.fetch(bucket, found, folder, moved=moved)
+        _talk(f"{count} files in {folder}, each as it was committed")
+    if as_json:
+        _print_json(kept.artifacts_to_json(known, found))
+    elif dest is None:
+        kept.render_artifacts(known, found, _console())
+
+
+def _prune(
+    ledger: Ledger, runs: list[str], named: bool, older_than_s: float, what: str, yes: bool, as_json: bool
+) -> None:
+    from datetime import timedelta
+
+    from orchestrator import artifacts as kept
+    from orchestrator.clock import SystemClock
+
+    clock, much = SystemClock(), kept.What(what)
+    found = kept.prunable_runs(
+        ledger, runs, clock=clock, older_than=timedelta(seconds=older_than_s), named=named, what=much
+    )
+    for one in found if yes else ():
+        if one.keys:
+            kept.prune(ledger, one, clock=clock, what=much)
+    if as_json:
+        _print_json(kept.prunable_to_json(found, much, deleted=yes))
+    else:
+        kept.render_prunable(found, much, _home()[1], _console(), deleted=yes)
 
 
 def _too_dear(made: Plan) -> BudgetExceeded:

@@ -270,7 +270,7 @@ class World:
                 self.cap = int(self.cap * self.more_money)
                 self.more_money = 0.0
                 mark = self.clock.mark()
-                with suppress(sqlite3.Error):
+                with suppress(sqlite3.Error, KdcloudError):
                     self.ledger.set_cap(RUN, self.cap, None, mark_to_dict(mark), mark.wall)
                 self._wait(30.0)
             elif said in ("not mine", "unconfirmed", "trouble"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -15,7 +16,7 @@ from functools import cache
 
 from orchestrator.clock import Clock, age_s
 from orchestrator.errors import NotOwner, UsageError
-from tasks.bucket import Bucket, NotFound, PreconditionFailed
+from tasks.bucket import Bucket, BucketError, NotFound, PreconditionFailed, put_if
 
 LEASE_KEY = "lease.json"
 LEASE_S = 20.0
@@ -34,6 +35,7 @@ class Holder:
     fence: int
     beat: int = 0
     released: bool = False
+    token: str = ""  # of this one acquisition: tells a renewal of our own from everybody else's
 
 
 class Lease:
@@ -65,7 +67,7 @@ class Lease:
                     )
             holder = _me(client, clock, fence=old.fence + 1 if old else 1)
             try:
-                etag = bucket.put(LEASE_KEY, _dump(holder), if_none_match=held is None, if_match=held)
+                etag = put_if(bucket, LEASE_KEY, _dump(holder), if_match=held)
             except PreconditionFailed:
                 continue
             return Lease(bucket, holder, etag, clock)
@@ -74,26 +76,63 @@ class Lease:
     def renew_if_due(self) -> None:
         """Raises NotOwner when somebody else took the run."""
         if age_s(self._renewed, self._clock.mark()) >= RENEW_S:
-            self._put(released=False)
+            self.confirm()
 
     def confirm(self) -> None:
-        """Just before money may be spent. Raises NotOwner when somebody took the run while this client slept."""
+        """Renews now: whoever returns from this held the run at that moment. Raises NotOwner, BucketError."""
         self._put(released=False)
 
     def release(self) -> None:
-        """So that the next client need not wait. Somebody else's lease is left alone."""
-        with suppress(NotOwner):
+        """So that the next client need not wait. Somebody else's lease is left alone; a dead store lets it expire."""
+        with suppress(NotOwner, BucketError):
             self._put(released=True)
 
     def _put(self, *, released: bool) -> None:
-        holder = replace(self._holder, beat=self._holder.beat + 1, released=released)
+        for _ in range(3):
+            holder = replace(self._holder, beat=self._holder.beat + 1, released=released)
+            try:
+                self._etag = put_if(self._bucket, LEASE_KEY, _dump(holder), if_match=self._etag)
+            except (PreconditionFailed, NotFound):
+                self._find_again()
+                continue
+            self._holder, self._renewed = holder, self._clock.mark()
+            return
+        raise _taken_over()
+
+    def _find_again(self) -> None:
+        """Takes up a renewal of our own whose answer never arrived. Raises NotOwner when it is not ours."""
         try:
-            self._etag = self._bucket.put(LEASE_KEY, _dump(holder), if_match=self._etag)
-        except (PreconditionFailed, NotFound) as error:
-            raise NotOwner(
-                "another client took this run over", hint="this one stops; the run goes on there (`kdcloud attach`)"
-            ) from error
-        self._holder, self._renewed = holder, self._clock.mark()
+            raw, stat = self._bucket.get(LEASE_KEY)
+        except NotFound:
+            raise _taken_over() from None
+        there = _read(raw)
+        if there.token != self._holder.token or there.released:
+            raise _taken_over()
+        self._holder, self._etag = replace(self._holder, beat=there.beat), stat.etag
+
+
+class NoLease(Lease):
+    """For ending machines while the bucket is away: owns nothing, so that nothing can be made with it."""
+
+    def __init__(self) -> None:
+        """Nothing is asked of any store."""
+
+    @property
+    def fence(self) -> int:
+        return 0
+
+    def renew_if_due(self) -> None: ...
+
+    def confirm(self) -> None:
+        raise NotOwner("the run's bucket does not answer", hint="nothing can be started without it")
+
+    def release(self) -> None: ...
+
+
+def _taken_over() -> NotOwner:
+    return NotOwner(
+        "another client took this run over", hint="this one stops; the run goes on there (`kdcloud attach`)"
+    )
 
 
 def read_holder(bucket: Bucket) -> tuple[Holder, datetime] | None:
@@ -125,6 +164,7 @@ def _me(client: str, clock: Clock, *, fence: int) -> Holder:
         pid=os.getpid(),
         started=_started(os.getpid()),
         fence=fence,
+        token=uuid.uuid4().hex,
     )
 
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from orchestrator import spend
 from orchestrator.errors import BudgetExceeded, UsageError
-from orchestrator.states import Event, State, after
+from orchestrator.states import TRANSITIONS, Event, State, after
 
 SCHEMA = 1
+LOST = "lost"  # entry of a run whose ledger has gaps: micros is the most that the missing ones may have promised
+ELSEWHERE = "elsewhere"  # entry of another client that contradicts this ledger: kept whole in its data
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -98,10 +100,11 @@ class Run:
     done: Mapping[str, Mapping[str, Any]]  # stage -> its result
     ends: tuple[Entry, ...]  # 'ended' entries, oldest first
     entries: tuple[Entry, ...] = field(repr=False, default=())
+    lost_micros: int = 0  # counted as spent: what missing entries may have reserved, what unknown machines cost
 
     @property
     def spent_micros(self) -> int:
-        return sum(m.settled_micros for m in self.machines)
+        return sum(m.settled_micros for m in self.machines) + self.lost_micros
 
     @property
     def open_micros(self) -> int:
@@ -257,6 +260,38 @@ class Ledger:
             after(state, event)
             self._append(row[0], row[1], machine, str(event), micros, at, data or {})
 
+    def take_in(self, run: str, *, name: str, bucket: str, created_at: datetime, data: Mapping[str, Any]) -> None:
+        """The head of a run that another computer began; its entries follow with `absorb`. Known already: nothing."""
+        with self._write():
+            self._db.execute(
+                "INSERT OR IGNORE INTO run(id, created_at, name, bucket, data) VALUES (?, ?, ?, ?, ?)",
+                (run, _iso(created_at), name, bucket, _dump(data)),
+            )
+
+    def absorb(self, run: str, entries: Sequence[Entry], *, seen: int) -> tuple[list[int], list[Entry]] | None:
+        """Appends what another client wrote of the run, in one transaction. Returns the new seqs, and what contradicts.
+
+        `seen`: how many entries the run had when these were found to be new; None when it has others by now. An entry
+        that this ledger's own contradict (a machine ended by both) is kept as ELSEWHERE: none is forgotten.
+        """
+        seqs: list[int] = []
+        contradicting: list[Entry] = []
+        with self._write():
+            now = self._fold(run)
+            if len(now.entries) != seen:
+                return None
+            states = {row.name: row.state for row in now.machines}
+            for entry in entries:
+                state = self._next_state(entry, states)
+                if state is None:
+                    contradicting.append(entry)
+                    entry = _elsewhere(entry, entry.machine if entry.machine in states else None)
+                elif entry.machine is not None:
+                    states[entry.machine] = state
+                self._append(run, entry.stage, entry.machine, entry.kind, entry.micros, entry.at, entry.data)
+                seqs.append(self._db.execute("SELECT last_insert_rowid()").fetchone()[0])
+        return seqs, contradicting
+
     def run(self, run: str) -> Run:
         """Raises UsageError naming the nearest run."""
         try:
@@ -307,27 +342,12 @@ class Ledger:
         head = known.head if known else self._head(run)
         rows = self._db.execute(
             "SELECT seq, run, stage, machine, kind, micros, at, data FROM entry WHERE run=? AND seq>? ORDER BY seq",
-            (run, known.run.entries[-1].seq if known else 0),
+            (run, known.run.entries[-1].seq if known and known.run.entries else 0),
         )
         fresh = tuple(_entry(*row) for row in rows)
         if known and not fresh:
             return known.run
-        entries = (*known.run.entries, *fresh) if known else fresh
-        caps = [e for e in entries if e.kind == "cap"]
-        made = Run(
-            id=head[0],
-            created_at=datetime.fromisoformat(head[1]),
-            name=head[2],
-            bucket=head[3],
-            data=json.loads(head[4]),
-            cap_micros=caps[-1].micros,
-            deadline_s=caps[-1].data["deadline_s"],
-            deadline_from=caps[-1].data["mark"],
-            machines=tuple(fold_machines(entries)),
-            done={e.stage: e.data for e in entries if e.kind == "stage_done" and e.stage is not None},
-            ends=tuple(e for e in entries if e.kind == "ended"),
-            entries=entries,
-        )
+        made = _grown(known.run if known else _unwritten(head), fresh)
         self._known[run] = _Known(head, made)
         return made
 
@@ -337,6 +357,17 @@ class Ledger:
             raise KeyError(run)
         id_, created_at, name, bucket, data = head
         return id_, created_at, name, bucket, data
+
+    def _next_state(self, entry: Entry, states: Mapping[str, State]) -> State | None:
+        """The state an entry leads to (GONE for one without a machine); None when the ledger cannot take it."""
+        if entry.machine is None:
+            return State.GONE
+        state = states.get(entry.machine)
+        if entry.kind == "reserve":
+            return State.INTENT if state is None and not self.machine_known(entry.machine) else None
+        if state is None or entry.kind not in _EVENTS:
+            return state
+        return TRANSITIONS.get((state, Event(entry.kind)))
 
     def _append(
         self,
@@ -357,16 +388,17 @@ class Ledger:
     def _write(self) -> Iterator[None]:
         try:
             self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk may have ended it already
+                    self._db.execute("ROLLBACK")
+                raise
         except sqlite3.OperationalError as error:
             raise UsageError(
                 f"the ledger {self.path} cannot be written: {error}", hint=_ledger_hint(self.path, error)
             ) from error
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
     def _open_tables(self) -> None:
         version = self._db.execute("SELECT 1 FROM sqlite_master WHERE name='meta'").fetchone()
@@ -402,43 +434,71 @@ def _entry(
     return Entry(seq, run, stage, machine, kind, micros, datetime.fromisoformat(at), json.loads(data))
 
 
-def fold_machines(entries: tuple[Entry, ...]) -> list[MachineRow]:
-    """Machines in the order they were reserved."""
-    rows: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        if entry.machine is None:
-            continue
-        if entry.kind == "reserve":
-            rows[entry.machine] = {
-                "name": entry.machine,
-                "run": entry.run,
-                "stage": entry.stage,
-                "state": State.INTENT,
-                "reserved_micros": entry.micros,
-                "settled_micros": 0,
-                "order": entry.data,
-                "facts": {},
-                "reasons": (),
-                "reserved_at": entry.at,
-                "absent_seen": False,
-                "job_rc": None,
+def _unwritten(head: tuple[str, str, str, str, str]) -> Run:
+    id_, created_at, name, bucket, data = head
+    at = datetime.fromisoformat(created_at)
+    return Run(id_, name, at, bucket, json.loads(data), 0, None, {}, (), {}, ())
+
+
+def _grown(run: Run, fresh: Sequence[Entry]) -> Run:
+    """The run with newer entries added: the work is in them and in the machines, not in what was read before."""
+    rows = {row.name: row for row in run.machines}
+    changes: dict[str, Any] = {}
+    done, ends, lost = dict(run.done), list(run.ends), run.lost_micros
+    for entry in fresh:
+        if entry.machine is not None:
+            rows[entry.machine] = _moved(rows.get(entry.machine), entry)
+        elif entry.kind == "cap":
+            changes = {
+                "cap_micros": entry.micros,
+                "deadline_s": entry.data["deadline_s"],
+                "deadline_from": entry.data["mark"],
             }
-            continue
-        row = rows[entry.machine]
-        row["facts"] = {**row["facts"], **entry.data, f"{entry.kind}_at": entry.at.isoformat()}
-        if entry.kind == "late":
-            row["settled_micros"] += entry.micros
-        if entry.kind in _EVENTS:
-            event = Event(entry.kind)
-            row["state"] = after(row["state"], event)
-            row["settled_micros"] += entry.micros
-            if event in (Event.ABSENT, Event.PRESENT):
-                row["absent_seen"] = event is Event.ABSENT
-            if event is Event.JOB_ENDED:
-                row["job_rc"] = entry.data.get("rc")
-            if entry.data.get("why"):
-                row["reasons"] = (*row["reasons"], entry.data["why"])
-    return [MachineRow(**row) for row in rows.values()]
+        elif entry.kind == "stage_done" and entry.stage is not None:
+            done[entry.stage] = entry.data
+        elif entry.kind == "ended":
+            ends.append(entry)
+        elif entry.kind in (LOST, ELSEWHERE):  # also of a machine whose reservation is not known here
+            lost += entry.micros
+    return replace(
+        run, machines=tuple(rows.values()), done=done, ends=tuple(ends), entries=(*run.entries, *fresh),
+        lost_micros=lost, **changes,
+    )  # fmt: skip
+
+
+def _moved(row: MachineRow | None, entry: Entry) -> MachineRow:
+    """The machine after one more entry of its own."""
+    if entry.kind == "reserve":
+        assert entry.machine is not None and entry.stage is not None
+        return MachineRow(
+            entry.machine, entry.run, entry.stage, State.INTENT, entry.micros, 0, entry.data, {}, (), entry.at, False,
+            None,
+        )  # fmt: skip
+    assert row is not None, f"{entry.machine} was never reserved"
+    if entry.kind == ELSEWHERE:
+        return _dearer(row, entry)
+    facts = {**row.facts, **entry.data, f"{entry.kind}_at": entry.at.isoformat()}
+    if entry.kind not in _EVENTS:  # only one that charges a machine which came up late carries money
+        return replace(row, facts=facts, settled_micros=row.settled_micros + entry.micros)
+    event = Event(entry.kind)
+    return replace(
+        row,
+        facts=facts,
+        state=after(row.state, event),
+        settled_micros=row.settled_micros + entry.micros,
+        absent_seen=event is Event.ABSENT if event in (Event.ABSENT, Event.PRESENT) else row.absent_seen,
+        job_rc=entry.data.get("rc") if event is Event.JOB_ENDED else row.job_rc,
+        reasons=(*row.reasons, entry.data["why"]) if entry.data.get("why") else row.reasons,
+    )
+
+
+def _dearer(row: MachineRow, entry: Entry) -> MachineRow:
+    """Where two clients tell of different money for one machine, the larger figure counts."""
+    if entry.data["kind"] == "reserve":
+        return replace(row, reserved_micros=max(row.reserved_micros, entry.micros))
+    if row.state is State.GONE:
+        return replace(row, settled_micros=max(row.settled_micros, entry.micros))
+    return row
 
 
 def file_system(path: Path) -> str:
@@ -466,6 +526,14 @@ def _ledger_hint(path: Path, error: Exception) -> str:
         f"move {path} aside (keep it: it lists machines that may still bill) and check with `kdcloud down --all` "
         "that nothing is left running"
     )
+
+
+def _elsewhere(entry: Entry, machine: str | None) -> Entry:
+    whole = {
+        "stage": entry.stage, "machine": entry.machine, "kind": entry.kind, "at": entry.at.isoformat(),
+        "data": dict(entry.data),
+    }  # fmt: skip
+    return replace(entry, kind=ELSEWHERE, machine=machine, data=whole)
 
 
 def _statements(script: str) -> list[str]:

@@ -111,7 +111,7 @@ def _fate(seen: Observation, known: Known | None, heard: Heard | None, owner: st
     name = parse_machine_name(seen.name)
     if name is None:
         return Action.FOREIGN, "its name is not one of kdcloud's"
-    if name.owner != owner:
+    if known is None and name.owner != owner:
         return Action.FOREIGN, "it belongs to another owner"
     return _stranger(name, heard, now) if known is None else _acquaintance(name, known, now)
 

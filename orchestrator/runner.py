@@ -23,6 +23,7 @@ from orchestrator.guarded import CALL_LIMIT_S, Guarded
 from orchestrator.handover import fetch_code, supervisor_argv, supervisor_env
 from orchestrator.lease import LEASE_S, RENEW_S, Lease
 from orchestrator.ledger import Ledger, MachineRow, Run
+from orchestrator.mirror import Mirror
 from orchestrator.money import human_seconds, shown
 from orchestrator.names import machine_name, parse_machine_name
 from orchestrator.offers import known_price
@@ -52,6 +53,7 @@ JOB_START_LIMIT_S = 180.0
 WARN_EVERY_S = 20.0
 SWEEP_S, SWEEP_OFTEN_S, YOUNG_S = 600.0, 45.0, 240.0  # how often to look for machines nobody counts with
 LOST_GAP_S = 30.0  # a list of machines may be wrong for a moment
+BUCKET_PATIENCE_S = 600.0  # with nothing running, a bucket that does not answer is waited for that long
 TEARDOWN_PATIENCE_S = 60.0  # or three times the provider's own delays, whichever is longer
 
 
@@ -102,6 +104,8 @@ class Runner:
         self.provider = Guarded(provider, self._now, limit_s=call_limit_s)
         self.plan, self.run_id, self.owner, self.lease = plan, run_id, owner, lease
         self.code_folder, self.say, self.stop = code_folder, say, stop
+        self.mirror = Mirror(ledger, bucket, run_id, lease, clock)
+        self._bucket_since: Mark | None = None
         self._ending_since: dict[str, Mark] = {}
         self._retry: tuple[str, Mark, float] | None = None
         self._job_since: dict[str, Mark] = {}
@@ -115,6 +119,7 @@ class Runner:
             while True:
                 self._renew()
                 outcome, moved = self.turn()
+                self.mirror.flush()
                 if outcome is not None:
                     self.ledger.note(
                         self.run_id,
@@ -123,6 +128,7 @@ class Runner:
                         stage=outcome.stage,
                         data={"state": outcome.state, "message": outcome.message, "hint": outcome.hint},
                     )
+                    self.mirror.flush()
                     return outcome
                 if on_turn is not None:
                     on_turn(self.snapshot())
@@ -195,6 +201,10 @@ class Runner:
         self._renew()  # the provider may have taken its time, or this computer slept meanwhile
         match do:
             case Do.SEND:
+                if not self.mirror.flush(must=True):
+                    self._warn(row.stage, f"nothing was started: {self.mirror.trouble}")
+                    self._move(row, Event.DROPPED)
+                    return True
                 mark = self.clock.mark()
                 sent = {"sent": mark_to_dict(mark), "sent_by_store": self._store_now().isoformat()}
                 self._move(row, Event.SENT, data=sent)
@@ -240,6 +250,11 @@ class Runner:
         return True
 
     def _launch(self, row: MachineRow, offer: Offer) -> None:
+        if not self.mirror.flush(must=True):
+            why = f"the bucket does not take word of it: {self.mirror.trouble}"
+            self._warn(row.stage, why)
+            self._move(row, Event.STOP, data={"why": why})
+            return
         order = Order(
             name=row.name,
             run=self.run_id,
@@ -250,7 +265,6 @@ class Runner:
             fence=self.lease.fence,
         )
         try:
-            self.lease.confirm()
             confirmed = self.clock.mark()
             self.provider.launch(order)
             if age_s(confirmed, self.clock.mark()) >= RENEW_S:
@@ -442,7 +456,23 @@ class Runner:
             return Outcome(str(fate.fate), f"stage {stage.name}: {fate.message}", fate.hint, stage.name), True
         if self._waiting(stage.name, len(rows), fate.wait_s):
             return None, False
+        if not self.mirror.flush():
+            return self._bucket_away(stage.name), False
+        self._bucket_since = None
         return self._reserve(run, stage, rows, fate.offer_index)
+
+    def _bucket_away(self, stage: str) -> Outcome | None:
+        """Nothing is running and nothing can be started: waits for the bucket, but not for ever."""
+        self._warn(stage, f"waiting for the bucket: {self.mirror.trouble}")
+        self._bucket_since = self._bucket_since or self.clock.mark()
+        if age_s(self._bucket_since, self.clock.mark()) < BUCKET_PATIENCE_S:
+            return None
+        return Outcome(
+            "failed",
+            f"the bucket took no word of what is to be started: {self.mirror.trouble}",
+            f"nothing is running; go on with `kdcloud run --resume {self.run_id}` when it answers",
+            stage,
+        )
 
     def _reserve(
         self, run: Run, stage: StagePlan, rows: list[MachineRow], offer_index: int

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import __version__
+from orchestrator.bounded import Bounded
 from orchestrator.budget import month_cap_micros
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config import Config, Home, load_config
-from orchestrator.errors import NotOwner, UsageError
+from orchestrator.errors import KdcloudError, NotOwner, UsageError
 from orchestrator.handover import code_wheel, put_code, upload_data
-from orchestrator.lease import Lease, is_free, read_holder
+from orchestrator.lease import Lease, NoLease, is_free, read_holder
 from orchestrator.ledger import Ledger, Run
+from orchestrator.mirror import Follower, adopt, catch_up
 from orchestrator.names import new_run_id
 from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
 from orchestrator.provision import NotYetGone, Provisioner, ProvisionError
 from orchestrator.provision_local import LocalProvisioner
 from orchestrator.runner import Outcome, Runner, Snapshot, mark_to_dict, snapshot_of, worst_case_micros
 from orchestrator.states import State
-from tasks.bucket import Bucket, open_bucket, probe
+from tasks.bucket import Bucket, BucketError, open_bucket, probe
 from tasks.contract import LOG_FILE
 
 RUN_SCHEMA = 1
 Say = Callable[[str, str | None, str], None]
+NO_CONDITIONS = (
+    "this bucket has no conditional writes: kdcloud cannot promise that only one client drives the run, so start, "
+    "resume and end it from one computer only"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Session:
     clock: Clock
     home: Home
     owner: str
+    notes: tuple[str, ...] = ()  # what a person must know before it goes on
 
     def go(self, *, say: Say, stop: Callable[[], bool], on_turn: Callable[[Snapshot], None]) -> Outcome:
         runner = Runner(
@@ -119,8 +127,8 @@ def start_run(
     clock = clock or SystemClock()
     run_id = new_run_id(plan.name)
     root = open_bucket(plan.bucket)
-    probe(root)
-    bucket = root.at(run_id)
+    notes = () if probe(root).conditional else (NO_CONDITIONS,)
+    bucket: Bucket = Bounded(root.at(run_id), clock)
     code, sha256 = code_wheel()
     put_code(bucket, code, sha256)
     stages = tuple(replace(stage, settings=upload_data(bucket, stage.settings)) for stage in plan.stages)
@@ -146,7 +154,7 @@ def start_run(
             "digest": plan.digest,
         },
     )
-    return Session(run_id, plan, ledger, provider, bucket, lease, clock, home, config.owner)
+    return Session(run_id, plan, ledger, provider, bucket, lease, clock, home, config.owner, notes)
 
 
 def resume_run(
@@ -162,7 +170,7 @@ def resume_run(
     clock = clock or SystemClock()
     run = ledger.run(run_id)
     plan = plan_of(run)
-    bucket = open_bucket(run.bucket)
+    bucket = Bounded(open_bucket(run.bucket), clock)
     provider = provider_for(
         infra_of(plan),
         home,
@@ -170,6 +178,12 @@ def resume_run(
         allow_account_key=bool(run.data.get("allow_account_key")),
     )
     lease = Lease.acquire(bucket, str(run.data["owner"]), clock)
+    try:
+        notes = catch_up(ledger, bucket, run_id)
+    except (KdcloudError, BucketError):
+        lease.release()
+        raise
+    run = ledger.run(run_id)
     mark = clock.mark()
     if cap_micros is not None or deadline_s is not None:
         if cap_micros is not None and cap_micros < run.spent_micros + run.open_micros:
@@ -186,7 +200,7 @@ def resume_run(
             mark.wall,
         )
     ledger.note(run_id, "resumed", mark.wall, data={"version": __version__, "fence": lease.fence})
-    return Session(run_id, plan, ledger, provider, bucket, lease, clock, home, str(run.data["owner"]))
+    return Session(run_id, plan, ledger, provider, bucket, lease, clock, home, str(run.data["owner"]), notes)
 
 
 def plan_of(run: Run) -> Plan:
@@ -251,7 +265,7 @@ def end_run(
     clock = clock or SystemClock()
     mark = clock.mark()
     ledger.note(run_id, "stop_requested", mark.wall)
-    bucket = open_bucket(ledger.run(run_id).bucket)
+    bucket = Bounded(open_bucket(ledger.run(run_id).bucket), clock)
     waited = 0.0
     while True:
         try:
@@ -273,7 +287,19 @@ def end_run(
                 )
             clock.sleep(0.5)
             waited += 0.5
+        except BucketError as error:
+            say("warn", None, f"{error.message}; ending the machines without it")
+            session = _without_bucket(run_id, ledger, home, bucket, clock)
+            break
     return session.go(say=say, stop=lambda: True, on_turn=lambda snapshot: None)
+
+
+def _without_bucket(run_id: str, ledger: Ledger, home: Home, bucket: Bucket, clock: Clock) -> Session:
+    """A session that can only end machines: a store that is away must not keep them alive."""
+    run = ledger.run(run_id)
+    plan, key = plan_of(run), bool(run.data.get("allow_account_key"))
+    provider = provider_for(infra_of(plan), home, local_price_micros=local_price(plan), allow_account_key=key)
+    return Session(run_id, plan, ledger, provider, bucket, NoLease(), clock, home, str(run.data["owner"]))
 
 
 def _open_machines(run: Run) -> list[str]:
@@ -306,7 +332,15 @@ def opened_ledger(home: Home, *, say: Callable[[str], None] = lambda text: None)
 
 
 def newest(ledger: Ledger, given: str | None) -> str:
-    """The run a person means: what was typed, else (or for `last`) the newest. Raises UsageError when there is none."""
+    """The run a person means: what was typed, else (or for `last`) the newest. Raises UsageError when there is none.
+
+    The address of a run in its bucket brings it into this ledger first, so that any computer can name any run.
+    """
+    if given and ":" in given:
+        run_id, notes = adopt(ledger, open_bucket(given))
+        for text in notes:
+            print(text, file=sys.stderr)
+        return run_id
     if given and given != "last":
         return ledger.find(given)
     runs = ledger.runs()
@@ -357,7 +391,9 @@ def watch_run(
     """Follows a run that another client drives until it ends. Raises UsageError when nobody drives it any more."""
     clock = clock or SystemClock()
     bucket = open_bucket(ledger.run(run_id).bucket)
+    news = Follower(ledger, bucket, run_id, clock)
     while True:
+        news.look()
         run = ledger.run(run_id)
         ends = [e for e in run.entries if e.kind in ("ended", "resumed")]
         if ends and ends[-1].kind == "ended":

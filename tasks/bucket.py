@@ -159,6 +159,23 @@ def _keeps_conditions(bucket: Bucket, key: str, etag: str) -> bool:
         return False
 
 
+def put_if(bucket: Bucket, key: str, data: bytes, *, if_match: str | None = None) -> str:
+    """Writes only where nothing is, or over that ETag, as well as the store can. Raises PreconditionFailed.
+
+    A store that refuses conditional writes is looked at first: then two who write in the same moment may both win.
+    """
+    try:
+        return bucket.put(key, data, if_none_match=if_match is None, if_match=if_match)
+    except Unsupported:
+        there = bucket.head(key)
+        if (None if there is None else there.etag) != if_match:
+            raise PreconditionFailed(f"{key} was written by somebody else", hint=_ANOTHER) from None
+        return bucket.put(key, data)
+
+
+_ANOTHER = "another client works on the same run"
+
+
 def check_key(key: str) -> str:
     """The key itself. Raises BucketError unless it is relative, '/'-separated, and safe as a path below any folder."""
     parts = key.split("/")

@@ -8,8 +8,9 @@ from dataclasses import asdict, replace
 import pytest
 
 from orchestrator.errors import NotOwner
-from orchestrator.lease import LEASE_KEY, LEASE_S, RENEW_S, Lease, read_holder
+from orchestrator.lease import LEASE_KEY, LEASE_S, RENEW_S, Lease, NoLease, read_holder
 from orchestrator.testing import FakeBucket, VirtualClock
+from tasks.bucket import BucketError, Unsupported, probe
 
 
 @pytest.fixture
@@ -82,3 +83,84 @@ def test_releasing_after_it_was_taken_leaves_the_new_owner_alone(world):
     clock.sleep(RENEW_S)
     new.renew_if_due()
     assert not read_holder(bucket)[0].released
+
+
+def test_a_renewal_whose_answer_never_arrived_is_found_again(world):
+    clock, bucket = world
+    lease = Lease.acquire(bucket, "one", clock)
+    put, answers = bucket.put, []
+
+    def lossy(*args, **kwargs):
+        etag = put(*args, **kwargs)
+        if not answers:
+            answers.append(etag)
+            raise BucketError("the connection broke")
+        return etag
+
+    bucket.put = lossy
+    clock.sleep(RENEW_S)
+    with pytest.raises(BucketError):
+        lease.renew_if_due()
+    lease.renew_if_due()
+    assert read_holder(bucket)[0].beat == 2
+    with pytest.raises(NotOwner):
+        Lease.acquire(bucket, "two", clock)
+
+
+class Plain:
+    """A store that refuses conditional writes."""
+
+    def __init__(self, inner):
+        self._inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def put(self, key, data, *, if_none_match=False, if_match=None):
+        if if_none_match or if_match is not None:
+            raise Unsupported("no conditional writes here")
+        return self._inner.put(key, data)
+
+
+def test_a_store_without_conditional_writes_still_tells_clients_apart_that_do_not_race(world):
+    clock, bucket = world
+    store = Plain(bucket)
+    assert not probe(store).conditional
+    old = Lease.acquire(store, "one", clock)
+    with pytest.raises(NotOwner):
+        Lease.acquire(store, "two", clock)
+    clock.sleep(LEASE_S)
+    new = Lease.acquire(store, "two", clock)
+    assert new.fence == old.fence + 1
+    with pytest.raises(NotOwner):
+        old.confirm()
+    new.confirm()
+
+
+def test_giving_a_lease_back_to_a_store_that_is_away_is_no_error(world):
+    clock, bucket = world
+    lease = Lease.acquire(bucket, "one", clock)
+
+    def away(*args, **kwargs):
+        raise BucketError("away")
+
+    bucket.put = away
+    lease.release()
+
+
+def test_the_age_of_a_lease_is_told_by_the_store_not_by_a_clock_that_is_wrong(world):
+    clock, bucket = world
+    Lease.acquire(bucket, "one", clock)
+    clock.step(7200)
+    with pytest.raises(NotOwner):
+        Lease.acquire(bucket, "two", clock)
+    clock.step(-14400)
+    clock.sleep(LEASE_S)
+    assert Lease.acquire(bucket, "two", clock).fence == 2
+
+
+def test_without_a_lease_nothing_can_be_confirmed():
+    with pytest.raises(NotOwner):
+        NoLease().confirm()
+    NoLease().renew_if_due()
+    NoLease().release()

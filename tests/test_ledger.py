@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator import ledger as ledger_module
 from orchestrator.errors import BudgetExceeded, UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.states import Event, State
@@ -165,3 +166,53 @@ def test_spent_plus_open_never_passes_the_cap_while_machines_settle_within_their
         known = made.run(run)
         assert known.spent_micros + known.open_micros <= known.cap_micros
     made.close()
+
+
+def unwritable(made: Ledger, how: str):
+    """The ledger as it is on a full disk, in a folder that became read-only, or while another process writes."""
+    if how == "full":
+        made._db.execute(f"PRAGMA max_page_count={made._db.execute('PRAGMA page_count').fetchone()[0]}")
+    elif how == "readonly":
+        made._db.execute("PRAGMA query_only=1")
+    else:
+        made._db.execute("PRAGMA busy_timeout=50")
+        other = sqlite3.connect(made.path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        return other
+    return None
+
+
+@pytest.mark.parametrize(
+    ("how", "says"), [("full", "free some space"), ("readonly", "rights"), ("locked", "try again")]
+)
+def test_a_ledger_that_cannot_be_written_is_one_clear_sentence_and_loses_nothing(ledger, how, says):
+    run = make_run(ledger)
+    reserve(ledger, run, "kd-1", 100)
+    other = unwritable(ledger, how)
+    long = {"why": "x" * 200_000}  # more than the pages that are there
+    for write in (
+        lambda: ledger.move("kd-1", Event.SENT, START, data=long),
+        lambda: ledger.note(run, "warning", START, data=long),
+        lambda: ledger.reserve(run, "s", "kd-2", 1, START, later_floor=0, order=long),
+    ):
+        with pytest.raises(UsageError, match="cannot be written") as caught:
+            write()
+        assert says in caught.value.hint
+    assert [m.state for m in ledger.run(run).machines] == [State.INTENT]
+    if other is not None:
+        other.execute("ROLLBACK")
+        ledger.move("kd-1", Event.SENT, START)
+        assert [m.state for m in ledger.run(run).machines] == [State.CREATING]
+
+
+def test_every_entry_is_folded_once_however_often_the_run_is_read(monkeypatch):
+    made, folded = Ledger.in_memory(), []
+    moved = ledger_module._moved
+    monkeypatch.setattr(ledger_module, "_moved", lambda row, entry: folded.append(entry.seq) or moved(row, entry))
+    run = make_run(made, cap=10**9)
+    for number in range(30):
+        reserve(made, run, f"kd-{number}", 10)
+        made.run(run)
+        end(made, f"kd-{number}", 5)
+        made.run(run)
+    assert len(folded) == len(set(folded)) == 30 * 6  # a reservation and five moves each

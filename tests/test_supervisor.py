@@ -416,6 +416,40 @@ ctx.checkpoint(2, lambda folder: (folder / "state").write_text("2"))
     assert bench.bucket.get(f"{STAGE}/checkpoints/step-2/state")[0] == b"2"
 
 
+@pytest.mark.parametrize(("slow_call", "seconds"), [("put_file", 60.0), ("put", 0.25), ("list", 0.9)])
+def test_the_last_upload_is_bounded_with_a_slow_store_and_the_end_is_told_all_the_same(
+    bench: Bench, slow_call: str, seconds: float
+) -> None:
+    slow = f"""
+from tasks.bucket_file import FileBucket
+def slowed(call):
+    def slower(*args, **kwargs):
+        if Path(sys.argv[5], "dead").exists(): time.sleep({seconds})
+        return call(*args, **kwargs)
+    return slower
+FileBucket.{slow_call} = slowed(FileBucket.{slow_call})
+"""
+    body = """
+def save(folder):
+    (folder / "weights").write_bytes(b"w" * 1000)
+    (ctx.work / "dead").write_text("from here on the store is slow")
+ctx.progress("train", 1, 10)
+stage.commit_checkpoint = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+ctx.checkpoint(7, save)
+"""
+    bench.task()
+    process = bench.start(body, before=slow)
+    until((bench.work / "dead").exists)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=30)
+    took_s = time.monotonic() - began
+    assert process.returncode in (Exit.BAD_INPUT, Exit.TERMINATED), output  # by whether the kernel counts its kills
+    assert took_s < WATCH.flush_s + 0.5  # 0.5 s: ending the processes
+    assert "killed" in bench.ended().message and bench.ended().last_checkpoint in (None, "step-7")
+    assert slow_call == "put" or bench.ended().last_checkpoint is None
+    assert (bench.work / "checkpoints" / "step-7" / "weights").exists()  # for the next attempt on this machine
+
+
 @pytest.mark.parametrize(
     ("body", "rc", "message", "hint"),
     [
