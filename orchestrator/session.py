@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator import __version__
+from orchestrator import __version__, access, grants
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config import Config, Home
 from orchestrator.errors import NotOwner, UsageError
@@ -20,6 +20,7 @@ from orchestrator.names import new_run_id
 from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
 from orchestrator.provision import NotYetGone, Provisioner, ProvisionError
 from orchestrator.provision_local import LocalProvisioner
+from orchestrator.routing import Routed
 from orchestrator.runner import Outcome, Runner, Snapshot, mark_to_dict, snapshot_of
 from orchestrator.states import State
 from tasks.bucket import Bucket, open_bucket, probe
@@ -64,25 +65,30 @@ class Session:
 
 
 def provider_for(
-    plan_infra: str, home: Home, *, local_price_micros: int = 0, allow_account_key: bool = False
+    infra: str | Iterable[str],
+    home: Home,
+    *,
+    local_price_micros: int = 0,
+    allow_account_key: bool = False,
+    ordered_on: Callable[[str], str | None] = lambda name: None,
 ) -> Provisioner:
-    """`KDCLOUD_PROVIDER=module:factory` if set, this machine for `local`, SkyPilot for Slurm.
+    """`KDCLOUD_PROVIDER=module:factory` if set, this machine for `local`, SkyPilot for everything else.
 
-    Raises UsageError for what is not there yet: clouds need the code and the bucket's keys brought to the machine.
+    For several infras a Routed one; `ordered_on` says where a machine was ordered, as the ledger knows it.
     """
     named = os.environ.get("KDCLOUD_PROVIDER")
     if named:
         return named_provider(named)
-    if plan_infra == "local":
-        return LocalProvisioner(home.root, price_micros_per_hour=local_price_micros)
-    if plan_infra.startswith("slurm"):
-        from orchestrator.provision_sky import SkyProvisioner
+    kinds = {name.partition("/")[0] for name in ([infra] if isinstance(infra, str) else infra)}
+    local = LocalProvisioner(home.root, price_micros_per_hour=local_price_micros)
+    if kinds == {"local"}:
+        return local
+    from orchestrator.provision_sky import SkyProvisioner
 
-        return SkyProvisioner(home.root, allow_account_key=allow_account_key)
-    raise UsageError(
-        f"this version of kdcloud plans for {plan_infra} but cannot rent machines there yet",
-        hint="run with --infra local, or --infra slurm/CLUSTER",
-    )
+    rented = SkyProvisioner(home.root, allow_account_key=allow_account_key)
+    if "local" not in kinds:
+        return rented
+    return Routed({kind: local if kind == "local" else rented for kind in sorted(kinds)}, ordered_on)
 
 
 def named_provider(named: str) -> Provisioner:
@@ -113,12 +119,10 @@ def start_run(
     allow_account_key: bool = False,
     clock: Clock | None = None,
 ) -> Session:
-    """A new run: bucket probed, code and data put there, ledger opened, lease taken. Nothing is rented yet."""
+    """A new run: rights checked, bucket probed, code and data put there, ledger opened, lease taken; nothing rented."""
     clock = clock or SystemClock()
     run_id = new_run_id(plan.name)
-    root = open_bucket(plan.bucket)
-    probe(root)
-    bucket = root.at(run_id)
+    bucket = ready_bucket(plan, run_id, allow_account_key=allow_account_key)
     code, sha256 = code_wheel()
     put_code(bucket, code, sha256)
     stages = tuple(replace(stage, settings=upload_data(bucket, stage.settings)) for stage in plan.stages)
@@ -147,6 +151,24 @@ def start_run(
     return Session(run_id, plan, ledger, provider, bucket, lease, clock, home, config.owner)
 
 
+def ready_bucket(plan: Plan, run_id: str, *, allow_account_key: bool) -> Bucket:
+    """The run's place in the bucket, tried out, and reachable for the machines. Raises UsageError, BucketError."""
+    if "KDCLOUD_PROVIDER" not in os.environ:
+        access.check(plan, allow_account_key=allow_account_key)
+    root = open_bucket(plan.bucket)
+    probe(root)
+    bucket = root.at(run_id)
+    _check_reach(plan, bucket, allow_account_key=allow_account_key)
+    return bucket
+
+
+def _check_reach(plan: Plan, bucket: Bucket, *, allow_account_key: bool) -> None:
+    """Raises UsageError when rented machines could not be given keys for this run only, for as long as they live."""
+    way = grants.find_way(bucket) if any(True for _ in access.rented(plan)) else None
+    if way is not None:
+        access.check_way(way, access.longest_s(plan), allow_account_key=allow_account_key)
+
+
 def resume_run(
     run_id: str,
     *,
@@ -154,18 +176,27 @@ def resume_run(
     home: Home,
     cap_micros: int | None = None,
     deadline_s: float | None = None,
+    to_work: bool = True,
     clock: Clock | None = None,
 ) -> Session:
-    """Takes an unfinished run over. Raises NotOwner while its client is alive, UsageError for another version's."""
+    """Takes an unfinished run over; `to_work` False only to end its machines, for which no keys are needed.
+
+    Raises NotOwner while its client is alive, UsageError for another version's or when machines would get no keys.
+    """
     clock = clock or SystemClock()
     run = ledger.run(run_id)
     plan = plan_of(run)
     bucket = open_bucket(run.bucket)
+    allowed = bool(run.data.get("allow_account_key"))
+    if to_work:
+        given = replace(plan, cap_micros=cap_micros or run.cap_micros, deadline_s=deadline_s or run.deadline_s)
+        _check_reach(given, bucket, allow_account_key=allowed)
     provider = provider_for(
         infra_of(plan),
         home,
         local_price_micros=local_price(plan),
-        allow_account_key=bool(run.data.get("allow_account_key")),
+        allow_account_key=allowed,
+        ordered_on=lambda name: ordered_on(ledger.run(run_id), name),
     )
     lease = Lease.acquire(bucket, str(run.data["owner"]), clock)
     mark = clock.mark()
@@ -204,19 +235,18 @@ def reapable_providers(home: Home, ledger: Ledger) -> dict[str, Provisioner]:
         return {named: named_provider(named)}
     plans = [ledger.run(run_id).data["plan"] for run_id in ledger.runs()]
     infra = {offer["infra"] for plan in plans for stage in plan["stages"] for offer in stage["candidates"]}
-    rented = {"slurm": provider_for("slurm", home)} if any(name.startswith("slurm") for name in infra) else {}
-    return {"local": LocalProvisioner(home.root), **rented}
+    rented = sorted(infra - {"local"})
+    return {"local": LocalProvisioner(home.root), **({"sky": provider_for(rented, home)} if rented else {})}
 
 
-def infra_of(plan: Plan) -> str:
-    """The one infra of the plan's machines. Raises UsageError for several: a run has one provider yet."""
-    kinds = {offer.infra.partition("/")[0] for stage in plan.stages for offer in stage.candidates}
-    if len(kinds) > 1 and "KDCLOUD_PROVIDER" not in os.environ:
-        raise UsageError(
-            f"this plan needs machines on {', '.join(sorted(kinds))}; a run cannot mix them yet",
-            hint="name one infra in the recipe, or with --infra",
-        )
-    return plan.stages[0].candidates[0].infra
+def infra_of(plan: Plan) -> tuple[str, ...]:
+    """Every infra on which the plan may have machines; `provider_for` takes them."""
+    return tuple(dict.fromkeys(offer.infra for stage in plan.stages for offer in stage.candidates))
+
+
+def ordered_on(run: Run, name: str) -> str | None:
+    """The infra on which a machine of this run was ordered, None for a name the run does not know."""
+    return next((str(row.order["offer"]["infra"]) for row in run.machines if row.name == name), None)
 
 
 def local_price(plan: Plan) -> int:
@@ -234,7 +264,7 @@ def end_run(
     waited = 0.0
     while True:
         try:
-            session = resume_run(run_id, ledger=ledger, home=home, clock=clock)
+            session = resume_run(run_id, ledger=ledger, home=home, to_work=False, clock=clock)
             break
         except NotOwner as error:
             if not _open_machines(ledger.run(run_id)):
