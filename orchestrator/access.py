@@ -256,7 +256,7 @@ def _bucket_notes(plan: Plan, then: str, env: Mapping[str, str]) -> Iterator[str
         yield f"{way_of(store, None, None).why}: your own key goes to the machine; {then}"
         return
     if store == "other":
-        yield f"your store is asked for a key that reaches this run only, before anything is rented; has it none, {then}"
+        yield f"your store is asked for a key that reaches this run only before anything is rented; has it none, {then}"
     limit = FEDERATION_S if store == "aws" else STORE_S
     if longest_s(plan) > limit:
         yield (
