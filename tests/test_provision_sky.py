@@ -729,3 +729,20 @@ def test_code_is_fetched_by_a_link_that_the_job_does_not_see(tmp_path):
         server.server_close()
     assert done.returncode == 0 and "PYTHONPATH" in done.stdout
     assert "hush" not in done.stdout + done.stderr
+
+
+def test_the_narrow_identity_of_a_cloud_holds_for_a_launch_there_only(tmp_path):
+    """In the words of the real SkyPilot: for a launch elsewhere the keys of that cloud stay at home as before."""
+    pytest.importorskip("sky", reason="needs SkyPilot: pip install 'kdcloud[sky]'")
+    script = (
+        "from pathlib import Path; import sys\n"
+        "from orchestrator.access import identity_of; from orchestrator.provision_sky import SkyApi\n"
+        "SkyApi(Path(sys.argv[1]))._sky(); from sky import skypilot_config as config\n"
+        "for infra in ('aws/us-east-1', 'runpod'):\n"
+        "    with config.override_skypilot_config(identity_of(infra)): print(config.to_dict()['aws'])\n"
+        "print(config.to_dict()['aws'])\n"
+    )
+    env = {**plain_env(tmp_path), "KDCLOUD_AWS_INSTANCE_PROFILE": "kd-node", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env, capture_output=True, text=True)
+    kept = "{'remote_identity': 'NO_UPLOAD'}"
+    assert done.stdout.splitlines() == ["{'remote_identity': 'kd-node'}", kept, kept], done.stderr
