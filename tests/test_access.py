@@ -45,7 +45,7 @@ from orchestrator.plan import Plan
 from orchestrator.provision_sky import CAN_KEEP_KEYS, NO_AUTODOWN
 from orchestrator.session import start_run
 from orchestrator.testing import fake_offer
-from tasks.bucket import Bucket, BucketError, open_bucket
+from tasks.bucket import Bucket, BucketError, NotFound, commit_folder, fetch_folder, open_bucket, read_commit
 from tasks.bucket_s3 import S3Bucket
 from tests.plans import make_plan
 
@@ -483,3 +483,88 @@ def test_a_bucket_that_cannot_be_used_is_said_before_anything_is_rented(
     with pytest.raises(BucketError) as caught:
         started(rented_plan("azure"), tmp_path)
     assert words in caught.value.message and hint in caught.value.hint
+
+
+# -- what the policy lets through is what machines need, against a store that enforces it as S3 does
+
+ACTIONS = {
+    "PutObject": "s3:PutObject", "CreateMultipartUpload": "s3:PutObject", "UploadPart": "s3:PutObject",
+    "CompleteMultipartUpload": "s3:PutObject", "GetObject": "s3:GetObject", "HeadObject": "s3:GetObject",
+    "DeleteObject": "s3:DeleteObject", "ListParts": "s3:ListMultipartUploadParts",
+    "ListObjectsV2": "s3:ListBucket", "HeadBucket": "s3:ListBucket",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+}  # fmt: skip
+
+
+class Enforced:
+    """An S3 client under a policy. Who may not list the whole bucket hears 403 of what is not there, as on AWS."""
+
+    def __init__(self, client: Any, policy: dict[str, Any]) -> None:
+        self._client, self._policy, self.refused = client, policy, list[str]()
+        client.meta.events.register("provide-client-params.s3.*", self._check)
+
+    def _check(self, params: dict[str, Any], model: Any, **_: Any) -> None:
+        arn = f"arn:aws:s3:::{params['Bucket']}" + (f"/{params['Key']}" if "Key" in params else "")
+        context = {"s3:prefix": params["Prefix"]} if "Prefix" in params and model.name == "ListObjectsV2" else {}
+        if not allows(self._policy, ACTIONS[model.name], arn, context):
+            self.refused.append(model.name)
+            raise forbidden(model.name)
+
+    def __getattr__(self, name: str) -> Any:
+        from botocore.exceptions import ClientError
+
+        inner = getattr(self._client, name)
+        if name not in ("get_object", "head_object"):
+            return inner
+
+        def call(**kwargs: Any) -> Any:
+            try:
+                return inner(**kwargs)
+            except ClientError as error:
+                if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                    raise forbidden(name) from error
+                raise
+
+        return call
+
+
+def forbidden(name: str) -> Exception:
+    from botocore.exceptions import ClientError
+
+    answer = {"Error": {"Code": "403", "Message": "Forbidden"}, "ResponseMetadata": {"HTTPHeaders": {"date": NOW}}}
+    return ClientError(answer, name)  # type: ignore[arg-type]
+
+
+NOW = "Thu, 01 Jan 2026 00:00:00 GMT"
+
+
+def test_with_keys_for_one_run_a_machine_can_do_all_its_work_and_nothing_elsewhere(
+    bucket: S3Bucket, tmp_path: Path
+) -> None:
+    enforced = Enforced(bucket.client, run_policy(bucket.name, bucket.prefix))
+    mine = S3Bucket(enforced, bucket.name, bucket.prefix)
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "weights").write_bytes(b"w" * (9 << 20))  # in parts
+    (out / "result.json").write_text("{}")
+    assert read_commit(mine, "train") is None
+    assert mine.head("train/task.json") is None
+    with pytest.raises(NotFound):
+        mine.get("train/task.json")
+    with pytest.raises(NotFound):
+        mine.get_file("train/log.txt", tmp_path / "log")
+    commit_folder(mine, out, "train", fence=1)
+    back = fetch_folder(mine, "train", tmp_path / "back")
+    assert (back / "model" / "weights").read_bytes() == (out / "model" / "weights").read_bytes()
+    mine.delete("train/COMMIT")
+    assert [stat.key for stat in mine.list("train/")] == ["train/model/weights", "train/result.json"]
+    assert mine.now().year == 2026
+    assert set(enforced.refused) == {"ListMultipartUploads", "HeadBucket"}  # both do without
+    for other in ("team/r-abc124/", "team/", ""):
+        neighbour = S3Bucket(enforced, bucket.name, other)
+        with pytest.raises(BucketError, match="may not write"):
+            neighbour.put("x", b"x")
+        with pytest.raises(BucketError, match="may not read"):
+            neighbour.get("x")
+        with pytest.raises(BucketError, match="may not list"):
+            list(neighbour.list())
