@@ -317,6 +317,7 @@ def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None
         provider=provider,
         recipe_text=loaded.text,
         allow_account_key=loaded.allow_account_key,
+        say=_say,
     )
     _talk(f"run {session.run_id}, artefacts in {session.bucket.url}")
     _go(session)

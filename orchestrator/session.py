@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator import __version__, access, grants
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config import Config, Home
-from orchestrator.errors import NotOwner, UsageError
+from orchestrator.errors import BudgetExceeded, NotOwner, UsageError
 from orchestrator.handover import code_wheel, put_code, upload_data
 from orchestrator.lease import Lease, is_free, read_holder
 from orchestrator.ledger import Ledger, Run
@@ -20,6 +20,7 @@ from orchestrator.names import new_run_id
 from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
 from orchestrator.provision import NotYetGone, Provisioner, ProvisionError
 from orchestrator.provision_local import LocalProvisioner
+from orchestrator.quota import ask_aws, within_quota
 from orchestrator.routing import Routed
 from orchestrator.runner import Outcome, Runner, Snapshot, mark_to_dict, snapshot_of
 from orchestrator.states import State
@@ -118,9 +119,11 @@ def start_run(
     recipe_text: str,
     allow_account_key: bool = False,
     clock: Clock | None = None,
+    say: Say = lambda kind, stage, text: None,
 ) -> Session:
     """A new run: rights checked, bucket probed, code and data put there, ledger opened, lease taken; nothing rented."""
     clock = clock or SystemClock()
+    plan = _rentable(plan, say)
     run_id = new_run_id(plan.name)
     bucket = ready_bucket(plan, run_id, allow_account_key=allow_account_key)
     code, sha256 = code_wheel()
@@ -149,6 +152,22 @@ def start_run(
         },
     )
     return Session(run_id, plan, ledger, provider, bucket, lease, clock, home, config.owner)
+
+
+def _rentable(plan: Plan, say: Say) -> Plan:
+    """The plan without machines that the account may not rent. Raises NothingFits, BudgetExceeded."""
+    if "KDCLOUD_PROVIDER" in os.environ:
+        return plan
+    left = within_quota(plan, ask_aws)
+    for before, after in zip(plan.stages, left.stages, strict=True):
+        for one in after.rejected[len(before.rejected) :]:
+            say("warn", after.name, f"{one.infra} is left out: {one.why}")
+    if plan.fits and not left.fits:
+        raise BudgetExceeded(
+            "what the account may rent is dearer than the cap allows; nothing was started",
+            hint="raise --budget, or ask AWS for a higher quota of the machines named above",
+        )
+    return left
 
 
 def ready_bucket(plan: Plan, run_id: str, *, allow_account_key: bool) -> Bucket:
