@@ -26,8 +26,8 @@ S = TypeVar("S")
 CODE_URL = "KDCLOUD_CODE_URL"  # these names are read in tasks/bootstrap.py
 PACKAGES = "KDCLOUD_PACKAGES"
 CONSTRAINTS = "KDCLOUD_CONSTRAINTS"
-# Where models come from, for readers who cannot reach the hub: passed on as they are set here. The tokens are secret.
-HUB = ("HF_ENDPOINT", "HF_TOKEN", "KDCLOUD_HUB", "MODELSCOPE_DOMAIN", "MODELSCOPE_API_TOKEN")
+# Where models come from, for readers who cannot reach the hub: passed on as they are set here. The token is secret.
+HUB = ("HF_ENDPOINT", "HF_TOKEN", "KDCLOUD_HUB", "MODELSCOPE_DOMAIN")
 
 # Module -> package: what a kind of stage imports. The versions are those of requirements/lock.txt, which lies in the
 # wheel of kdcloud as well: every machine gets what was tested, whatever is installed on the client.
