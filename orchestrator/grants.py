@@ -22,6 +22,7 @@ from orchestrator.access import BUCKET_ROLE, POLICY_LIMIT, Way, run_policy, stor
 from orchestrator.errors import UsageError
 from tasks.bucket import Bucket, BucketError
 
+ADDRESSING = "KDCLOUD_S3_ADDRESSING"  # read in tasks/bucket_s3.py
 LEAST_S = 900  # the shortest session that STS gives
 LINK_S = 7 * 24 * 3600  # the longest life of a signed link (Signature Version 4)
 
@@ -83,7 +84,8 @@ def grant(bucket: Bucket, seconds: float, *, allow_account_key: bool) -> Mapping
     env = {**keys.as_env(), **({"AWS_REGION": region, "AWS_DEFAULT_REGION": region} if region else {})}
     if store_of(_endpoint(bucket)) != "aws":
         env["AWS_ENDPOINT_URL_S3"] = _endpoint(bucket)
-    return env
+    style = (bucket.client.meta.config.s3 or {}).get("addressing_style")
+    return {**env, **({ADDRESSING: style} if style else {})}
 
 
 def link(bucket: Bucket, key: str, seconds: float, keys_env: Mapping[str, str]) -> str | None:
@@ -216,8 +218,9 @@ def _client(service: str, bucket: S3Like, keys: Keys | None = None, *, endpoint:
     import boto3
     from botocore.config import Config
 
-    config = Config(connect_timeout=10, read_timeout=30, retries={"mode": "standard"}, signature_version="s3v4")
+    style = (bucket.client.meta.config.s3 or {}).get("addressing_style")
     plain = Config(connect_timeout=10, read_timeout=30, retries={"mode": "standard"})
+    config = plain.merge(Config(signature_version="s3v4", s3={"addressing_style": style} if style else None))
     own = (
         {"aws_access_key_id": keys.key_id, "aws_secret_access_key": keys.secret, "aws_session_token": keys.token}
         if keys

@@ -40,6 +40,7 @@ MAX_PARTS = 10_000  # the limit of S3
 OUR_PARTS = "kdcloud-parts"  # metadata of objects whose parts are cut as `part_bytes` says
 CHUNK_BYTES = MIB
 DOWNLOAD_TRIES = 5  # in a row without a byte
+ADDRESSING = "KDCLOUD_S3_ADDRESSING"  # path or virtual: what ~/.aws/config says at home, for machines without one
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ class S3Bucket:
         except ClientError as error:
             raise _refusal(error, verb, where, self.name, conditional) from error
         except (BotoCoreError, Boto3Error) as error:
-            raise _trouble(error, verb, where) from error
+            raise _trouble(error, verb, where, self.name) from error
 
 
 def part_bytes(size: int) -> int:
@@ -276,7 +277,9 @@ def _client() -> Any:
         from botocore.exceptions import BotoCoreError
     except ImportError as error:
         raise BucketError("s3:// needs boto3, which is not installed", hint="pip install 'kdcloud[s3]'") from error
+    style = os.environ.get(ADDRESSING)
     config = Config(
+        s3={"addressing_style": style} if style else None,
         connect_timeout=10,
         read_timeout=60,
         retries={"mode": "standard"},
@@ -337,7 +340,7 @@ def _refusal(error: Any, verb: str, where: str, name: str, conditional: bool) ->
     return BucketError(f"the store would not {verb} {where}: {error}", hint="look the code up in the store's manual")
 
 
-def _trouble(error: Exception, verb: str, where: str) -> BucketError:
+def _trouble(error: Exception, verb: str, where: str, name: str) -> BucketError:
     """What a failure before or without an answer means."""
     from botocore import exceptions as boto
 
@@ -346,7 +349,12 @@ def _trouble(error: Exception, verb: str, where: str) -> BucketError:
     if isinstance(error, boto.TokenRetrievalError | boto.SSOError | boto.UnauthorizedSSOTokenError):
         return BucketError(f"the sign-in for {where} has expired", hint="run aws sso login")
     if isinstance(error, boto.ConnectionError | boto.HTTPClientError | boto.IncompleteReadError):
-        return BucketError(f"{where} cannot be reached: {error}", hint="check the network and AWS_ENDPOINT_URL, resume")
+        hint = "check the network and AWS_ENDPOINT_URL, resume"
+        if f"//{name}." in str(error):
+            hint += (
+                "; a store without a host name for each bucket needs `s3 = addressing_style = path` in ~/.aws/config"
+            )
+        return BucketError(f"{where} cannot be reached: {error}", hint=hint)
     if isinstance(error, boto.ParamValidationError):
         return BucketError(f"{where} is not a place in a bucket: {error}", hint="write s3://bucket/prefix")
     return BucketError(f"could not {verb} {where}: {error}", hint=_SETTINGS_HINT)

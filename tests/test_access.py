@@ -12,7 +12,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -45,7 +47,7 @@ from orchestrator.plan import Plan
 from orchestrator.provision_sky import CAN_KEEP_KEYS, NO_AUTODOWN
 from orchestrator.session import start_run
 from orchestrator.testing import fake_offer
-from tasks.bucket import Bucket, BucketError, NotFound, commit_folder, fetch_folder, open_bucket, read_commit
+from tasks.bucket import Bucket, BucketError, NotFound, commit_folder, fetch_folder, open_bucket, probe, read_commit
 from tasks.bucket_s3 import S3Bucket
 from tests.plans import make_plan
 
@@ -568,3 +570,101 @@ def test_with_keys_for_one_run_a_machine_can_do_all_its_work_and_nothing_elsewhe
             neighbour.get("x")
         with pytest.raises(BucketError, match="may not list"):
             list(neighbour.list())
+
+
+# -- places: profile, region and endpoint of the usual AWS files; each trouble before anything is rented
+
+
+def test_a_profile_brings_endpoint_region_keys_and_style_and_the_machine_gets_them_too(
+    bucket: Bucket, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text(
+        f"[profile mine]\nregion = auto\nendpoint_url = {endpoint}\ns3 =\n  addressing_style = path\n"
+    )
+    (tmp_path / "credentials").write_text("[mine]\naws_access_key_id = AKIDFILE\naws_secret_access_key = file-secret\n")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    opened = open_bucket(bucket.url)
+    assert probe(opened).conditional
+    env = grant(opened, 900.0, allow_account_key=False)
+    place = {key: env[key] for key in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "KDCLOUD_S3_ADDRESSING")}
+    assert place == {"AWS_ENDPOINT_URL_S3": endpoint, "AWS_REGION": "auto", "KDCLOUD_S3_ADDRESSING": "path"}
+    assert "file-secret" not in env.values()
+    monkeypatch.delenv("AWS_PROFILE")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    there = open_bucket(bucket.url)
+    assert probe(there).writable
+    assert there.client.meta.config.s3["addressing_style"] == "path"  # type: ignore[attr-defined]
+
+
+def test_the_endpoint_of_s3_alone_wins_over_that_of_everything(
+    bucket: Bucket, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    assert find_way(open_bucket(bucket.url)) == Way("minio", STORE_S)
+
+
+class Answering:
+    """A store that answers every request with one error."""
+
+    def __init__(self, status: int, code: str) -> None:
+        body = (
+            f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode() if code else b"hi"
+        )
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_PUT(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_HEAD(self) -> None:  # boto asks so for the region that a redirect leads to
+                self.send_response(403)
+                self.end_headers()
+
+            do_GET = do_DELETE = do_POST = do_PUT
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words", "hint"),
+    [
+        (400, "ExpiredToken", "have expired", "sign in again"),
+        (403, "InvalidAccessKeyId", "does not accept these credentials", "AWS_PROFILE"),
+        (403, "SignatureDoesNotMatch", "does not accept these credentials", "AWS_SECRET_ACCESS_KEY"),
+        (403, "AccessDenied", "may not write", "allow list, read, write and delete"),
+        (404, "NoSuchBucket", "there is no bucket kd", "aws s3 mb"),
+        (301, "PermanentRedirect", "another region", "AWS_REGION"),
+        (400, "AuthorizationHeaderMalformed", "another region", "AWS_REGION"),
+        (404, "", "no S3 store", "AWS_ENDPOINT_URL"),
+    ],
+)
+def test_each_trouble_with_a_bucket_is_said_with_its_way_out_before_anything_is_rented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str, words: str, hint: str
+) -> None:
+    store = Answering(status, code)
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{store.server.server_port}", "AWS_ACCESS_KEY_ID": "AKID",
+        "AWS_SECRET_ACCESS_KEY": "hush-secret", "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(BucketError) as caught:
+            started(rented_plan("azure"), tmp_path)
+    finally:
+        store.server.shutdown()
+        store.server.server_close()
+    assert words in caught.value.message and hint in caught.value.hint
+    assert "hush-secret" not in caught.value.message + caught.value.hint
