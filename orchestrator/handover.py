@@ -138,7 +138,7 @@ def machine_env(
     if link is not None:
         env[CODE_URL] = link
     env[PACKAGES] = json.dumps(packages(kind, s3=bool(keys)))
-    env[CONSTRAINTS] = lock()
+    env[CONSTRAINTS] = json.dumps(lock())  # no line ends: it may pass through a shell's export
     return {**env, **keys, **hub_env(settings, os.environ)}
 
 
@@ -154,10 +154,10 @@ def packages(kind: str, *, s3: bool) -> dict[str, str]:
     return {module: pins.get(package, package) for module, package in needed.items()}
 
 
-def locked(text: str) -> dict[str, str]:
+def locked(lines: Sequence[str]) -> dict[str, str]:
     """name -> `name==version` of the lines of a lock file; a package with several lines is left out."""
     found: dict[str, list[str]] = {}
-    for line in text.splitlines():
+    for line in lines:
         match = re.match(r"([A-Za-z0-9._-]+)==", line)
         if match:
             found.setdefault(match[1].lower(), []).append(line.strip())
@@ -165,10 +165,10 @@ def locked(text: str) -> dict[str, str]:
 
 
 @cache
-def lock() -> str:
-    """The locked versions: beside this file in a wheel, in requirements/ of a checkout. Raises UsageError."""
+def lock() -> tuple[str, ...]:
+    """The locked versions, a line each: beside this file in a wheel, in requirements/ of a checkout."""
     here = Path(__file__).resolve().parent
     for path in (here / "lock.txt", here.parent / "requirements" / "lock.txt"):
         if path.is_file():
-            return "".join(f"{line}\n" for line in path.read_text().splitlines() if line and not line.startswith("#"))
+            return tuple(line for line in path.read_text().splitlines() if line and not line.startswith("#"))
     raise UsageError("kdcloud is not installed whole: its lock.txt is missing", hint="install it again")

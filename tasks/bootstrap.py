@@ -31,7 +31,7 @@ BEAT_S = 2.0
 LINGER_S = 60  # how long a machine whose job is over waits for its client
 CODE_URL = "KDCLOUD_CODE_URL"  # a link that fetches the wheel without credentials; secret
 PACKAGES = "KDCLOUD_PACKAGES"  # JSON: {module: requirement}
-CONSTRAINTS = "KDCLOUD_CONSTRAINTS"  # text of a constraints file: versions of what the packages need in turn
+CONSTRAINTS = "KDCLOUD_CONSTRAINTS"  # JSON: lines of a constraints file, versions of what the packages need in turn
 OLDEST = (3, 11)  # the Python that tasks are written for
 
 
@@ -58,7 +58,7 @@ def main() -> NoReturn:
         if args.sha256:
             env["PYTHONPATH"] = str(fetch(args.code, env.pop(CODE_URL, ""), args.sha256, own / "code"))
         rc = NO_PACKAGES
-        packages, constraints = json.loads(env.pop(PACKAGES, "{}")), env.pop(CONSTRAINTS, "")
+        packages, constraints = json.loads(env.pop(PACKAGES, "{}")), json.loads(env.pop(CONSTRAINTS, "[]"))
         python = choose_python(own, packages, constraints, limit_s(args.argv))
         argv = [python if args.argv[0] == "python" else args.argv[0], *args.argv[1:]]
         rc = run(less_time(argv, time.monotonic() - began_s), env, work)
@@ -107,7 +107,7 @@ def fetch(path: str, url: str, sha256: str, folder: Path) -> Path:
     return wheel
 
 
-def choose_python(own: Path, packages: dict[str, str], constraints: str, limit_s: float) -> str:
+def choose_python(own: Path, packages: dict[str, str], constraints: list[str], limit_s: float) -> str:
     """A Python that has `packages`: one made ready before, this one, or a new environment. Raises SubprocessError."""
     oldest = ".".join(map(str, OLDEST))
     ready = own / "env" / "bin" / "python"
@@ -119,7 +119,7 @@ def choose_python(own: Path, packages: dict[str, str], constraints: str, limit_s
         venv = [uv, "venv", "--quiet", "--python", f">={oldest}"] if uv else [sys.executable, "-m", "venv"]
         subprocess.run([*venv, str(own / "env")], check=True, timeout=limit_s)
     versions = own / "constraints.txt"
-    versions.write_text(constraints)
+    versions.write_text("".join(f"{line}\n" for line in constraints))
     install = [uv, "pip", "install", "--python", str(ready)] if uv else [str(ready), "-m", "pip", "install"]
     subprocess.run([*install, "--quiet", "-c", str(versions), *packages.values()], check=True, timeout=limit_s)
     return str(ready)

@@ -41,7 +41,16 @@ from orchestrator.access import (
 from orchestrator.config import Home, load_config
 from orchestrator.errors import UsageError
 from orchestrator.grants import Keys, find_way, grant, link, r2_keys, session_name
-from orchestrator.handover import CODE_URL, PACKAGES, code_wheel, fetch_code, machine_env, packages, put_code
+from orchestrator.handover import (
+    CODE_URL,
+    CONSTRAINTS,
+    PACKAGES,
+    code_wheel,
+    fetch_code,
+    machine_env,
+    packages,
+    put_code,
+)
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan
 from orchestrator.provision_sky import CAN_KEEP_KEYS, NO_AUTODOWN
@@ -396,6 +405,8 @@ def test_a_rented_machine_gets_code_by_a_link_packages_by_version_and_no_key_of_
     assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in env[CODE_URL]
     assert env["AWS_ACCESS_KEY_ID"] in env[CODE_URL]  # dies with the machine's own keys, not with the client's
     assert set(json.loads(env[PACKAGES])) == {"psutil", "boto3"}
+    assert any(line.startswith("botocore==") for line in json.loads(env[CONSTRAINTS]))
+    assert not any("\n" in value for value in env.values())
     assert "planted-account-secret" not in "".join(env.values()) and "AKIDPLANTED" not in "".join(env.values())
 
 
@@ -668,3 +679,29 @@ def test_each_trouble_with_a_bucket_is_said_with_its_way_out_before_anything_is_
         store.server.server_close()
     assert words in caught.value.message and hint in caught.value.hint
     assert "hush-secret" not in caught.value.message + caught.value.hint
+
+
+def test_a_resumed_run_is_asked_for_keys_and_one_that_is_ended_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datetime import UTC, datetime
+
+    from orchestrator.plan import plan_to_dict
+    from orchestrator.session import resume_run
+
+    def refused(bucket: Bucket) -> Way:
+        return Way("account_key", CHAINED_S, "the sign-in has expired")
+
+    home, now = Home(tmp_path), datetime(2026, 1, 1, tzinfo=UTC)
+    plan = rented_plan("azure")
+    ledger = Ledger(home.ledger)
+    ledger.create_run(
+        "r-abc123", name="r", bucket=f"file:{tmp_path}/b", cap_micros=plan.cap_micros, deadline_s=None, at=now,
+        mark={"wall": now.isoformat(), "boot_id": "b", "boot_s": 0.0},
+        data={"schema": 1, "owner": "owner1", "plan": plan_to_dict(plan)},
+    )  # fmt: skip
+    monkeypatch.setattr(grants, "find_way", refused)
+    with pytest.raises(UsageError, match="sign-in has expired"):
+        resume_run("r-abc123", ledger=ledger, home=home)
+    resume_run("r-abc123", ledger=ledger, home=home, to_work=False).lease.release()
+    ledger.close()

@@ -692,7 +692,7 @@ def test_what_a_machine_lacks_is_installed_by_the_locked_versions_in_a_python_th
     script = "import os; print([name for name in os.environ if name.startswith('KDCLOUD_')])"
     done = bootstrap(
         tmp_path, "--job", "j", "--", "python", "-c", script, PATH=f"{tool.parent}:{os.environ['PATH']}",
-        KDCLOUD_PACKAGES='{"no_such_module": "no-such==1.0"}', KDCLOUD_CONSTRAINTS="other==2.0\n",
+        KDCLOUD_PACKAGES='{"no_such_module": "no-such==1.0"}', KDCLOUD_CONSTRAINTS='["other==2.0"]',
     )  # fmt: skip
     assert done.stdout.splitlines()[0] == "[]", done.stdout
     own = tmp_path / ".kdcloud"
