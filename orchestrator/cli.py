@@ -431,7 +431,7 @@ def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None
     from orchestrator.plan import render_plan
     from orchestrator.session import infra_of, local_price, provider_for, start_run
 
-    made, provider, loaded = _plan(recipe, budget, deadline, infra)
+    made, provider, loaded = _plan(recipe, budget, deadline, infra, live=True)
     render_plan(made, _console(stderr=True))
     _warn_of_the_month(made.cap_micros)
     if not made.fits:
@@ -441,7 +441,9 @@ def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None
     home, config = _home()
     where = infra_of(made)
     if provider is None:
-        provider = provider_for(where, home, local_price_micros=local_price(made))
+        provider = provider_for(
+            where, home, local_price_micros=local_price(made), allow_account_key=loaded.allow_account_key
+        )
     session = start_run(
         made,
         ledger=ledger,
@@ -450,6 +452,7 @@ def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None
         provider=provider,
         recipe_text=loaded.text,
         allow_account_key=loaded.allow_account_key,
+        say=_say,
     )
     _talk(f"run {session.run_id}, artefacts in {session.bucket.url}")
     _go(session)
@@ -530,9 +533,12 @@ def _report(ledger: Ledger, name: str, as_json: bool) -> None:
 
 
 def _plan(
-    recipe: str, budget: str | None, deadline: str | None, infra: str | None
+    recipe: str, budget: str | None, deadline: str | None, infra: str | None, *, live: bool = False
 ) -> tuple[Plan, Provisioner | None, Recipe]:
-    """(plan, the provider whose offers it rests on or None, the recipe). Raises UsageError, NothingFits."""
+    """(plan, the provider whose offers it rests on or None, the recipe). Raises UsageError, NothingFits.
+
+    `live`: machines are about to be rented, so their own provider is asked what it offers, not the dated table.
+    """
     from datetime import UTC, datetime
 
     from orchestrator import money
@@ -547,10 +553,11 @@ def _plan(
         loaded = on_infra(loaded, infra)
     named = os.environ.get("KDCLOUD_PROVIDER")
     provider = named_provider(named) if named else None
-    if provider is None and any(
-        name.startswith("slurm") for name in loaded.infra or ()
-    ):  # priced by its own provider only
-        provider = provider_for("slurm", home, allow_account_key=loaded.allow_account_key)
+    wanted = {name for stage in loaded.stages for name in stage.infra or loaded.infra or ("any",)}
+    rented = wanted - {"local"}
+    if provider is None and ((live and rented) or any(name.startswith("slurm") for name in rented)):  # slurm: live only
+        price = money.price_micros(loaded.local.price, config.rate) if loaded.local is not None else 0
+        provider = provider_for(wanted, home, local_price_micros=price, allow_account_key=loaded.allow_account_key)
     made = make_plan(
         loaded,
         config=config,

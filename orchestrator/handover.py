@@ -1,21 +1,46 @@
-"""How do code, data and orders reach a machine? A wheel of the tasks, the prompts, and the supervisor's argv."""
+"""How do code, packages, data, keys and orders reach a machine? A wheel of the tasks, prompts, argv and environment."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+import os
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tasks
+from orchestrator import grants
+from orchestrator.access import head, hub_models
 from orchestrator.errors import UsageError
 from tasks.bucket import Bucket
 from tasks.contract import DataSource
 
 S = TypeVar("S")
+
+CODE_URL = "KDCLOUD_CODE_URL"  # these names are read in tasks/bootstrap.py
+PACKAGES = "KDCLOUD_PACKAGES"
+CONSTRAINTS = "KDCLOUD_CONSTRAINTS"
+# Where models come from, for readers who cannot reach the hub: passed on as they are set here. The token is secret.
+HUB = ("HF_ENDPOINT", "HF_TOKEN", "KDCLOUD_HUB", "MODELSCOPE_DOMAIN")
+
+# Module -> package: what a kind of stage imports. The versions are those of requirements/lock.txt, which lies in the
+# wheel of kdcloud as well: every machine gets what was tested, whatever is installed on the client.
+_SUPERVISOR = {"psutil": "psutil"}
+_STORE = {"boto3": "boto3"}
+_LEARNING = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "peft": "peft",
+    "safetensors": "safetensors",
+    "tensorboard": "tensorboard",
+    "math_verify": "math-verify",
+}
 
 
 def code_wheel() -> tuple[bytes, str]:
@@ -92,6 +117,58 @@ def supervisor_argv(bucket_url: str, stage: str, attempt: int, remaining_s: floa
     )
 
 
-def supervisor_env(wheel: Path) -> Mapping[str, str]:
+def supervisor_env(wheel: Path) -> dict[str, str]:
     """The run's own code first, whatever is installed; no user site, no bytecode beside the wheel."""
     return {"PYTHONPATH": str(wheel), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def machine_env(
+    bucket: Bucket, wheel: Path, settings: object, *, kind: str, infra: str, seconds: float, allow_account_key: bool
+) -> dict[str, str]:
+    """Environment of one job: `supervisor_env`, and for a rented machine keys, code, packages and hub.
+
+    Holds secrets: for Provisioner.run only. Keys and link are made anew for every job and outlive `seconds`, the time
+    until the machine must be gone. Raises BucketError when the keys cannot be had.
+    """
+    env = supervisor_env(wheel)
+    if head(infra) == "local":
+        return env
+    keys = grants.grant(bucket, seconds, allow_account_key=allow_account_key)
+    link = grants.link(bucket, f"code/{wheel.stem}.whl", seconds, keys) if keys else None
+    if link is not None:
+        env[CODE_URL] = link
+    env[PACKAGES] = json.dumps(packages(kind, s3=bool(keys)))
+    env[CONSTRAINTS] = json.dumps(lock())  # no line ends: it may pass through a shell's export
+    return {**env, **keys, **hub_env(settings, os.environ)}
+
+
+def hub_env(settings: object, env: Mapping[str, str]) -> dict[str, str]:
+    """What leads to the hub, for a stage that fetches a model from one: others get no token."""
+    return {name: env[name] for name in HUB if env.get(name)} if hub_models(settings) else {}
+
+
+def packages(kind: str, *, s3: bool) -> dict[str, str]:
+    """{module: requirement} of a kind of stage, in the locked versions. On Linux PyPI's torch brings its CUDA."""
+    needed = {**_SUPERVISOR, **(_STORE if s3 else {}), **({} if kind == "rehearse" else _LEARNING)}
+    pins = locked(lock())
+    return {module: pins.get(package, package) for module, package in needed.items()}
+
+
+def locked(lines: Sequence[str]) -> dict[str, str]:
+    """name -> `name==version` of the lines of a lock file; a package with several lines is left out."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        match = re.match(r"([A-Za-z0-9._-]+)==", line)
+        if match:
+            found.setdefault(match[1].lower(), []).append(line.strip())
+    return {name: lines[0] for name, lines in found.items() if len(lines) == 1}
+
+
+@cache
+def lock() -> tuple[str, ...]:
+    """The locked versions, a line each: beside this file in a wheel, in requirements/ of a checkout."""
+    here = Path(__file__).resolve().parent
+    for path in (here / "lock.txt", here.parent / "requirements" / "lock.txt"):
+        if path.is_file():
+            return tuple(line for line in path.read_text().splitlines() if line and not line.startswith("#"))
+    raise UsageError("kdcloud is not installed whole: its lock.txt is missing", hint="install it again")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from orchestrator import duration, money, spend
+from orchestrator import access, duration, money, spend
 from orchestrator.catalog import GPUS, MODELS
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
@@ -118,7 +118,7 @@ def _assemble(
     meaning = recipe.model_dump(mode="json", exclude={"path", "text", "models", "folders", "files", "bucket_url"})
     files = sorted(file.sha256 for file in recipe.files.values())
     digest = digest_of([meaning, files], stages, cap, deadline, config.rate)
-    return replace(plan, digest=digest, notes=tuple(_plan_notes(plan, now)))
+    return replace(plan, digest=digest, notes=(*_plan_notes(plan, now), *access.notes(plan, recipe.allow_account_key)))
 
 
 # --- choosing a machine

@@ -25,6 +25,7 @@ from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
 
+from orchestrator.access import identity_of
 from orchestrator.catalog import GPUS
 from orchestrator.provision import (
     NAME_PREFIX,
@@ -640,9 +641,11 @@ class SkyApi:
 
     def launch(self, task: dict[str, Any], name: str, timer_minutes: int) -> str:
         sdk, sky = self._sdk(), self._sky()
+        from sky import skypilot_config
         from sky.skylet import autostop_lib
 
-        with translated(f"launch {name}"), redirect_stdout(io.StringIO()):  # it greets on stdout, where our data goes
+        own = skypilot_config.override_skypilot_config(identity_of(str(task["resources"]["infra"])))
+        with translated(f"launch {name}"), redirect_stdout(io.StringIO()), own:  # it greets where our data goes
             return str(
                 sdk.launch(
                     sky.Task.from_yaml_config(task),

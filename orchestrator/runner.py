@@ -20,7 +20,7 @@ from orchestrator.attempts import Attempt, Candidate, Fate, verdict
 from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import BudgetExceeded, NotOwner, TeardownUnconfirmed
 from orchestrator.guarded import CALL_LIMIT_S, Guarded
-from orchestrator.handover import fetch_code, supervisor_argv, supervisor_env
+from orchestrator.handover import fetch_code, machine_env, supervisor_argv
 from orchestrator.lease import LEASE_S, RENEW_S, Lease
 from orchestrator.ledger import Ledger, MachineRow, Run
 from orchestrator.mirror import Mirror
@@ -216,7 +216,7 @@ class Runner:
             case Do.MARK_UP:
                 self._mark_up(row, offer, seen)
             case Do.RUN_JOB:
-                return self._run_job(row, offer, machine)
+                return self._run_job(run, row, offer, machine)
             case Do.MARK_ENDED:
                 assert seen is not None
                 self._mark_ended(row, seen)
@@ -299,7 +299,7 @@ class Runner:
         if landed.infra != "local":
             self.say("up", row.stage, f"{place(landed)} is up after {human_seconds(self._age(row))}")
 
-    def _run_job(self, row: MachineRow, offer: Offer, machine: Machine) -> bool:
+    def _run_job(self, run: Run, row: MachineRow, offer: Offer, machine: Machine) -> bool:
         stage = self._stage(row.stage)
         attempt = int(row.order["attempt"])
         latencies = offer.latencies
@@ -328,8 +328,12 @@ class Runner:
                 row.name,
                 f"{stage.name}-{attempt}",
                 supervisor_argv(self.bucket.url, stage.name, attempt, remaining),
-                supervisor_env(wheel),
-            )
+                machine_env(
+                    self.bucket, wheel, stage.settings, kind=stage.kind, infra=offer.infra,
+                    seconds=machine.lifetime_s - machine.age_s + latencies.total_s,
+                    allow_account_key=bool(run.data.get("allow_account_key")),
+                ),
+            )  # fmt: skip
         except BucketError as error:
             why = f"the bucket does not take the order: {error.message}"
             self._warn(row.stage, why)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator import __version__
+from orchestrator import __version__, access, grants
 from orchestrator.bounded import Bounded
 from orchestrator.budget import month_cap_micros
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config import Config, Home, load_config
-from orchestrator.errors import KdcloudError, NotOwner, UsageError
+from orchestrator.errors import BudgetExceeded, KdcloudError, NotOwner, UsageError
 from orchestrator.handover import code_wheel, put_code, upload_data
 from orchestrator.lease import Lease, NoLease, is_free, read_holder
 from orchestrator.ledger import Ledger, Run
@@ -24,6 +24,8 @@ from orchestrator.names import new_run_id
 from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
 from orchestrator.provision import NotYetGone, Provisioner, ProvisionError
 from orchestrator.provision_local import LocalProvisioner
+from orchestrator.quota import ask_aws, within_quota
+from orchestrator.routing import Routed
 from orchestrator.runner import Outcome, Runner, Snapshot, mark_to_dict, snapshot_of, worst_case_micros
 from orchestrator.states import State
 from tasks.bucket import Bucket, BucketError, open_bucket, probe
@@ -74,25 +76,30 @@ class Session:
 
 
 def provider_for(
-    plan_infra: str, home: Home, *, local_price_micros: int = 0, allow_account_key: bool = False
+    infra: str | Iterable[str],
+    home: Home,
+    *,
+    local_price_micros: int = 0,
+    allow_account_key: bool = False,
+    ordered_on: Callable[[str], str | None] = lambda name: None,
 ) -> Provisioner:
-    """`KDCLOUD_PROVIDER=module:factory` if set, this machine for `local`, SkyPilot for Slurm.
+    """`KDCLOUD_PROVIDER=module:factory` if set, this machine for `local`, SkyPilot for everything else.
 
-    Raises UsageError for what is not there yet: clouds need the code and the bucket's keys brought to the machine.
+    For several infras a Routed one; `ordered_on` says where a machine was ordered, as the ledger knows it.
     """
     named = os.environ.get("KDCLOUD_PROVIDER")
     if named:
         return named_provider(named)
-    if plan_infra == "local":
-        return LocalProvisioner(home.root, price_micros_per_hour=local_price_micros)
-    if plan_infra.startswith("slurm"):
-        from orchestrator.provision_sky import SkyProvisioner
+    kinds = {name.partition("/")[0] for name in ([infra] if isinstance(infra, str) else infra)}
+    local = LocalProvisioner(home.root, price_micros_per_hour=local_price_micros)
+    if kinds == {"local"}:
+        return local
+    from orchestrator.provision_sky import SkyProvisioner
 
-        return SkyProvisioner(home.root, allow_account_key=allow_account_key)
-    raise UsageError(
-        f"this version of kdcloud plans for {plan_infra} but cannot rent machines there yet",
-        hint="run with --infra local, or --infra slurm/CLUSTER",
-    )
+    rented = SkyProvisioner(home.root, allow_account_key=allow_account_key)
+    if "local" not in kinds:
+        return rented
+    return Routed({kind: local if kind == "local" else rented for kind in sorted(kinds)}, ordered_on)
 
 
 def named_provider(named: str) -> Provisioner:
@@ -122,13 +129,13 @@ def start_run(
     recipe_text: str,
     allow_account_key: bool = False,
     clock: Clock | None = None,
+    say: Say = lambda kind, stage, text: None,
 ) -> Session:
-    """A new run: bucket probed, code and data put there, ledger opened, lease taken. Nothing is rented yet."""
+    """A new run: rights checked, bucket probed, code and data put there, ledger opened, lease taken; nothing rented."""
     clock = clock or SystemClock()
+    plan = _rentable(plan, say)
     run_id = new_run_id(plan.name)
-    root = open_bucket(plan.bucket)
-    notes = () if probe(root).conditional else (NO_CONDITIONS,)
-    bucket: Bucket = Bounded(root.at(run_id), clock)
+    bucket, notes = ready_bucket(plan, run_id, clock, allow_account_key=allow_account_key)
     code, sha256 = code_wheel()
     put_code(bucket, code, sha256)
     stages = tuple(replace(stage, settings=upload_data(bucket, stage.settings)) for stage in plan.stages)
@@ -157,6 +164,45 @@ def start_run(
     return Session(run_id, plan, ledger, provider, bucket, lease, clock, home, config.owner, notes)
 
 
+def _rentable(plan: Plan, say: Say) -> Plan:
+    """The plan without machines that the account may not rent. Raises NothingFits, BudgetExceeded."""
+    if "KDCLOUD_PROVIDER" in os.environ:
+        return plan
+    left = within_quota(plan, ask_aws)
+    for before, after in zip(plan.stages, left.stages, strict=True):
+        for one in after.rejected[len(before.rejected) :]:
+            say("warn", after.name, f"{one.infra} is left out: {one.why}")
+    if plan.fits and not left.fits:
+        raise BudgetExceeded(
+            "what the account may rent is dearer than the cap allows; nothing was started",
+            hint="raise --budget, or ask AWS for a higher quota of the machines named above",
+        )
+    return left
+
+
+def ready_bucket(
+    plan: Plan, run_id: str, clock: Clock, *, allow_account_key: bool
+) -> tuple[Bucket, tuple[str, ...]]:
+    """The run's place in the bucket, tried out, and reachable for the machines; what it cannot do, in words.
+
+    Raises UsageError, BucketError.
+    """
+    if "KDCLOUD_PROVIDER" not in os.environ:
+        access.check(plan, allow_account_key=allow_account_key)
+    root = open_bucket(plan.bucket)
+    notes = () if probe(root).conditional else (NO_CONDITIONS,)
+    bucket = root.at(run_id)
+    _check_reach(plan, bucket, allow_account_key=allow_account_key)
+    return Bounded(bucket, clock), notes
+
+
+def _check_reach(plan: Plan, bucket: Bucket, *, allow_account_key: bool) -> None:
+    """Raises UsageError when rented machines could not be given keys for this run only, for as long as they live."""
+    way = grants.find_way(bucket) if any(True for _ in access.rented(plan)) else None
+    if way is not None:
+        access.check_way(way, access.longest_s(plan), allow_account_key=allow_account_key)
+
+
 def resume_run(
     run_id: str,
     *,
@@ -164,18 +210,28 @@ def resume_run(
     home: Home,
     cap_micros: int | None = None,
     deadline_s: float | None = None,
+    to_work: bool = True,
     clock: Clock | None = None,
 ) -> Session:
-    """Takes an unfinished run over. Raises NotOwner while its client is alive, UsageError for another version's."""
+    """Takes an unfinished run over; `to_work` False only to end its machines, for which no keys are needed.
+
+    Raises NotOwner while its client is alive, UsageError for another version's or when machines would get no keys.
+    """
     clock = clock or SystemClock()
     run = ledger.run(run_id)
     plan = plan_of(run)
-    bucket = Bounded(open_bucket(run.bucket), clock)
+    store = open_bucket(run.bucket)
+    bucket = Bounded(store, clock)
+    allowed = bool(run.data.get("allow_account_key"))
+    if to_work:
+        given = replace(plan, cap_micros=cap_micros or run.cap_micros, deadline_s=deadline_s or run.deadline_s)
+        _check_reach(given, store, allow_account_key=allowed)
     provider = provider_for(
         infra_of(plan),
         home,
         local_price_micros=local_price(plan),
-        allow_account_key=bool(run.data.get("allow_account_key")),
+        allow_account_key=allowed,
+        ordered_on=lambda name: ordered_on(ledger.run(run_id), name),
     )
     lease = Lease.acquire(bucket, str(run.data["owner"]), clock)
     try:
@@ -229,8 +285,9 @@ def reapable_providers(home: Home, ledger: Ledger | None, *, infra: Sequence[str
         return {named: named_provider(named)}
     plans = [ledger.run(run_id).data.get("plan", {}) for run_id in ledger.runs()] if ledger is not None else []
     planned = {offer["infra"] for plan in plans for stage in plan.get("stages", ()) for offer in stage["candidates"]}
-    rented = {"slurm": provider_for("slurm", home)} if any(n.startswith("slurm") for n in {*planned, *infra}) else {}
-    return {"local": LocalProvisioner(home.root), **rented, **_ec2(ledger, infra)}
+    rented = sorted({*planned, *infra} - {"local"})
+    sky = {"sky": provider_for(rented, home)} if rented else {}
+    return {"local": LocalProvisioner(home.root), **sky, **_ec2(ledger, infra)}
 
 
 def _ec2(ledger: Ledger | None, infra: Sequence[str]) -> dict[str, Provisioner]:
@@ -243,15 +300,14 @@ def _ec2(ledger: Ledger | None, infra: Sequence[str]) -> dict[str, Provisioner]:
     return {"ec2": Ec2Machines()}
 
 
-def infra_of(plan: Plan) -> str:
-    """The one infra of the plan's machines. Raises UsageError for several: a run has one provider yet."""
-    kinds = {offer.infra.partition("/")[0] for stage in plan.stages for offer in stage.candidates}
-    if len(kinds) > 1 and "KDCLOUD_PROVIDER" not in os.environ:
-        raise UsageError(
-            f"this plan needs machines on {', '.join(sorted(kinds))}; a run cannot mix them yet",
-            hint="name one infra in the recipe, or with --infra",
-        )
-    return plan.stages[0].candidates[0].infra
+def infra_of(plan: Plan) -> tuple[str, ...]:
+    """Every infra on which the plan may have machines; `provider_for` takes them."""
+    return tuple(dict.fromkeys(offer.infra for stage in plan.stages for offer in stage.candidates))
+
+
+def ordered_on(run: Run, name: str) -> str | None:
+    """The infra on which a machine of this run was ordered, None for a name the run does not know."""
+    return next((str(row.order["offer"]["infra"]) for row in run.machines if row.name == name), None)
 
 
 def local_price(plan: Plan) -> int:
@@ -269,7 +325,7 @@ def end_run(
     waited = 0.0
     while True:
         try:
-            session = resume_run(run_id, ledger=ledger, home=home, clock=clock)
+            session = resume_run(run_id, ledger=ledger, home=home, to_work=False, clock=clock)
             break
         except NotOwner as error:
             if not _open_machines(ledger.run(run_id)):

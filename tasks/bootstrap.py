@@ -31,6 +31,8 @@ BEAT_S = 2.0
 LINGER_S = 60  # how long a machine whose job is over waits for its client
 CODE_URL = "KDCLOUD_CODE_URL"  # a link that fetches the wheel without credentials; secret
 PACKAGES = "KDCLOUD_PACKAGES"  # JSON: {module: requirement}
+CONSTRAINTS = "KDCLOUD_CONSTRAINTS"  # JSON: lines of a constraints file, versions of what the packages need in turn
+OLDEST = (3, 11)  # the Python that tasks are written for
 
 
 def main() -> NoReturn:
@@ -56,7 +58,8 @@ def main() -> NoReturn:
         if args.sha256:
             env["PYTHONPATH"] = str(fetch(args.code, env.pop(CODE_URL, ""), args.sha256, own / "code"))
         rc = NO_PACKAGES
-        python = choose_python(own, json.loads(env.pop(PACKAGES, "{}")), limit_s(args.argv))
+        packages, constraints = json.loads(env.pop(PACKAGES, "{}")), json.loads(env.pop(CONSTRAINTS, "[]"))
+        python = choose_python(own, packages, constraints, limit_s(args.argv))
         argv = [python if args.argv[0] == "python" else args.argv[0], *args.argv[1:]]
         rc = run(less_time(argv, time.monotonic() - began_s), env, work)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -104,22 +107,29 @@ def fetch(path: str, url: str, sha256: str, folder: Path) -> Path:
     return wheel
 
 
-def choose_python(own: Path, packages: dict[str, str], limit_s: float) -> str:
+def choose_python(own: Path, packages: dict[str, str], constraints: list[str], limit_s: float) -> str:
     """A Python that has `packages`: one made ready before, this one, or a new environment. Raises SubprocessError."""
+    oldest = ".".join(map(str, OLDEST))
     ready = own / "env" / "bin" / "python"
     for candidate in (str(ready), sys.executable):
         if shutil.which(candidate) and has(candidate, list(packages)):
             return candidate
-    if not ready.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(own / "env")], check=True, timeout=limit_s)
     uv = shutil.which("uv") or shutil.which(str(Path.home() / ".local/bin/uv"))
+    if not ready.exists():
+        venv = [uv, "venv", "--quiet", "--python", f">={oldest}"] if uv else [sys.executable, "-m", "venv"]
+        subprocess.run([*venv, str(own / "env")], check=True, timeout=limit_s)
+    versions = own / "constraints.txt"
+    versions.write_text("".join(f"{line}\n" for line in constraints))
     install = [uv, "pip", "install", "--python", str(ready)] if uv else [str(ready), "-m", "pip", "install"]
-    subprocess.run([*install, "--quiet", *packages.values()], check=True, timeout=limit_s)
+    subprocess.run([*install, "--quiet", "-c", str(versions), *packages.values()], check=True, timeout=limit_s)
     return str(ready)
 
 
 def has(python: str, modules: list[str]) -> bool:
-    code = "import sys, importlib.util as u; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))"
+    code = (
+        f"import sys, importlib.util as u; sys.exit(bool(sys.argv[1:]) and sys.version_info < {OLDEST}"
+        " or any(u.find_spec(m) is None for m in sys.argv[1:]))"
+    )
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run([python, "-c", code, *modules], env=env, timeout=60).returncode == 0
 

@@ -40,6 +40,7 @@ MAX_PARTS = 10_000  # the limit of S3
 OUR_PARTS = "kdcloud-parts"  # metadata of objects whose parts are cut as `part_bytes` says
 CHUNK_BYTES = MIB
 DOWNLOAD_TRIES = 5  # in a row without a byte
+ADDRESSING = "KDCLOUD_S3_ADDRESSING"  # path or virtual: what ~/.aws/config says at home, for machines without one
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,14 @@ class S3Bucket:
         return str(answer["ETag"])
 
     def get(self, key: str) -> tuple[bytes, Stat]:
-        with self._asking("read", key):
+        with self._missing(key), self._asking("read", key):
             answer = self.client.get_object(**self._place(key))
             data = answer["Body"].read()
         return data, Stat(key, len(data), answer["ETag"], answer["LastModified"])
 
     def head(self, key: str) -> Stat | None:
         try:
-            with self._asking("read", key):
+            with self._missing(key), self._asking("read", key):
                 answer = self.client.head_object(**self._place(key))
         except NotFound:
             return None
@@ -145,9 +146,16 @@ class S3Bucket:
 
     def _broken_upload(self, key: str) -> tuple[str | None, dict[int, tuple[int, str]]]:
         """The newest unfinished upload of that key and its parts by number: (size, ETag)."""
+        from botocore.exceptions import ClientError
+
         full = self.prefix + key
         pages = self.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=full)
-        found = [upload for page in pages for upload in page.get("Uploads", ()) if upload["Key"] == full]
+        try:
+            found = [upload for page in pages for upload in page.get("Uploads", ()) if upload["Key"] == full]
+        except ClientError as error:
+            if _code(error) not in _FORBIDDEN:  # keys for one folder cannot list them: every part is sent
+                raise
+            return None, {}
         if not found:
             return None, {}
         newest = max(found, key=lambda upload: (upload["Initiated"], upload["UploadId"]))["UploadId"]
@@ -156,7 +164,7 @@ class S3Bucket:
         return newest, parts
 
     def get_file(self, key: str, path: Path, moved: Moved | None = None) -> None:
-        with self._asking("read", key):
+        with self._missing(key), self._asking("read", key):
             answer = self.client.head_object(**self._place(key))
         stat = Stat(key, answer["ContentLength"], answer["ETag"], answer["LastModified"])
         md5_etag = "SSECustomerAlgorithm" not in answer and "kms" not in answer.get("ServerSideEncryption", "")
@@ -213,7 +221,7 @@ class S3Bucket:
             try:
                 answer = self.client.head_bucket(Bucket=self.name)
             except ClientError as error:
-                if _code(error) not in ("403", "AccessDenied"):  # who may not list still hears the time
+                if _code(error) not in _FORBIDDEN:  # who may not list still hears the time
                     raise
                 answer = error.response
         date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
@@ -223,6 +231,23 @@ class S3Bucket:
 
     def _place(self, key: str) -> dict[str, str]:
         return {"Bucket": self.name, "Key": self.prefix + check_key(key)}
+
+    @contextmanager
+    def _missing(self, key: str) -> Iterator[None]:
+        """To keys that may not list the whole bucket, S3 answers 403 for what is not there: a listing tells."""
+        try:
+            yield
+        except BucketError as error:
+            if _code(error.__cause__) in _FORBIDDEN and not self._is_listed(key):
+                raise _absent(f"{self.url}/{key}") from error
+            raise
+
+    def _is_listed(self, key: str) -> bool:
+        """Whether a listing shows the object; True when one cannot be had."""
+        try:
+            return any(stat.key == key for stat in self.list(key))
+        except BucketError:
+            return True
 
     @contextmanager
     def _asking(self, verb: str, key: str, *, conditional: bool = False) -> Iterator[None]:
@@ -236,7 +261,7 @@ class S3Bucket:
         except ClientError as error:
             raise _refusal(error, verb, where, self.name, conditional) from error
         except (BotoCoreError, Boto3Error) as error:
-            raise _trouble(error, verb, where) from error
+            raise _trouble(error, verb, where, self.name) from error
 
 
 def part_bytes(size: int) -> int:
@@ -252,7 +277,9 @@ def _client() -> Any:
         from botocore.exceptions import BotoCoreError
     except ImportError as error:
         raise BucketError("s3:// needs boto3, which is not installed", hint="pip install 'kdcloud[s3]'") from error
+    style = os.environ.get(ADDRESSING)
     config = Config(
+        s3={"addressing_style": style} if style else None,
         connect_timeout=10,
         read_timeout=60,
         retries={"mode": "standard"},
@@ -269,12 +296,15 @@ _SETTINGS_HINT = "check AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL and ~/.aws"
 _KEYS_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run aws configure"
 
 
+_FORBIDDEN = ("403", "AccessDenied")
+
+
 def _absent(where: str) -> NotFound:
     return NotFound(f"{where} does not exist", hint="check the run's name with kdcloud status")
 
 
 def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
+    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
 
 
 def _refusal(error: Any, verb: str, where: str, name: str, conditional: bool) -> BucketError:
@@ -286,11 +316,20 @@ def _refusal(error: Any, verb: str, where: str, name: str, conditional: bool) ->
         return PreconditionFailed(f"somebody else wrote {where} first", hint="another client works on the same run")
     if conditional and code in ("501", "NotImplemented", "InvalidArgument", "InvalidRequest"):
         return Unsupported(f"{where} knows no conditional writes", hint="use a store that has them, or one client only")
+    if code in ("404", "NoSuchKey") and verb == "write":
+        return BucketError(
+            f"what answers there is no S3 store, or has no bucket {name}: {where}",
+            hint="check AWS_ENDPOINT_URL: is it S3?",
+        )
     if code in ("404", "NoSuchKey"):
         return _absent(where)
+    if code in ("ExpiredToken", "ExpiredTokenException"):
+        return BucketError(
+            f"the credentials for {where} have expired", hint="sign in again (AWS_PROFILE: aws sso login)"
+        )
     if code in ("403", "AccessDenied", "AllAccessDisabled"):
         return BucketError(f"these credentials may not {verb} {where}", hint="allow list, read, write and delete there")
-    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "401"):
+    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "401"):
         return BucketError(f"{where} does not accept these credentials ({code})", hint=_KEYS_HINT)
     if code == "RequestTimeTooSkewed":
         return BucketError("the clock of this machine is wrong by more than the store allows", hint="set the clock")
@@ -301,7 +340,7 @@ def _refusal(error: Any, verb: str, where: str, name: str, conditional: bool) ->
     return BucketError(f"the store would not {verb} {where}: {error}", hint="look the code up in the store's manual")
 
 
-def _trouble(error: Exception, verb: str, where: str) -> BucketError:
+def _trouble(error: Exception, verb: str, where: str, name: str) -> BucketError:
     """What a failure before or without an answer means."""
     from botocore import exceptions as boto
 
@@ -310,7 +349,12 @@ def _trouble(error: Exception, verb: str, where: str) -> BucketError:
     if isinstance(error, boto.TokenRetrievalError | boto.SSOError | boto.UnauthorizedSSOTokenError):
         return BucketError(f"the sign-in for {where} has expired", hint="run aws sso login")
     if isinstance(error, boto.ConnectionError | boto.HTTPClientError | boto.IncompleteReadError):
-        return BucketError(f"{where} cannot be reached: {error}", hint="check the network and AWS_ENDPOINT_URL, resume")
+        hint = "check the network and AWS_ENDPOINT_URL, resume"
+        if f"//{name}." in str(error):
+            hint += (
+                "; a store without a host name for each bucket needs `s3 = addressing_style = path` in ~/.aws/config"
+            )
+        return BucketError(f"{where} cannot be reached: {error}", hint=hint)
     if isinstance(error, boto.ParamValidationError):
         return BucketError(f"{where} is not a place in a bucket: {error}", hint="write s3://bucket/prefix")
     return BucketError(f"could not {verb} {where}: {error}", hint=_SETTINGS_HINT)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tasks import models, verify
+from tasks import hub, models, verify
 from tasks.contract import LabelSettings, ModelSource, TaskError
 from tasks.labels import TOKENIZER_FOLDER, Header, Sample, read_labels, shard_name, write_shard
 from tasks.stage import Context, Stopped
@@ -286,7 +286,7 @@ class VllmGenerator:
         self._params = SamplingParams
         self._eos = tokenizer.eos_token_id
         self._llm = LLM(
-            model=place.path, revision=place.revision, trust_remote_code=place.trust_remote_code,
+            model=hub.local_path(place), revision=place.revision, trust_remote_code=place.trust_remote_code,
             load_format="safetensors", seed=settings.seed,
         )  # fmt: skip
 

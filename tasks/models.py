@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tasks import hub
 from tasks.contract import Architecture, LoraSettings, ModelSource, TaskError, build
 from tasks.stage import Context
 
@@ -224,9 +225,10 @@ def load(ctx: Context, source: ModelSource, *, dtype: torch.dtype) -> Loaded:
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or folder. Raises TaskError."""
     assert source.path is not None
+    place = hub.local_path(source, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+            place, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise _unloadable("tokenizer", source.path, error) from error
@@ -237,9 +239,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def _pretrained(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    place = hub.local_path(source)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code,
+            place, revision=source.revision, trust_remote_code=source.trust_remote_code,
             use_safetensors=True, dtype=dtype,
         )  # fmt: skip
     except (OSError, ValueError) as error:

@@ -201,6 +201,7 @@ def test_the_wheel_holds_orchestrator_tasks_and_the_recipes_only(wheel: zipfile.
     assert "orchestrator/recipes/quickstart.yaml" in recipes
     assert recipes <= names
     assert f"{info}/licenses/LICENSE" in names
+    assert wheel.read("orchestrator/lock.txt") == (ROOT / "requirements" / "lock.txt").read_bytes()  # for machines
 
 
 def test_the_wheel_has_the_version_of_the_package_and_the_command(wheel: zipfile.ZipFile) -> None:

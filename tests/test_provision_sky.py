@@ -681,3 +681,68 @@ def test_a_note_that_was_written_can_be_read(world):
     world.client().launch(ORDER)
     (path,) = (world.home / "sky").glob("kd-*.json")
     assert json.loads(path.read_text())["order"]["name"] == NAME
+
+
+def test_what_a_machine_lacks_is_installed_by_the_locked_versions_in_a_python_that_is_new_enough(tmp_path):
+    tool, told, ready = tmp_path / "bin" / "uv", tmp_path / "told", tmp_path / ".kdcloud" / "env" / "bin" / "python"
+    tool.parent.mkdir()
+    make = f"mkdir -p {shlex.quote(str(ready.parent))}; ln -sf {shlex.quote(sys.executable)} {shlex.quote(str(ready))}"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(told))}\n[ "$1" = venv ] && {{ {make}; }}\nexit 0\n')
+    tool.chmod(0o755)
+    script = "import os; print([name for name in os.environ if name.startswith('KDCLOUD_')])"
+    done = bootstrap(
+        tmp_path, "--job", "j", "--", "python", "-c", script, PATH=f"{tool.parent}:{os.environ['PATH']}",
+        KDCLOUD_PACKAGES='{"no_such_module": "no-such==1.0"}', KDCLOUD_CONSTRAINTS='["other==2.0"]',
+    )  # fmt: skip
+    assert done.stdout.splitlines()[0] == "[]", done.stdout
+    own = tmp_path / ".kdcloud"
+    assert told.read_text().splitlines() == [
+        f"venv --quiet --python >=3.11 {own}/env",
+        f"pip install --python {ready} --quiet -c {own}/constraints.txt no-such==1.0",
+    ]
+    assert (own / "constraints.txt").read_text() == "other==2.0\n"
+
+
+def test_code_is_fetched_by_a_link_that_the_job_does_not_see(tmp_path):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    wheel = b"PK code"
+
+    class Store(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(wheel)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Store)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/code?X-Amz-Signature=hush"
+        words = ("--job", "j", "--sha256", hashlib.sha256(wheel).hexdigest(), "--", "python", "-c")
+        done = bootstrap(tmp_path, *words, "import os; print(sorted(os.environ.items()))", KDCLOUD_CODE_URL=url)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0 and "PYTHONPATH" in done.stdout
+    assert "hush" not in done.stdout + done.stderr
+
+
+def test_the_narrow_identity_of_a_cloud_holds_for_a_launch_there_only(tmp_path):
+    """In the words of the real SkyPilot: for a launch elsewhere the keys of that cloud stay at home as before."""
+    pytest.importorskip("sky", reason="needs SkyPilot: pip install 'kdcloud[sky]'")
+    script = (
+        "from pathlib import Path; import sys\n"
+        "from orchestrator.access import identity_of; from orchestrator.provision_sky import SkyApi\n"
+        "SkyApi(Path(sys.argv[1]))._sky(); from sky import skypilot_config as config\n"
+        "for infra in ('aws/us-east-1', 'runpod'):\n"
+        "    with config.override_skypilot_config(identity_of(infra)): print(config.to_dict()['aws'])\n"
+        "print(config.to_dict()['aws'])\n"
+    )
+    env = {**plain_env(tmp_path), "KDCLOUD_AWS_INSTANCE_PROFILE": "kd-node", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env, capture_output=True, text=True)
+    kept = "{'remote_identity': 'NO_UPLOAD'}"
+    assert done.stdout.splitlines() == ["{'remote_identity': 'kd-node'}", kept, kept], done.stderr
