@@ -48,6 +48,17 @@ SLICE_S = 30.0  # nobody sleeps longer without the rest of the world living on
 LATENCIES = Latencies(tick_s=5, flush_s=60, api_s=60, provision_s=60, handover_s=30, slack_s=90)
 GUARDED = replace(LATENCIES, unguarded_s=540)  # where the provider takes no limit: a reaper's period, grace and calls
 SPOT_SHARE = 0.4
+ALONE_SHARE = 0.15
+TOGETHER_SHARE = 0.3
+TOGETHER = (  # what is bad alone and worse at once
+    ("client_killed_for_good", "slower_than_planned", "arming_lost"),
+    ("laptop_asleep", "slower_than_planned", "arming_lost"),
+    ("landed_dearer", "slower_than_planned"),
+    ("watchdog_killed", "arming_lost", "slower_than_planned"),
+    ("create_fails_but_makes_a_machine", "late_in_lists"),
+    ("teardown_refused", "never_ready"),
+    ("two_machines_of_one_name", "slower_than_planned"),
+)
 FILE_LEDGER_SHARE = 0.02
 HORIZON_S = 5 * 24 * 3600.0
 LIVES = 12  # a client is started at most so often
@@ -156,7 +167,9 @@ class World:
         self.clock = DrillClock()
         self.label_s, self.train_s = self.rng.randint(20, 40) * 10, self.rng.randint(30, 80) * 10
         self.limited = self.rng.random() < 0.5
-        self.reaper = self.rng.choice(["elsewhere", "elsewhere", "here", "here", "none"])
+        self.reaper = self.rng.choice(["elsewhere", "here", "none"])
+        if self.rng.random() < ALONE_SHARE:  # nothing but the client and the supervisor
+            self.limited, self.reaper = False, "none"
         self.cap_factor = self.rng.choice([1.0, 1.05, 1.2, 1.5, 2.5])
         self.offers = _offers(self.rng, self.limited)
         self.changes: dict[int, dict[str, Any]] = {}  # by machine, in the order they are made
@@ -193,7 +206,10 @@ class World:
 
     def _draw(self) -> list[str]:
         count = self.rng.choice([1, 2, 3, 4, 5, 6, 7, 8])
-        return self.rng.sample(sorted(FAULTS), count)
+        drawn = self.rng.sample(sorted(FAULTS), count)
+        if self.rng.random() < TOGETHER_SHARE:
+            drawn += self.rng.choice(TOGETHER)
+        return list(dict.fromkeys(drawn))
 
     def change(self, **fields: Any) -> None:
         """Something about one of the first machines."""
@@ -204,7 +220,10 @@ class World:
             self.changes.setdefault(number, {}).update(fields)
 
     def _trouble(self, order: Order, number: int) -> Trouble:
-        trouble = Trouble(create_s=self.rng.choice([15.0, 30.0, 60.0]), gone_s=self.rng.choice([1.0, 5.0, 20.0]))
+        rng = self.rng
+        trouble = Trouble(
+            create_s=rng.choice([15.0, 30.0, 60.0]), gone_s=rng.choice([1.0, 5.0, 20.0]), timer_lost=rng.random() < 0.3
+        )
         return replace(trouble, **self.changes.get(number, {}))
 
     # -- the run -----------------------------------------------------------------------------------------------------
@@ -229,6 +248,10 @@ class World:
             plan = _planned(recipe, self.offers, 10**12)
         except KdcloudError:
             self.outcome = "no offer"
+            return None
+        except Exception as error:  # noqa: BLE001 - a bug is a result of a drill, not its end
+            self.outcome = "bug"
+            self.broken.append(f"bug: {error}")
             return None
         cap = max(1, int(plan.needed_micros * self.cap_factor))
         return replace(plan, cap_micros=cap)
@@ -450,6 +473,9 @@ class World:
         broken = [*self.broken, *dict.fromkeys(self.cloud.broken)]
         if any(one.touched for one in self.cloud.strangers):
             broken.append("somebody else's machine was touched")
+        able = self.cloud.denied_from > self.clock.elapsed_s
+        if self.outcome == "unconfirmed" and able and not self.cloud.outside:
+            broken.append("a teardown was given up")
         if plan is not None and self.outcome == "done" and not self._has_results():
             broken.append("done without results")
         return Result(

@@ -90,10 +90,13 @@ def _two_looks() -> list[tuple[Any, str, Any]]:
 def _again() -> list[tuple[Any, str, Any]]:
     from orchestrator.runner import Runner
 
-    terminate = Runner._terminate
+    terminate, asked = Runner._terminate, set()
 
     def once(self: Any, row: Any) -> bool:
-        return False if row.name in self._ending_since else terminate(self, row)
+        if (machine := (id(self.provider._provider), row.name)) in asked:
+            return False
+        asked.add(machine)
+        return terminate(self, row)
 
     return [(Runner, "_terminate", once)]
 
