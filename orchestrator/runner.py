@@ -93,7 +93,7 @@ class Runner:
         call_limit_s: float | None = CALL_LIMIT_S,
     ) -> None:
         self.ledger, self.bucket, self.clock = ledger, bucket, clock
-        self.provider = Guarded(provider, self._now, limit_s=call_limit_s)
+        self.provider = Guarded(provider, self._now, limit_s=call_limit_s, waiting=self._renew)
         self.plan, self.run_id, self.owner, self.lease = plan, run_id, owner, lease
         self.code_folder, self.say, self.stop = code_folder, say, stop
         self._started = clock.mark()
