@@ -214,8 +214,8 @@ def test_the_quickstart_ends_with_the_same_accuracies_as_on_this_machine_and_lab
     rented, here = make_home(tmp_path / "rented", changed(recipe, OTHER_GPUS)), make_home(tmp_path / "here", recipe)
     on_slurm = rented.start("run", "recipe.yaml", "--yes", "--budget", "1 USD")
     on_local = here.start("run", "recipe.yaml", "--yes")
-    assert on_local.wait(timeout=600) == 0, (tmp_path / "here" / "client.log").read_text()
-    assert on_slurm.wait(timeout=600) == 0, (tmp_path / "rented" / "client.log").read_text()
+    assert on_local.wait(timeout=1500) == 0, (tmp_path / "here" / "client.log").read_text()
+    assert on_slurm.wait(timeout=1500) == 0, (tmp_path / "rented" / "client.log").read_text()
     report = is_over(rented)
     assert report["state"] == "done"
     record_property(ABSENT_AFTER_S, absences(rented))
