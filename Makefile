@@ -25,7 +25,7 @@ integration: install-dev  ## the slow tests only: real training, whole runs, kil
 
 test-slurm:  ## with a real SkyPilot, on a Slurm of this machine's own (Debian, root)
 	@$(PYTHON) scripts/install.py local,s3,dev,sky
-	KDSLURM_VENV=$(CURDIR)/.venv-sky bash tests/slurm/run.sh
+	@$(PYTHON) scripts/parts.py slurm
 
 lint: install-dev  ## ruff and mypy
 	@$(BIN)/python scripts/parts.py lint

@@ -115,8 +115,15 @@ def plan(recipe: str, budget: str | None, deadline: str | None, infra: str | Non
     "--resume", metavar="RUN", help="Go on with a run that was stopped, killed or out of money ('last': the newest)."
 )
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before money is spent.")
+@click.option("--detach", "-d", is_flag=True, help="Leave it to a process that outlives this terminal.")
 def run(
-    recipe: str | None, budget: str | None, deadline: str | None, infra: str | None, resume: str | None, yes: bool
+    recipe: str | None,
+    budget: str | None,
+    deadline: str | None,
+    infra: str | None,
+    resume: str | None,
+    yes: bool,
+    detach: bool,
 ) -> None:
     """Plan, ask, then rent, label, train, evaluate and tear down, never over the cap.
 
@@ -124,6 +131,7 @@ def run(
     kdcloud run quickstart
     kdcloud run recipe.yaml --budget 50CNY --yes
     kdcloud run --resume last --budget 60CNY
+    kdcloud run recipe.yaml --yes --detach
     """
     if (recipe is None) == (resume is None):
         raise UsageError("run needs a recipe, or --resume RUN", hint="try `kdcloud run quickstart`")
@@ -131,10 +139,10 @@ def run(
         raise UsageError("a run goes on where its plan was approved for", hint="leave --infra out, or start a new run")
     with _ledger() as ledger:
         if resume is not None:
-            _resume(ledger, resume, budget, deadline)
+            _resume(ledger, resume, budget, deadline, detach)
         else:
             assert recipe is not None
-            _start(ledger, recipe, budget, deadline, infra, yes)
+            _start(ledger, recipe, budget, deadline, infra, yes, detach)
 
 
 @kdcloud.command()
@@ -427,7 +435,15 @@ def recipe_schema_command() -> None:
 # -- what the commands share -------------------------------------------------------------------------------------------
 
 
-def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None, infra: str | None, yes: bool) -> None:
+def _start(
+    ledger: Ledger,
+    recipe: str,
+    budget: str | None,
+    deadline: str | None,
+    infra: str | None,
+    yes: bool,
+    detach: bool,
+) -> None:
     from orchestrator.plan import render_plan
     from orchestrator.session import infra_of, local_price, provider_for, start_run
 
@@ -455,10 +471,14 @@ def _start(ledger: Ledger, recipe: str, budget: str | None, deadline: str | None
         say=_say,
     )
     _talk(f"run {session.run_id}, artefacts in {session.bucket.url}")
-    _go(session)
+    if detach:
+        session.lease.release()
+        _leave_to_itself(ledger, session.run_id)
+    else:
+        _go(session)
 
 
-def _resume(ledger: Ledger, resume: str, budget: str | None, deadline: str | None) -> None:
+def _resume(ledger: Ledger, resume: str, budget: str | None, deadline: str | None, detach: bool) -> None:
     from orchestrator import money
     from orchestrator.plan import plan_from_dict
     from orchestrator.session import newest, resume_run
@@ -473,10 +493,29 @@ def _resume(ledger: Ledger, resume: str, budget: str | None, deadline: str | Non
         return
     cap = money.cap_micros(_amount(budget), made.rate) if budget else None
     seconds = _duration(deadline) if deadline else None
+    if detach:
+        given = {"--budget": budget, "--deadline": deadline}
+        _leave_to_itself(ledger, name, *(word for item in given.items() if item[1] for word in item if word))
+        return
     session = resume_run(name, ledger=ledger, home=home, cap_micros=cap, deadline_s=seconds)
     _warn_of_the_month((cap or known.cap_micros) - known.spent_micros)
     _talk(f"going on with {name}: {len(known.done)} of {len(made.stages)} stages are done")
     _go(session)
+
+
+def _leave_to_itself(ledger: Ledger, name: str, *words: str) -> None:
+    """Starts a client that outlives this one; leaves with its exit code when it gave up at once."""
+    from orchestrator.detached import start_client
+
+    log = _home()[0].runs / name / "client.log"
+    rc = start_client(name, words, ledger=ledger, log=log)
+    if rc is not None:
+        _talk("\n".join(log.read_text(errors="replace").splitlines()[-20:]))
+        sys.exit(rc)
+    click.echo(name)
+    _talk(f"it goes on by itself; its talk is in {log}")
+    _talk(f"  kdcloud attach {name}    watch it\n  kdcloud logs {name}      what a stage printed")
+    _talk(f"  kdcloud down {name}      end it")
 
 
 def _go(session: Session) -> None:

@@ -7,6 +7,7 @@ does, since a client that waits for ever ends no machine.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TypeVar
@@ -23,19 +24,27 @@ from orchestrator.provision import (
 )
 
 CALL_LIMIT_S = 90.0
+LOOK_UP_S = 2.0  # the caller looks up from its waiting that often
 T = TypeVar("T")
 
 
 class Guarded:
     """Wraps a Provisioner. `limit_s` None calls directly: for providers that live in memory.
 
+    `waiting` is called by the one who waits, every few seconds: a lease must not run out over a slow provider.
+
     A call that is given up may still happen later: a machine it makes is found by name at the end of the run.
     """
 
     def __init__(
-        self, provider: Provisioner, now: Callable[[], datetime], *, limit_s: float | None = CALL_LIMIT_S
+        self,
+        provider: Provisioner,
+        now: Callable[[], datetime],
+        *,
+        limit_s: float | None = CALL_LIMIT_S,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        self._provider, self._now, self._limit_s = provider, now, limit_s
+        self._provider, self._now, self._limit_s, self._waiting = provider, now, limit_s, waiting
 
     def offers(self, need: Need) -> list[Offer]:
         return self._call("offers", lambda: self._provider.offers(need))
@@ -76,7 +85,11 @@ class Guarded:
 
         thread = threading.Thread(target=work, name=f"provider-{what}", daemon=True)
         thread.start()
-        thread.join(self._limit_s)
+        until_s = time.monotonic() + self._limit_s
+        while thread.is_alive() and (left_s := until_s - time.monotonic()) > 0:
+            thread.join(min(left_s, LOOK_UP_S))
+            if thread.is_alive():
+                self._waiting()
         if error:
             raise error[0]
         if not result:

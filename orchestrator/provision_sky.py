@@ -86,7 +86,9 @@ class Note:
     order: dict[str, Any] | None = None
     asked_at: str | None = None
     request: str | None = None  # of the launch
+    timer: int | None = None  # minutes after which SkyPilot was told to tear it down
     trouble: str | None = None  # why the launch failed
+    up: dict[str, Any] | None = None  # SkyPilot's row of it, read back when it was first up
     ending: bool = False
     ended: bool = False  # seen gone after an end was asked for: the name is used up
     down: str | None = None  # request of the teardown
@@ -109,7 +111,7 @@ class Record:
     gpu: str | None
     gpus: int
     spot: bool
-    autodown: bool
+    timer_minutes: int | None  # when SkyPilot tears it down; None: its timer is not armed, or only stops it
     provider: dict[str, Any] | None
 
 
@@ -183,28 +185,24 @@ class SkyProvisioner:
         if note.request is None:
             self._keep_keys()
             note.order, note.asked_at = order_to_dict(order), now().isoformat()
+            note.timer = timer_minutes(order)
             self._write(note)
-            note.request = self._api.launch(launch_task(order), order.name, timer_minutes(order))
+            note.request = self._api.launch(launch_task(order), order.name, note.timer)
         self._write(note)
 
     def observe(self, name: str) -> Observation:
         note = self._read(name)
-        with ThreadPoolExecutor(3) as pool:
-            listed = pool.submit(self._slurm.jobs, self._clusters_of(note), name)
-            asked = pool.submit(self._request, note.request) if note.request and not note.trouble else None
-            rows = pool.submit(self._api.records, [name], force=not self._is_slurm(note))
-            request = asked.result() if asked else None
-            record = next(iter(rows.result()), None)
-            allocation = next((j for j in listed.result() if is_named(j.name, name)), None)
+        request, record, allocation = self._look(note)
         exists = self._exists(note, record, allocation)
-        if request is not None and request[0] == "FAILED" and note.trouble is None:
-            note.trouble = request[1]
+        trouble = why_failed(note, request, record)
+        if trouble is not None and note.trouble is None:
+            note.trouble = trouble
             self._write(note)
         state = decide(note, request[0] if request else None, record, exists)
         if state is Status.ABSENT and record is not None and not note.ending:
             self._api.records([name], force=True)  # lets SkyPilot see it too, and drop its row
-        if state is Status.RUNNING and record is not None and note.provider != record.provider:
-            note.provider = record.provider
+        if state is Status.RUNNING and record is not None and note.up is None:
+            note.up, note.provider = record_to_dict(record), record.provider
             self._write(note)
         return Observation(
             name=name,
@@ -245,13 +243,14 @@ class SkyProvisioner:
         if not note.ending:
             note.ending = True
             self._write(note)
+        finished = self._cancel_finished(note)
         if note.request is not None and self._request(note.request)[0] in MOVING:
             self._api.cancel(note.request)
             if self._request(note.request)[0] in MOVING:
                 raise NotYetGone(f"the launch of {name} is being cancelled")
         record = next(iter(self._api.records([name], force=False)), None)
         if record is not None:
-            self._down(note)
+            self._down(note, wait_s=0.0 if finished else DOWN_WAIT_S)
         left = [j for j in self._slurm.jobs(self._clusters_of(note)) if is_named(j.name, name)]
         for job in left:  # SkyPilot does not know it (any more): a launch that was cancelled half-way
             if job.state not in ("COMPLETING",):
@@ -273,13 +272,27 @@ class SkyProvisioner:
         for name in sorted({*records, *allocations, *self._being_made()}):
             note, record, allocation = self._read(name), records.get(name), allocations.get(name)
             request = self._request(note.request)[0] if note.request and record is None else None
-            state = decide(note, request, record, record is not None or allocation is not None)
+            state = decide(note, request, record, self._exists(note, record, allocation))
             if record is None and state is Status.CREATING and allocation is not None and note.order is None:
                 state = Status.RUNNING  # SkyPilot has forgotten it
             found.append(Observation(name, state, landed(note, record), created_at(record, allocation), Job(), now()))
         return found
 
     # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _look(self, note: Note) -> tuple[tuple[str, str] | None, Record | None, SlurmJob | None]:
+        """How the launch fares, SkyPilot's row and Slurm's. Of a machine that was up before, Slurm alone is asked."""
+        clusters = self._clusters_of(note)
+        known = record_from_dict(note.up) if note.up and self._slurm.knows(clusters) else None
+        with ThreadPoolExecutor(2) as pool:
+            asks = note.request and not note.trouble and known is None
+            asked = pool.submit(self._request, str(note.request)) if asks else None
+            listed = pool.submit(self._slurm.jobs, clusters, note.name)
+            request = asked.result() if asked else None
+            record = known
+            if known is None and (request is None or request[0] not in MOVING):  # a row before that says nothing
+                record = next(iter(self._api.records([note.name], force=not clusters)), None)
+            return request, record, next((job for job in listed.result() if is_named(job.name, note.name)), None)
 
     def _being_made(self) -> list[str]:
         """Machines this client asked for that nobody lists yet."""
@@ -301,12 +314,25 @@ class SkyProvisioner:
         for row in self._api.accelerators(cloud, where):
             yield from offers_of(cloud, where, row, as_of)
 
-    def _down(self, note: Note) -> None:
+    def _cancel_finished(self, note: Note) -> bool:
+        """Has Slurm itself end a machine at once that has nothing to save any more: SkyPilot takes its time."""
+        try:
+            listed = self._slurm.jobs(self._clusters_of(note), note.name)
+            mine = [job for job in listed if is_named(job.name, note.name)]
+            idle = [job for job in mine if job.work and all(trace.rc is not None for trace in job.work)]
+            for job in idle:
+                if job.state != "COMPLETING":
+                    self._slurm.cancel(job)
+        except ProvisionError:
+            return False  # SkyPilot may still reach it
+        return bool(idle)
+
+    def _down(self, note: Note, *, wait_s: float) -> None:
         """Asks for the teardown, waits a little. Raises NotYetGone while it goes on, ProvisionError when it failed."""
         if note.down is None or self._request(note.down)[0] not in MOVING:
             note.down = self._api.down(note.name)
             self._write(note)
-        until_s = time.monotonic() + DOWN_WAIT_S
+        until_s = time.monotonic() + wait_s
         while (seen := self._request(note.down))[0] in MOVING:
             if time.monotonic() > until_s:
                 raise NotYetGone(f"{note.name} is being torn down")
@@ -319,10 +345,12 @@ class SkyProvisioner:
 
     def _exists(self, note: Note, record: Record | None, allocation: SlurmJob | None) -> bool:
         """Whether the provider itself has it; where only SkyPilot's word can be had, that."""
-        if self._is_slurm(note) and self._slurm.knows(self._clusters_of(note)):
-            return allocation is not None
-        if record is not None:
+        if allocation is not None:
             return True
+        if record is not None:
+            return not (record.infra == SLURM and self._slurm.knows([record.region or ""]))
+        if self._is_slurm(note) and self._slurm.knows(self._clusters_of(note)):
+            return False
         return note.provider is not None and self._api.instances(note.name, note.provider) > 0
 
     def _has(self, note: Note, job_id: str) -> bool:
@@ -337,14 +365,14 @@ class SkyProvisioner:
         if not note.jobs:
             return Job()
         newest = list(note.jobs)[-1]
-        request = note.jobs[newest]["request"]
-        if request is not None and self._request(request)[0] in MOVING:
-            return Job(newest, JobState.QUEUED)
         trace = next((t for t in (allocation.work if allocation else ()) if t.job_id == newest), None)
         if trace is not None and trace.rc is not None:
             return Job(newest, JobState.DONE, trace.rc)
         if trace is not None and trace.silent_s < SILENT_S:
             return Job(newest, JobState.RUNNING)
+        request = note.jobs[newest]["request"]
+        if request is not None and self._request(request)[0] in MOVING:
+            return Job(newest, JobState.QUEUED)
         rows = [row for row in self._api.queue(note.name) if row[1] == newest]
         if not rows:
             return Job()
@@ -418,6 +446,27 @@ def decide(note: Note, request: str | None, record: Record | None, exists: bool)
     if exists:
         return Status.CREATING if note.request is not None else Status.STOPPING if note.ended else Status.CREATING
     return Status.ABSENT
+
+
+def why_failed(note: Note, request: tuple[str, str] | None, record: Record | None) -> str | None:
+    """Why this machine must not be used, as it was launched; None when nothing speaks against it."""
+    if request is not None and request[0] == "FAILED":
+        return request[1]
+    is_up = record is not None and record.status == "UP" and (request is None or request[0] not in MOVING)
+    if is_up and record is not None and note.timer is not None:
+        armed = record.timer_minutes
+        if armed is None or armed > note.timer:
+            said = "not armed" if armed is None else f"set to {armed} min"
+            return f"SkyPilot's timer is {said}, {note.timer} min were ordered"
+    return None
+
+
+def record_to_dict(record: Record) -> dict[str, Any]:
+    return {**asdict(record), "launched_at": record.launched_at.isoformat(), "provider": None}
+
+
+def record_from_dict(raw: Mapping[str, Any]) -> Record:
+    return Record(**{**raw, "launched_at": datetime.fromisoformat(raw["launched_at"])})
 
 
 def launch_task(order: Order) -> dict[str, Any]:
@@ -765,7 +814,7 @@ class SkyApi:
             gpu=gpu,
             gpus=int(gpus),
             spot=bool(getattr(resources, "use_spot", False)),
-            autodown=bool(row["to_down"]) and int(row["autostop"]) >= 0,
+            timer_minutes=int(row["autostop"]) if row["to_down"] and int(row["autostop"]) >= 0 else None,
             provider=self._provider(handle) if str(row["status"].value) == "UP" else None,
         )
 

@@ -101,7 +101,7 @@ class Runner:
     ) -> None:
         self.month_cap_micros = month_cap_micros
         self.ledger, self.bucket, self.clock = ledger, bucket, clock
-        self.provider = Guarded(provider, self._now, limit_s=call_limit_s)
+        self.provider = Guarded(provider, self._now, limit_s=call_limit_s, waiting=self._renew)
         self.plan, self.run_id, self.owner, self.lease = plan, run_id, owner, lease
         self.code_folder, self.say, self.stop = code_folder, say, stop
         self.mirror = Mirror(ledger, bucket, run_id, lease, clock)

@@ -13,9 +13,10 @@ from typing import Any
 from orchestrator import __version__, access, grants
 from orchestrator.bounded import Bounded
 from orchestrator.budget import month_cap_micros
-from orchestrator.clock import Clock, SystemClock
+from orchestrator.clock import Clock, Mark, SystemClock, age_s
 from orchestrator.config import Config, Home, load_config
 from orchestrator.errors import BudgetExceeded, KdcloudError, NotOwner, UsageError
+from orchestrator.guarded import CALL_LIMIT_S
 from orchestrator.handover import code_wheel, put_code, upload_data
 from orchestrator.lease import Lease, NoLease, is_free, read_holder
 from orchestrator.ledger import Ledger, Run
@@ -315,7 +316,7 @@ def local_price(plan: Plan) -> int:
 
 
 def end_run(
-    run_id: str, *, ledger: Ledger, home: Home, say: Say, clock: Clock | None = None, patience_s: float = 45.0
+    run_id: str, *, ledger: Ledger, home: Home, say: Say, clock: Clock | None = None, patience_s: float = 150.0
 ) -> Outcome:
     """Ends every machine of a run. A living client is asked to stop and does it; a dead one's place is taken."""
     clock = clock or SystemClock()
@@ -444,17 +445,22 @@ def watch_run(
     clock: Clock | None = None,
     turn_s: float = 0.5,
 ) -> Outcome:
-    """Follows a run that another client drives until it ends. Raises UsageError when nobody drives it any more."""
+    """Follows a run that another client drives until it ends. Raises UsageError when nobody drives it any more.
+
+    A client that waits for its provider may be late with its lease: it is given the time such a call may take.
+    """
     clock = clock or SystemClock()
     bucket = open_bucket(ledger.run(run_id).bucket)
     news = Follower(ledger, bucket, run_id, clock)
+    silent: Mark | None = None
     while True:
         news.look()
         run = ledger.run(run_id)
         ends = [e for e in run.entries if e.kind in ("ended", "resumed")]
         if ends and ends[-1].kind == "ended":
             return Outcome(**{k: str(ends[-1].data[k]) for k in ("state", "message", "hint")})
-        if not is_driven(bucket, clock):
+        silent = None if is_driven(bucket, clock) else silent or clock.mark()
+        if silent is not None and (is_left(bucket, clock) or age_s(silent, clock.mark()) > CALL_LIMIT_S):
             raise UsageError(
                 f"nobody drives {run_id} any more: its client is gone",
                 hint=f"go on with `kdcloud run --resume {run_id}`",
@@ -467,6 +473,12 @@ def is_driven(bucket: Bucket, clock: Clock) -> bool:
     """Whether a living client holds the run's lease."""
     found = read_holder(bucket)
     return found is not None and not is_free(*found, now=bucket.now(), clock=clock)
+
+
+def is_left(bucket: Bucket, clock: Clock) -> bool:
+    """Whether the lease was given back, or its holder is known to be dead: not merely late."""
+    found = read_holder(bucket)
+    return found is None or is_free(*found, now=found[1], clock=clock)
 
 
 def read_log(run: Run, stage: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ PARTS = {
     "unit": [["pytest", "-q", "-n", "auto", "--dist", "worksteal", "-m", "not slow and not kill and not slurm"]],
     "integration": [["pytest", "-q", "-m", "(slow or kill) and not slurm"]],
 }
+ON_REQUEST = {"slurm": [["bash", "tests/slurm/run.sh"]]}  # Debian and root; with .venv-sky
 
 
 def main() -> None:
@@ -20,7 +22,7 @@ def main() -> None:
     times: list[tuple[str, bool, float]] = []
     for part in sys.argv[1:] or list(PARTS):
         started = time.monotonic()
-        codes = [run(command) for command in PARTS[part]]
+        codes = [run(command) for command in {**PARTS, **ON_REQUEST}[part]]
         times.append((part, not any(codes), time.monotonic() - started))
     for part, good, seconds in times:
         print(f"{part:<12} {'ok' if good else 'FAILED':<7} {seconds:6.1f} s", flush=True)
@@ -30,7 +32,9 @@ def main() -> None:
 
 def run(command: list[str]) -> int:
     print(f"--- {' '.join(command)}", flush=True)
-    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=False).returncode
+    argv = command if command[0] == "bash" else [sys.executable, "-m", *command]
+    env = {"KDSLURM_VENV": str(ROOT / ".venv-sky"), **os.environ}
+    return subprocess.run(argv, cwd=ROOT, env=env, check=False).returncode
 
 
 if __name__ == "__main__":

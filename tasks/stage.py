@@ -49,6 +49,7 @@ from tasks.contract import (
     Task,
     TaskError,
 )
+from tasks.peers import LAUNCHED_ENV, rank_of
 
 SUPERVISOR_ENV = "KDCLOUD_SUPERVISOR"  # process id of the supervisor, for the stage's own process
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -455,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = parser.parse_args(argv)
     die_with_parent()
     sys.excepthook = end_with_traceback
-    end_process(run_stage(args.task, args.work.absolute()))
+    end_process(run_stage(args.task, args.work.absolute()) if rank_of(os.environ) == 0 else follow_stage(args.task))
 
 
 def end_process(code: Exit) -> NoReturn:
@@ -502,6 +503,18 @@ def run_stage(task_path: Path, work: Path, run: Callable[[Context, Any], Mapping
         return Exit.BAD_INPUT
 
 
+def follow_stage(task_path: Path) -> Exit:
+    """What a process does that does not lead: what its kind says in `follow`, else nothing."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the leader saves, and tells when it is over
+    task = Task.from_json(task_path.read_text())
+    follow = getattr(importlib.import_module(f"tasks.{task.kind}"), "follow", None)
+    if follow is None:
+        print(f"a stage of kind {task.kind} is done by one process: this one leaves")
+    else:
+        follow()
+    return Exit.DONE
+
+
 def explain(error: BaseException, work: Path) -> TaskError | None:
     """What a person can do about it; None for a bug."""
     if isinstance(error, TaskError):
@@ -540,7 +553,7 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     else:
         threading.Thread(target=_watch_parent, args=(int(supervisor),), daemon=True).start()
-    if os.getppid() != int(supervisor):
+    if os.getppid() != int(supervisor) and LAUNCHED_ENV not in os.environ:
         os._exit(Exit.TERMINATED)
 
 

@@ -44,6 +44,7 @@ from tasks.contract import (
     Task,
     TaskError,
 )
+from tasks.peers import stage_argv
 from tasks.stage import (
     CHECKPOINTS,
     EVENTS,
@@ -239,9 +240,8 @@ class _Supervision:
     def _start(self, child_argv: Sequence[str] | None) -> subprocess.Popen[bytes]:
         if sys.platform == "linux":  # what a child of the stage leaves behind becomes ours, and can be found
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        argv = child_argv or [
-            sys.executable, "-m", "tasks.stage", "--task", str(self._work / TASK_FILE), "--work", str(self._work),
-        ]
+        own = ["-m", "tasks.stage", "--task", str(self._work / TASK_FILE), "--work", str(self._work)]
+        argv = child_argv or stage_argv(own, os.environ)
         env = {**os.environ, MARK_ENV: self._state.mark, SUPERVISOR_ENV: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         child = subprocess.Popen(
             argv, env=env, start_new_session=True,

@@ -98,7 +98,7 @@ def test_both_locks_hold_the_same_torch() -> None:
 def test_the_bare_install_needs_neither_torch_nor_skypilot_nor_boto3() -> None:
     bare = {canonicalize_name(requirement.name) for requirement in wanted(())}
     assert bare == {"click", "pydantic", "pyyaml", "rich", "psutil"}
-    assert {str(r) for r in wanted(("sky",)) if r.name == "skypilot"} == {"skypilot==0.14.*"}
+    assert {str(r) for r in wanted(("sky",)) if r.name == "skypilot"} == {"skypilot[slurm]==0.14.*"}
 
 
 def test_every_direct_dependency_gives_its_reason() -> None:

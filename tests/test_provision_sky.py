@@ -53,7 +53,7 @@ OFFER = Offer(
 )  # fmt: skip
 NAME = machine_name("owner1", "abc123", "train", NOW + timedelta(hours=1))
 ORDER = Order(NAME, "run-abc123", "train", OFFER, NOW + timedelta(hours=1), 3300.0)
-UP = Record(NAME, "UP", NOW, 300_000, "slurm", "lab", "main", "4CPU--16GB", "RTX3090", 1, False, True, None)
+UP = Record(NAME, "UP", NOW, 300_000, "slurm", "lab", "main", "4CPU--16GB", "RTX3090", 1, False, 57, None)
 
 
 class StubApi:
@@ -305,6 +305,37 @@ def test_a_machine_is_priced_anew_from_what_was_launched(world):
     assert seen.landed_offer.price_micros_per_hour == 300_000  # ordered at 250,000
 
 
+@pytest.mark.parametrize(
+    ("armed", "state"), [(57, Status.RUNNING), (1, Status.RUNNING), (58, Status.FAILED), (None, Status.FAILED)]
+)
+def test_a_machine_whose_timer_is_not_armed_as_ordered_is_never_worked_on_and_is_ended(world, armed, state):
+    # ordered: 3300 s of life, 5 + 60 + 45 s until its last upload is over: 57 min
+    world.client().launch(ORDER)
+    assert world.api.asked[-1] == ("launch", launch_task(ORDER), NAME, 57)
+    world.comes_up()
+    world.api.rows = [replace(UP, timer_minutes=armed)]
+    assert world.client().observe(NAME).state is state
+    if state is Status.FAILED:
+        world.api.rows = [UP]  # an arming that comes late does not make it good again
+        assert world.client().observe(NAME).state is Status.FAILED
+        with pytest.raises(NotYetGone):
+            world.client().terminate(NAME)
+        assert world.api.count("down") == 1
+
+
+def test_a_machine_of_slurm_that_was_up_costs_no_more_questions_to_skypilot(world):
+    world.client().launch(ORDER)
+    world.comes_up()
+    world.client().run(NAME, "train-1", ["python", "-c", "pass"], {})
+    world.comes_up(Trace("train-1", None, 1.0))
+    first = world.client().observe(NAME)
+    before = len(world.api.asked)
+    again = world.client().observe(NAME)
+    assert len(world.api.asked) == before
+    assert (again.landed_offer, again.job) == (replace(first.landed_offer, as_of=again.landed_offer.as_of), first.job)
+    assert again.job.state is JobState.RUNNING
+
+
 def test_a_machine_that_slurm_does_not_list_is_absent_whatever_skypilot_remembers(world):
     world.client().launch(ORDER)
     world.comes_up()
@@ -442,6 +473,33 @@ def test_the_end_is_not_taken_for_granted_while_the_provider_lists_the_machine(w
     world.client().terminate(NAME)
     world.client().terminate(NAME)
     assert world.client().observe(NAME).state is Status.ABSENT
+
+
+def test_a_machine_whose_work_is_over_is_ended_by_slurm_at_once_and_one_that_works_may_save_first(world, monkeypatch):
+    world.client().launch(ORDER)
+    world.comes_up(Trace("train-1", None, 1.0))
+
+    def slow(name: str) -> str:
+        world.api.requests["down-1"] = ("RUNNING", "")
+        return "down-1"
+
+    monkeypatch.setattr(world.api, "down", slow)
+    monkeypatch.setattr(provision_sky, "DOWN_WAIT_S", 0.0)
+    with pytest.raises(NotYetGone):
+        world.client().terminate(NAME)
+    assert world.slurm.cancelled == []
+    world.comes_up(Trace("train-1", 0, 1.0))
+    with pytest.raises(NotYetGone):
+        world.client().terminate(NAME)
+    assert world.slurm.cancelled == [f"{NAME}-93c70de0"]
+    assert world.client().observe(NAME).state is Status.ABSENT
+
+
+def test_a_machine_of_a_cloud_that_no_note_tells_of_is_not_taken_for_gone_because_slurm_does_not_list_it(world):
+    world.api.rows = [replace(UP, infra="runpod", region="US")]
+    (seen,) = world.client().ours()
+    assert seen.state is Status.RUNNING
+    assert world.client().observe(NAME).state is Status.RUNNING
 
 
 def test_when_skypilot_cannot_end_it_the_provider_is_asked_and_the_row_stays_open(world, monkeypatch):

@@ -1,17 +1,31 @@
 #!/usr/bin/env bash
 # Brings the cluster up, runs the tests that need it as the one who rents, and takes it down: `make test-slurm`.
 #
-#     sudo bash tests/slurm/run.sh [pytest arguments]      # KEEP=1 leaves the cluster up
+#     sudo bash tests/slurm/run.sh [pytest arguments]      # KEEP=1 leaves the cluster up, AT_ONCE=1 one by one
+#     sudo bash tests/slurm/run.sh --measure               # the figures of README.md
 set -euo pipefail
 here=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 . "$here/settings.sh"
-bash "$here/up.sh"
 [ -n "${KEEP:-}" ] || trap 'bash "$here/down.sh"' EXIT
+trap 'exit 143' HUP INT TERM # by way of EXIT
+bash "$here/up.sh"
 # A copy of the sources: the account may not read the checkout.
 mkdir -p "$KDSLURM_ROOT/src" "$KDSLURM_ROOT/tmp"
 (cd "$here/../.." && rsync -a --delete --exclude __pycache__ orchestrator tasks tests recipes pyproject.toml "$KDSLURM_ROOT/src/")
+"$KDSLURM_ROOT/client-env/bin/python" -m compileall -q "$KDSLURM_ROOT/src"
 chmod -R a+rX "$KDSLURM_ROOT/src"
 chown $ACCOUNT:$ACCOUNT "$KDSLURM_ROOT/tmp"
 cd "$KDSLURM_ROOT/src"
-as_account TMPDIR="$KDSLURM_ROOT/tmp" PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$KDSLURM_ROOT/src" bash -c '. "$1/env.sh"; shift; exec "$@"' - "$KDSLURM_ROOT" \
-    "$KDSLURM_ROOT/client-env/bin/python" -m pytest -m slurm -p no:cacheprovider --durations=0 --durations-min=1 tests/test_sky_slurm.py "$@"
+python() { # as the one who rents, below the cluster's own environment
+    as_account TMPDIR="$KDSLURM_ROOT/tmp" PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$KDSLURM_ROOT/src" ${KDSLURM_WHOLE:+KDSLURM_WHOLE=1} \
+        bash -c '. "$1/env.sh"; shift; exec "$@"' - "$KDSLURM_ROOT" "$KDSLURM_ROOT/client-env/bin/python" "$@"
+}
+began=$(date +%s)
+python -c 'from sky.client import sdk; sdk.api_start()' >/dev/null
+echo "SkyPilot's API server after $(($(date +%s) - began)) s"
+if [ "${1:-}" = --measure ]; then
+    python -m tests.slurm.measure
+    exit
+fi
+python -m pytest -m slurm -p no:cacheprovider -p tests.slurm.table -W ignore::DeprecationWarning -q \
+    -n "${AT_ONCE:-5}" --dist load --maxschedchunk 1 tests/test_sky_slurm.py "$@"

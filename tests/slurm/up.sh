@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Brings up a Slurm of four virtual nodes on this machine, an sshd on loopback and a SkyPilot home that knows both.
+# Brings up a Slurm of five virtual nodes on this machine, an sshd on loopback and a SkyPilot home that knows both.
 #
 #     sudo KDSLURM_VENV=.venv bash tests/slurm/up.sh
 #
@@ -89,7 +89,15 @@ if [ ! -e "$R/sky-runtime/.made-for-$SKY" ]; then
     uv=$R/node-tools/bin/uv
     $uv venv --quiet --seed --relocatable --python /usr/bin/python3 "$R/sky-runtime"
     VIRTUAL_ENV=$R/sky-runtime $uv pip install --quiet "skypilot[slurm,remote]==$SKY"
-    VIRTUAL_ENV=$R/sky-runtime $uv pip uninstall --quiet skypilot # each launch brings its own
+    # Compiled once, not by every process of every launch. Of SkyPilot itself, which each launch brings, only that stays.
+    packages=$(echo "$R"/sky-runtime/lib/python3*/site-packages)
+    "$R/sky-runtime/bin/python" -m compileall -q -j 2 -x '/tests?/' "$packages" >/dev/null || true
+    "$R/sky-runtime/bin/python" -m compileall -q -f -j 2 --invalidation-mode unchecked-hash "$packages/sky" >/dev/null || true
+    rm -f "$packages"/sky/__pycache__/__init__.*
+    cp -a "$packages/sky" "$R/sky-compiled"
+    VIRTUAL_ENV=$R/sky-runtime $uv pip uninstall --quiet skypilot
+    find "$R/sky-compiled" -type f ! -name '*.pyc' -delete
+    rm -rf "$packages/sky" && mv "$R/sky-compiled" "$packages/sky"
     rm -rf "$R/uv-cache"
     touch "$R/sky-runtime/.made-for-$SKY"
     chown -R $ACCOUNT:$ACCOUNT "$R/sky-runtime" # who may then make hard links to it
@@ -106,18 +114,21 @@ is_alive "$R/run/munge/munged.pid" || setpriv --reuid munge --regid munge --clea
     --log-file="$R/log/munge/munged.log" --seed-file="$R/run/munge/munged.seed"
 
 # --- Slurm: one GPU type a node; SkyPilot reads only the first of a node
-grep -q '# kdcloud-slurm$' /etc/hosts || for i in "${!NODES[@]}"; do
-    printf '127.0.0.%d %s # kdcloud-slurm\n' $((51 + i)) "${NODES[i]}" >> /etc/hosts
+for i in "${!NODES[@]}"; do
+    grep -q " ${NODES[i]} # kdcloud-slurm\$" /etc/hosts || printf '127.0.0.%d %s # kdcloud-slurm\n' $((51 + i)) "${NODES[i]}" >> /etc/hosts
 done
-# A device file is asked for by name only and never opened: these five exist everywhere.
-cat > "$R/etc/gres.conf" <<EOF
-NodeName=rtx-0  Name=gpu Type=rtx3090 File=/dev/null
-NodeName=rtx-1  Name=gpu Type=rtx3090 File=/dev/zero
-NodeName=a10g-0 Name=gpu Type=a10g    File=/dev/full
-NodeName=a10g-0 Name=gpu Type=a10g    File=/dev/random
-NodeName=a100-0 Name=gpu Type=a100    File=/dev/urandom
-EOF
-size="CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=65536 State=UNKNOWN"
+# A device file is asked for by name only and never opened: these exist everywhere.
+: > "$R/etc/gres.conf"
+gpus() { # NODE TYPE COUNT
+    local files=(/dev/null /dev/zero /dev/full /dev/random)
+    for file in "${files[@]:0:$3}"; do echo "NodeName=$1 Name=gpu Type=$2 File=$file" >> "$R/etc/gres.conf"; done
+}
+gpus rtx-0 rtx3090 4
+gpus rtx-1 rtx3090 4
+gpus a10g-0 a10g 4
+gpus a100-0 a100 4
+gpus l4-0 l4 1
+size="CPUs=64 Boards=1 SocketsPerBoard=1 CoresPerSocket=64 ThreadsPerCore=1 RealMemory=262144 State=UNKNOWN"
 cat > "$R/etc/slurm.conf" <<EOF
 ClusterName=lab
 SlurmctldHost=$(hostname -s)(127.0.0.1)
@@ -151,10 +162,11 @@ KillWait=5
 OverTimeLimit=0
 MinJobAge=30
 GresTypes=gpu
-NodeName=rtx-0  NodeHostname=rtx-0  NodeAddr=127.0.0.51 Port=26821 Gres=gpu:rtx3090:1 $size
-NodeName=rtx-1  NodeHostname=rtx-1  NodeAddr=127.0.0.52 Port=26822 Gres=gpu:rtx3090:1 $size
-NodeName=a10g-0 NodeHostname=a10g-0 NodeAddr=127.0.0.53 Port=26823 Gres=gpu:a10g:2    $size
-NodeName=a100-0 NodeHostname=a100-0 NodeAddr=127.0.0.54 Port=26824 Gres=gpu:a100:1    $size
+NodeName=rtx-0  NodeHostname=rtx-0  NodeAddr=127.0.0.51 Port=26821 Gres=gpu:rtx3090:4 $size
+NodeName=rtx-1  NodeHostname=rtx-1  NodeAddr=127.0.0.52 Port=26822 Gres=gpu:rtx3090:4 $size
+NodeName=a10g-0 NodeHostname=a10g-0 NodeAddr=127.0.0.53 Port=26823 Gres=gpu:a10g:4    $size
+NodeName=a100-0 NodeHostname=a100-0 NodeAddr=127.0.0.54 Port=26824 Gres=gpu:a100:4    $size
+NodeName=l4-0   NodeHostname=l4-0   NodeAddr=127.0.0.55 Port=26825 Gres=gpu:l4:1      $size
 PartitionName=main Nodes=$(IFS=,; echo "${NODES[*]}") Default=YES MaxTime=7-00:00:00 State=UP
 EOF
 # Runs as the account before every task of a job. In the batch step it lays out what a node of a real cluster would
@@ -237,16 +249,17 @@ slurm:
   allowed_clusters: [lab, hall]
   provision_timeout: 20
   pricing:
-    accelerators: {RTX3090: 0.25, A10G: 1.0, A100: 3.5}
+    accelerators: {L4: 0.2, RTX3090: 0.25, A10G: 1.0, A100: 3.5}
   cluster_configs:
     hall:
       pricing:
-        accelerators: {RTX3090: 0.5, A10G: 1.5, A100: 4.5}
+        accelerators: {L4: 0.4, RTX3090: 0.5, A10G: 1.5, A100: 4.5}
 EOF
 # Names and memory of accelerators; absent, SkyPilot would fetch the tables.
 mkdir -p "$R/client/.sky/catalogs/v8/common"
 cat > "$R/client/.sky/catalogs/v8/common/accelerators.csv" <<'EOF'
 AcceleratorName,Clouds
+L4,"['AWS', 'Slurm']"
 RTX3090,"['RunPod', 'Slurm']"
 A10G,"['AWS', 'Slurm']"
 A100,"['AWS', 'Slurm']"
@@ -254,6 +267,7 @@ H100,"['Lambda', 'RunPod']"
 EOF
 cat > "$R/client/.sky/catalogs/v8/common/metadata.csv" <<'EOF'
 GPU,MemoryGB,Manufacturer
+L4,24,nvidia
 RTX3090,24,nvidia
 A10G,24,nvidia
 A100,40,nvidia

@@ -1,0 +1,78 @@
+"""How do several processes do one stage? Started by torchrun from what SkyPilot says of nodes and GPUs; rank 0 leads.
+
+A kind that cannot be shared out runs in rank 0 alone: `tasks.<kind>.follow` says what the other ranks do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from zlib import crc32
+
+from tasks.contract import TaskError
+
+LAUNCHED_ENV = "TORCHELASTIC_RUN_ID"  # torchrun sets it in what it starts
+FIRST_PORT, PORTS = 20_000, 10_000
+
+
+def stage_argv(own: Sequence[str], env: Mapping[str, str]) -> list[str]:
+    """Command for Python's arguments `own`: one process, or torchrun with a process for each GPU of each node.
+
+    Reads SKYPILOT_NUM_NODES, _NUM_GPUS_PER_NODE, _NODE_RANK, _NODE_IPS (one a line, the head first) and _TASK_ID.
+    Raises TaskError when they contradict each other.
+    """
+    nodes, gpus = _number(env, "SKYPILOT_NUM_NODES", 1), _number(env, "SKYPILOT_NUM_GPUS_PER_NODE", 1)
+    if nodes <= 1 and gpus <= 1:
+        return [sys.executable, *own]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={max(1, gpus)}"]
+    if nodes <= 1:
+        return [*torchrun, "--standalone", *own]
+    addresses, rank = env.get("SKYPILOT_NODE_IPS", "").split(), _number(env, "SKYPILOT_NODE_RANK", -1)
+    if len(addresses) != nodes or not 0 <= rank < nodes:
+        raise TaskError(
+            f"SkyPilot says {nodes} nodes, rank {rank} and the addresses {addresses}",
+            hint="resume the run: it is given another machine",
+        )
+    port = FIRST_PORT + crc32(env.get("SKYPILOT_TASK_ID", "").encode()) % PORTS  # the same on every node
+    where = [f"--master-addr={addresses[0]}", f"--master-port={port}"]
+    return [*torchrun, f"--nnodes={nodes}", f"--node-rank={rank}", *where, *own]
+
+
+def _number(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name) or str(default)
+    try:
+        return int(text)
+    except ValueError:
+        raise TaskError(f"{name} is {text!r}, not a number", hint="report this, with log.txt") from None
+
+
+def rank_of(env: Mapping[str, str]) -> int:
+    return int(env.get("RANK", "0"))
+
+
+def size_of(env: Mapping[str, str]) -> int:
+    """How many processes do this stage together."""
+    return int(env.get("WORLD_SIZE", "1"))
+
+
+class Peers:
+    """The other processes of this stage; made by each of them, and by none that is alone."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch, self._device = torch, "cpu"
+        if torch.cuda.is_available():
+            self._device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(self._device)
+        torch.distributed.init_process_group("gloo" if self._device == "cpu" else "nccl")
+
+    def all_go_on(self, mine: bool) -> bool:
+        """Whether every process said so. Waits for all of them."""
+        said = self._torch.tensor([int(mine)], device=self._device)
+        self._torch.distributed.all_reduce(said)
+        return int(said.item()) == self._torch.distributed.get_world_size()
+
+    def leave(self) -> None:
+        self._torch.distributed.destroy_process_group()
