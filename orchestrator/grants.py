@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 from urllib.parse import urlsplit
 
 from orchestrator.access import BUCKET_ROLE, POLICY_LIMIT, Way, run_policy, store_of, way_of
@@ -59,7 +59,7 @@ def find_way(bucket: Bucket) -> Way | None:
     Raises BucketError when that does not answer for another reason than that there is none.
     """
     bucket = _bare(bucket)
-    if not isinstance(bucket, S3Like):
+    if not _is_s3(bucket):
         return None
     store, role = store_of(_endpoint(bucket)), os.environ.get(BUCKET_ROLE)
     arn = _caller(bucket) if store == "aws" else None
@@ -80,7 +80,7 @@ def grant(bucket: Bucket, seconds: float, *, allow_account_key: bool) -> Mapping
     Empty for a store that needs none. Raises BucketError when no such keys can be had and no others are allowed.
     """
     bucket = _bare(bucket)
-    if not isinstance(bucket, S3Like):
+    if not _is_s3(bucket):
         return {}
     keys = _keys(bucket, seconds, allow_account_key)
     region = bucket.client.meta.region_name
@@ -97,7 +97,7 @@ def link(bucket: Bucket, key: str, seconds: float, keys_env: Mapping[str, str]) 
     A link dies with the keys that signed it, so those of the machine are the right ones.
     """
     bucket = _bare(bucket)
-    if not isinstance(bucket, S3Like):
+    if not _is_s3(bucket):
         return None
     keys = Keys(keys_env["AWS_ACCESS_KEY_ID"], keys_env["AWS_SECRET_ACCESS_KEY"], keys_env.get("AWS_SESSION_TOKEN"))
     signer = _client("s3", bucket, keys, endpoint=_endpoint(bucket))
@@ -113,6 +113,10 @@ def link(bucket: Bucket, key: str, seconds: float, keys_env: Mapping[str, str]) 
 def _bare(bucket: Bucket) -> Bucket:
     """Without the time limits that a client puts around it."""
     return bucket.inner if isinstance(bucket, Bounded) else bucket
+
+
+def _is_s3(bucket: Bucket | S3Like) -> TypeGuard[S3Like]:
+    return isinstance(bucket, S3Like) and str(getattr(bucket, "url", "")).startswith("s3:")
 
 
 def _keys(bucket: S3Like, seconds: float, allow_account_key: bool) -> Keys:

@@ -286,7 +286,8 @@ def reapable_providers(home: Home, ledger: Ledger | None, *, infra: Sequence[str
         return {named: named_provider(named)}
     plans = [ledger.run(run_id).data.get("plan", {}) for run_id in ledger.runs()] if ledger is not None else []
     planned = {offer["infra"] for plan in plans for stage in plan.get("stages", ()) for offer in stage["candidates"]}
-    rented = sorted({*planned, *infra} - {"local"})
+    named_too = {name for name in infra if name.partition("/")[0] != "aws"}  # EC2 itself is asked for that
+    rented = sorted({*planned, *named_too} - {"local"})
     sky = {"sky": provider_for(rented, home)} if rented else {}
     return {"local": LocalProvisioner(home.root), **sky, **_ec2(ledger, infra)}
 

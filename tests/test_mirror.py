@@ -26,7 +26,7 @@ from orchestrator.lease import LEASE_S, RENEW_S, Lease
 from orchestrator.ledger import LOST, Ledger
 from orchestrator.mirror import FOLLOW_S, HEAD, Follower, Mirror, adopt, catch_up, compare, identity, key_of, read_pages
 from orchestrator.runner import BUCKET_PATIENCE_S, Runner, mark_to_dict
-from orchestrator.testing import START, FakeBucket, Faults, VirtualClock
+from orchestrator.testing import START, FakeBucket, Faults, VirtualClock, fake_offer
 from tasks.bucket import BucketError, Probe, Unsupported
 from tests.plans import make_plan
 from tests.test_bucket import s3, s3_endpoint  # noqa: F401
@@ -678,11 +678,12 @@ def test_a_store_that_ignores_conditions_is_said_when_a_run_starts(tmp_path, mon
     from orchestrator import session
     from orchestrator.config import Home, load_config
 
-    monkeypatch.setattr(session, "probe", lambda bucket: Probe(writable=True, conditional=False))
     monkeypatch.setenv("KDCLOUD_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(session, "probe", lambda bucket: Probe(writable=True, conditional=False))
     home = Home.from_env()
     config = load_config(home)
-    plan = replace(make_plan({"one": 1.0}), bucket=f"file:{tmp_path}/bucket")
+    here = (fake_offer(0, infra="local", gpu=None),)
+    plan = replace(make_plan({"one": 1.0}, offers=here), bucket=f"file:{tmp_path}/bucket")
     with session.opened_ledger(home) as ledger:
         made = session.start_run(
             plan, ledger=ledger, home=home, config=config, provider=session.LocalProvisioner(home.root), recipe_text=""
