@@ -11,7 +11,7 @@ trap 'exit 143' HUP INT TERM # by way of EXIT
 bash "$here/up.sh"
 # A copy of the sources: the account may not read the checkout.
 mkdir -p "$KDSLURM_ROOT/src" "$KDSLURM_ROOT/tmp"
-(cd "$here/../.." && rsync -a --delete --exclude __pycache__ orchestrator tasks tests recipes pyproject.toml "$KDSLURM_ROOT/src/")
+(cd "$here/../.." && rsync -a --delete --exclude __pycache__ orchestrator tasks tests recipes requirements pyproject.toml "$KDSLURM_ROOT/src/")
 "$KDSLURM_ROOT/client-env/bin/python" -m compileall -q "$KDSLURM_ROOT/src"
 chmod -R a+rX "$KDSLURM_ROOT/src"
 chown $ACCOUNT:$ACCOUNT "$KDSLURM_ROOT/tmp"
