@@ -373,6 +373,8 @@ class World:
         may_pause = what in ("launch", "terminate", "observe", "run", "bucket") and self.depth == 1
         if self.pauses and may_pause and self.count >= self.pauses[0][0]:
             _, seconds = self.pauses.pop(0)
+            if what == "launch" and seconds > LEASE_S:  # frozen in the call itself: nothing can stop what it does
+                self.cloud.outside = True
             self._taken_over(seconds)
 
     def _taken_over(self, seconds: float) -> None:
