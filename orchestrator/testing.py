@@ -40,6 +40,7 @@ class VirtualClock:
 
     def __init__(self, start: datetime = START) -> None:
         self._start, self._elapsed, self._off, self._boot = start, 0.0, 0.0, "boot-0"
+        self._marked: tuple[tuple[float, float, str], Mark] | None = None
         self.on_pass: list[Callable[[], None]] = []  # called when time has passed
 
     @property
@@ -47,7 +48,11 @@ class VirtualClock:
         return self._elapsed
 
     def mark(self) -> Mark:
-        return Mark(self._start + timedelta(seconds=self._elapsed + self._off), self._boot, self._elapsed)
+        key = (self._elapsed, self._off, self._boot)
+        if self._marked is None or self._marked[0] != key:  # asked for many times between two moments
+            wall = self._start + timedelta(seconds=self._elapsed + self._off)
+            self._marked = (key, Mark(wall, self._boot, self._elapsed))
+        return self._marked[1]
 
     def true_now(self) -> datetime:
         """The time a provider bills by, whatever the client's wall clock shows."""
