@@ -29,7 +29,13 @@ for signal in TERM KILL; do # what the account still runs: it has nothing else t
     for _ in $(seq 20); do [ -z "$(alive)" ] && break; sleep 0.25; done
 done
 sleep 0.5
-[ -w /etc/hosts ] && { lines=$(grep -v '# kdcloud-slurm$' /etc/hosts); printf '%s\n' "$lines" > /etc/hosts; }
+(   # one at a time, and never an empty file: two at once would leave this machine without a localhost
+    flock 9
+    if [ -w /etc/hosts ] && grep -q '# kdcloud-slurm$' /etc/hosts; then
+        lines=$(grep -v '# kdcloud-slurm$' /etc/hosts)
+        [ -z "$lines" ] || printf '%s\n' "$lines" > /etc/hosts
+    fi
+) 9< /etc/hosts
 getent passwd $ACCOUNT >/dev/null && { userdel $ACCOUNT || userdel --force $ACCOUNT; }
 [ "${1:-}" = --purge ] && rm -rf "${R:?}"
 exit 0
