@@ -200,6 +200,7 @@ class World:
         for kind in self.faults:
             FAULTS[kind](self, self.rng)
         self.cloud.statement, self.cloud.uncovered = self._statement, self._uncovered
+        self.cloud.ending = self._ending
         self.clock.on_pass.append(self._passes)
 
     # -- the schedule ------------------------------------------------------------------------------------------------
@@ -415,8 +416,12 @@ class World:
             raise Killed
 
     def _reaper_works(self) -> bool:
+        """Now, and for as long as it may need to notice and to end a machine."""
         if self.reaper == "here":
-            return not self.asleep and not self.stepped and self.clock.elapsed_s < self.cloud.denied_from
+            until = self.clock.elapsed_s + GUARDED.unguarded_s
+            awake = not self.asleep and not any(at < until for at, _ in self.naps)
+            right = not self.stepped and not any(at < until for at, _ in self.steps)
+            return awake and right and until < self.cloud.denied_from
         return self.reaper == "elsewhere"
 
     def _reap(self) -> None:
@@ -426,8 +431,6 @@ class World:
             return
         caller, self.reaping = self.cloud.caller, True
         self.cloud.caller = "client" if here else "reaper"
-        before = [made for made in self.cloud.machines if made.ended is None]
-        working = {id(made) for made in before if self._is_healthy(made)}
         try:
             reap(
                 ledger=self.ledger if here else Ledger.in_memory(), providers={"fake": self.cloud}, owner=OWNER,
@@ -437,7 +440,9 @@ class World:
             pass  # looked again in the next round
         finally:
             self.cloud.caller, self.reaping = caller, False
-        if not self.stepped and any(made.ended is not None and id(made) in working for made in before):
+
+    def _ending(self, made: Made) -> None:
+        if self.reaping and not self.stepped and self._is_healthy(made):
             self.broken.append("the reaper ended a healthy machine")
 
     def _is_healthy(self, made: Made) -> bool:
@@ -843,10 +848,16 @@ def render_drill(report: Report, console: Any) -> None:
     table.add_row("promise", promise)
     table.add_row("schedules", f"{report.schedules} from seed {report.seed} in {report.seconds:.0f} s")
     table.add_row("faults", f"{sum(report.faults.values())} of {len(report.faults)} kinds")
-    table.add_row("inside the model", f"{inside}: overspent by at most {report.worst_overspend_micros} micro-USD, "
-                  f"{report.live_at_end} machines live at the end, {report.committed_lost} committed artefacts lost")
-    table.add_row("outside of it", f"{report.unbounded} (nothing could reach the provider): overspent by at most "
-                  f"{report.unbounded_worst_micros} micro-USD")
+    table.add_row(
+        "inside the model",
+        f"{inside}: overspent by at most {report.worst_overspend_micros} micro-USD, "
+        f"{report.live_at_end} machines live at the end, {report.committed_lost} committed artefacts lost",
+    )
+    table.add_row(
+        "outside of it",
+        f"{report.unbounded} (nothing could reach the provider): overspent by at most "
+        f"{report.unbounded_worst_micros} micro-USD",
+    )
     table.add_row("runs ended as", ", ".join(f"{name} {count}" for name, count in report.outcomes.items()))
     console.print(table)
     for line in report.failures:

@@ -167,6 +167,7 @@ class Cloud:
         self.denied_from = math.inf  # this client's credentials have expired
         self.caller = "client"
         self.statement: Callable[[str], None] = lambda what: None  # called before and after what leaves the process
+        self.ending: Callable[[Made], None] = lambda made: None  # called before somebody's teardown is taken
         self.uncovered: Callable[[Made], bool] = lambda made: False  # whether no layer looks after it now
         self.committed: set[str] = set()
         self.broken: list[str] = []  # what no schedule may do
@@ -235,6 +236,7 @@ class Cloud:
                 made.refusals += 1
                 raise ProvisionError("403: refused")
             if made.ended is None:
+                self.ending(made)
                 self._end(made, self.caller)
         self.statement("ended")
         if any(self._shown(made) for made in self._of(name)):

@@ -42,7 +42,7 @@ from orchestrator.provision import (
     ProvisionError,
     Status,
 )
-from orchestrator.states import FAILED, LOST, TWINS, Do, Event, Machine, State, next_action
+from orchestrator.states import FAILED, LOST, LOST_ORDER, TWINS, Do, Event, Machine, State, next_action
 from tasks.bucket import Bucket, BucketError, read_commit
 from tasks.contract import COMMIT_FILE, ENDED_FILE, PROGRESS_FILE, RESULT_FILE, TASK_FILE, Ended, Progress, Task, Watch
 
@@ -209,8 +209,6 @@ class Runner:
                 sent = {"sent": mark_to_dict(mark), "sent_by_store": self._store_now().isoformat()}
                 self._move(row, Event.SENT, data=sent)
                 self._launch(row, offer)
-            case Do.LAUNCH:
-                self._launch(row, offer)
             case Do.DROP:
                 self._move(row, Event.DROPPED)
             case Do.MARK_UP:
@@ -221,7 +219,8 @@ class Runner:
                 assert seen is not None
                 self._mark_ended(row, seen)
             case Do.STOP:
-                data: dict[str, Any] = {"why": why, "came_up": row.state is not State.CREATING, **self._ended_at(seen)}
+                data: dict[str, Any] = {"why": why, **self._ended_at(seen)}
+                data["came_up"] = row.state is not State.CREATING or why == LOST_ORDER
                 if row.state is State.LIVE:
                     data |= self._work_left(row.stage)
                 if why == "the run stops":
@@ -232,15 +231,8 @@ class Runner:
             case Do.TERMINATE:
                 return self._terminate(row)
             case Do.MARK_ABSENT:
-                self._move(
-                    row,
-                    Event.ABSENT,
-                    data={
-                        "absent_age_s": self._age(row),
-                        "alive_s": self._alive_s.get(row.name, 0.0),
-                        **self._ended_at(seen),
-                    },
-                )
+                data = {"absent_age_s": self._age(row), "alive_s": self._alive_s.get(row.name, 0.0)}
+                self._move(row, Event.ABSENT, data=data | self._ended_at(seen))
             case Do.MARK_PRESENT:
                 self._move(row, Event.PRESENT)
             case Do.MARK_GONE:
@@ -293,7 +285,7 @@ class Runner:
 
     def _mark_up(self, row: MachineRow, offer: Offer, seen: Observation | None) -> None:
         """Re-prices from what really landed; a deadline may only come nearer."""
-        landed = landed_offer(offer, seen)
+        landed = landed_offer(offer, seen.landed_offer if seen else None)
         lifetime = min(float(row.order["lifetime_s"]), spend.lifetime_s(landed, row.reserved_micros))
         self._move(row, Event.UP, data={"landed": offer_to_dict(landed), "lifetime_s": lifetime})
         if landed.infra != "local":
@@ -388,14 +380,16 @@ class Runner:
 
     def _mark_gone(self, row: MachineRow, offer: Offer) -> None:
         """Settles what was observed: from the moment the request was sent until the provider says it ended."""
-        billed = offer_from_dict(row.facts["landed"]) if "landed" in row.facts else offer
+        landed = row.facts.get("landed")
+        never_made = row.reasons[:1] and row.reasons[0].startswith(NO_CAPACITY) and not row.facts.get("alive_s")
         seconds = self._billed_until_s(row, offer.latencies)
         micros = spend.settled_micros(
-            billed,
+            offer_from_dict(landed) if landed else offer,
             until_s=seconds,
             alive_s=float(row.facts.get("alive_s", 0.0)),
             reserved=row.reserved_micros,
             copies=int(row.facts.get("copies", 1)),
+            landed=bool(landed or never_made),
         )
         self._move(row, Event.GONE, micros=micros, data={"billed_s": seconds})
         cost = shown(micros, self.plan.rate, self.plan.currency)
@@ -492,7 +486,7 @@ class Runner:
             rest = self.ledger.month(self._now()).left_micros(self.month_cap_micros)
             if rest < available:
                 available, cap_bound = rest, "month"
-        lifetime, bound = spend.lifetime_s(offer, available), cap_bound
+        lifetime, bound = spend.order_lifetime_s(offer, available), cap_bound
         if lifetime >= spend.MAX_LIFETIME_S:
             bound = "limit"
         if run.deadline_s is not None:
@@ -598,8 +592,7 @@ class Runner:
         open_ = _open(self.ledger.run(self.run_id))
         young = any(row.state in (State.CREATING, State.LIVE) and self._age(row) < YOUNG_S for row in open_)
         due_s = SWEEP_OFTEN_S if young else SWEEP_S
-        self._swept = self._swept or self.clock.mark()
-        if age_s(self._swept, self.clock.mark()) >= due_s:
+        if (open_ and self._swept is None) or (self._swept and age_s(self._swept, self.clock.mark()) >= due_s):
             self._look_for_strangers()
 
     def _look_for_strangers(self) -> list[str]:
@@ -738,9 +731,9 @@ def _open(run: Run) -> list[MachineRow]:
     return [row for row in run.machines if row.state is not State.GONE]
 
 
-def landed_offer(ordered: Offer, seen: Observation | None) -> Offer:
+def landed_offer(ordered: Offer, found: Offer | None) -> Offer:
     """What the machine is billed as: what the provider says landed, where it knows a price."""
-    landed = (seen.landed_offer if seen else None) or ordered
+    landed = found or ordered
     if not known_price(landed):
         landed = replace(landed, price_micros_per_hour=ordered.price_micros_per_hour)
     return replace(landed, latencies=ordered.latencies, ceiling_micros_per_hour=ordered.ceiling_micros_per_hour)

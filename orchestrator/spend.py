@@ -41,17 +41,25 @@ def lifetime_s(offer: Offer, reserved_micros: int) -> float:
     return min(MAX_LIFETIME_S, affordable - offer.latencies.total_s)
 
 
+def order_lifetime_s(offer: Offer, reserved_micros: int) -> float:
+    """`lifetime_s` of a machine that does not exist yet: below 0 also where it may land DEARER times as dear."""
+    return lifetime_s(offer, reserved_micros) if create_limit_s(offer, reserved_micros) > 0 else -1.0
+
+
 def reserve_micros(offer: Offer, work_s: float) -> int:
-    """Reservation that lets work go on until the age `work_s`."""
-    return cost_micros(at_worst(offer), work_s + offer.latencies.total_s)
+    """Reservation that lets work go on until the age `work_s`, and holds should the machine land too dear."""
+    landing = cost_micros(_dearer(offer), offer.latencies.ending_s)
+    return max(cost_micros(at_worst(offer), work_s + offer.latencies.total_s), landing)
 
 
 def create_limit_s(offer: Offer, reserved_micros: int) -> float:
     """The age by which a machine must be up: until then nobody knows that it did not land DEARER times as dear."""
-    price = _burn(offer)
+    price = DEARER * _burn(offer)
     if price == 0:
         return MAX_LIFETIME_S
-    return float(Fraction(reserved_micros * 3600, DEARER * price)) - offer.latencies.ending_s
+    quantum = max(1, offer.quantum_s)
+    affordable = int(Fraction(reserved_micros * 3600, price)) // quantum * quantum
+    return affordable - offer.latencies.ending_s if affordable >= offer.minimum_s else -1.0
 
 
 def at_worst(offer: Offer) -> Offer:
@@ -64,16 +72,20 @@ def latency_reserve_micros(offer: Offer) -> int:
     return cost_micros(at_worst(offer), offer.latencies.total_s) if _price(offer) else 0
 
 
-def settled_micros(offer: Offer, *, until_s: float, alive_s: float, reserved: int, copies: int = 1) -> int:
+def settled_micros(
+    offer: Offer, *, until_s: float, alive_s: float, reserved: int, copies: int = 1, landed: bool = True
+) -> int:
     """What a machine is settled at that was last seen at the age `alive_s` and missing at `until_s`.
 
-    `copies`: so many carried its name, and each bills.
+    `copies`: so many carried its name, and each bills. `landed` False: it never came up, so nobody knows what it
+    was, or whether there were two: it counts as one that cost DEARER times as much as the `offer` that was ordered.
 
     It may have ended at any moment between the two: all of it is counted, but no more than its reservation, since its
     own watchdog ended it by then; what was seen alive is counted whatever was reserved.
     """
     seen = copies * cost_micros(offer, min(alive_s, until_s))
-    return max(seen, min(copies * cost_micros(offer, until_s), reserved))
+    worst = copies * cost_micros(offer if landed else _dearer(offer), until_s)
+    return max(seen, min(worst, reserved))
 
 
 def worst_case_micros(offer: Offer, *, reserved: int, age_s: float) -> int:
@@ -92,6 +104,10 @@ def available_micros(*, cap: int, spent: int, open_: int, later_floor: int) -> i
 def supervisor_remaining_s(lifetime: float, age: float, latencies: Latencies) -> float:
     """Seconds the supervisor has until it must have ended, its last upload included, when its job is sent at `age`."""
     return lifetime + latencies.tick_s + latencies.flush_s - age
+
+
+def _dearer(offer: Offer) -> Offer:
+    return replace(offer, price_micros_per_hour=DEARER * _burn(offer))
 
 
 def _burn(offer: Offer) -> int:

@@ -17,6 +17,7 @@ from orchestrator.provision import JobState, Observation, Status
 
 TWINS = "two machines carry its name"
 LOST = "the machine was lost"
+LOST_ORDER = "whether its order arrived is not known"  # its client died; asked again it might be billed twice
 FAILED = "the provider failed to create it"
 
 
@@ -68,7 +69,6 @@ class Do(StrEnum):
     """What the runner does next with one machine."""
 
     SEND = "send"  # record SENT, then launch
-    LAUNCH = "launch"  # the request may have been lost: the same order again
     DROP = "drop"  # give the reservation back: nothing was sent
     MARK_UP = "mark_up"
     RUN_JOB = "run_job"
@@ -128,7 +128,7 @@ def _creating(machine: Machine, seen: Observation | None, stopping: bool) -> tup
     if seen.state is Status.FAILED:
         return Do.STOP, FAILED
     if seen.state is Status.ABSENT:
-        return (Do.STOP, "it vanished while being created") if machine.launched else (Do.LAUNCH, "")
+        return Do.STOP, "it vanished while being created" if machine.launched else LOST_ORDER
     if seen.state is Status.STOPPING:
         return Do.STOP, "it was ended while being created"
     return Do.WAIT, ""

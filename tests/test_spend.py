@@ -87,6 +87,32 @@ def test_a_machine_is_settled_at_what_was_seen_and_else_at_most_at_its_reservati
     assert spend.settled_micros(fake_offer(3_600_000), until_s=until_s, alive_s=alive_s, reserved=reserved) == expected
 
 
+@given(
+    price=st.integers(1, 50_000_000),
+    quantum=st.sampled_from([1, 60, 3600]),
+    minimum=st.sampled_from([0, 60, 3600]),
+    reserved=st.integers(0, 100_000_000),
+)
+def test_a_machine_that_lands_at_twice_its_price_and_is_ended_by_its_create_limit_stays_within_its_reservation(
+    price, quantum, minimum, reserved
+):
+    offer = fake_offer(price, quantum_s=quantum, minimum_s=minimum)
+    limit, life = spend.create_limit_s(offer, reserved), spend.order_lifetime_s(offer, reserved)
+    assert life < 0 or limit > 0
+    if life > 0:
+        landed = fake_offer(2 * price, quantum_s=quantum, minimum_s=minimum)
+        assert spend.cost_micros(landed, limit + offer.latencies.ending_s) <= reserved
+        assert spend.reserve_micros(offer, life) <= reserved
+        assert spend.create_limit_s(offer, spend.reserve_micros(offer, life)) > 0
+
+
+@pytest.mark.parametrize(("reserved", "expected"), [(500_000, 200_000), (150_000, 150_000), (50_000, 90_000)])
+def test_what_never_came_up_is_settled_as_if_it_had_cost_twice_as_much(reserved, expected):
+    offer = fake_offer(3_600_000)
+    settled = spend.settled_micros(offer, until_s=100.0, alive_s=90.0, reserved=reserved, landed=False)
+    assert settled == expected
+
+
 def test_the_supervisor_has_its_last_upload_on_top_of_the_lifetime_and_not_what_is_gone_already():
     latencies = Latencies(tick_s=5, flush_s=120)
     assert spend.supervisor_remaining_s(1000, 40, latencies) == 1000 + 5 + 120 - 40

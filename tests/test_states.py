@@ -28,13 +28,7 @@ DECISIONS = [
     # state, what is seen, changes, stopping -> action
     (State.INTENT, None, {}, False, Do.SEND),
     (State.INTENT, None, {}, True, Do.DROP),
-    (
-        State.CREATING,
-        seen(Status.ABSENT),
-        {},
-        False,
-        Do.LAUNCH,
-    ),  # the client died before the call: the same order again
+    (State.CREATING, seen(Status.ABSENT), {}, False, Do.STOP),  # the client died before, in or after the call
     (State.CREATING, seen(Status.ABSENT), {"launched": True}, False, Do.STOP),
     (State.CREATING, seen(Status.CREATING), {}, False, Do.WAIT),
     (State.CREATING, seen(Status.CREATING), {"age_s": 300.0}, False, Do.STOP),  # never ready

@@ -27,5 +27,10 @@ if [ "${1:-}" = --measure ]; then
     python -m tests.slurm.measure
     exit
 fi
-python -m pytest -m slurm -p no:cacheprovider -p tests.slurm.table -W ignore::DeprecationWarning -q \
-    -n "${AT_ONCE:-5}" --dist load --maxschedchunk 1 tests/test_sky_slurm.py "$@"
+scenarios() {
+    python -m pytest -m slurm -o cache_dir="$KDSLURM_ROOT/tmp/cache" -p tests.slurm.table -W ignore::DeprecationWarning \
+        -q --dist load --maxschedchunk 1 tests/test_sky_slurm.py "$@"
+}
+scenarios -n "${AT_ONCE:-4}" "$@" && exit
+echo "What failed is tried once more, one by one: on a busy machine SkyPilot is slower than the scenarios allow for."
+scenarios -n 1 "$@" --last-failed
