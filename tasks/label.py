@@ -18,14 +18,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tasks import hub, models, verify
+from tasks import hub, losses, models, verify
 from tasks.contract import LabelSettings, ModelSource, TaskError
 from tasks.labels import TOKENIZER_FOLDER, Header, Sample, read_labels, shard_name, write_shard
 from tasks.stage import Context, Stopped
 
 CUT_CHECK_MIN = 32  # answers before the share of cut ones is judged
 SCORE_TOKENS = 16384  # tokens of a scoring batch
-SCORE_ELEMENTS = 1 << 25  # logits held at once
+COMPILE_TOKENS = 5_000_000  # to score: compiled layers are a quarter faster and take 8 s to compile (H200, 1.5B)
+SCORE_ELEMENTS = 1 << 25  # logits held at once on a CPU; on CUDA as many as the loss holds
 SAMPLES_SHOWN = 8
 
 
@@ -64,6 +65,9 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
 
     header = teacher.header()
     teacher.tokenizer.save_pretrained(ctx.out / TOKENIZER_FOLDER)
+    waiting = [row for i, found in enumerate(generated) if not ctx.kept(shard_name(i)) for row in found if row["kept"]]
+    if sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in waiting) >= COMPILE_TOKENS:
+        teacher.compile()
     for index, found in enumerate(generated):
         _stop_if_asked(ctx)
         if not ctx.kept(shard_name(index)):
@@ -204,6 +208,10 @@ class _Teacher:
             self._loaded.model.to(self.device).eval()
             models.check_plain_head(self._loaded.model)
         return self._loaded.model
+
+    def compile(self) -> None:
+        if self.device.type == "cuda" and losses.has_triton():
+            models.compile_layers(self.model)
 
     def generator(self) -> Generator:
         if self._generator is None:
@@ -370,15 +378,20 @@ def score(
     hidden = models.hidden_states(model, ids.to(device))[wanted.to(device)]  # rows of prompts need no head product
     head = models.head_weight(model)
     parts = []
-    step = max(1, SCORE_ELEMENTS // head.shape[0])
+    step = max(1, (losses.FUSED_ELEMENTS if hidden.is_cuda else SCORE_ELEMENTS) // head.shape[0])
     for at in range(0, len(hidden), step):
-        parts.append([x.cpu() for x in _top(hidden[at : at + step], head, k, temperature, real_vocabulary)])
-    joined = [torch.cat(column) for column in zip(*parts, strict=True)]
+        parts.append(_top(hidden[at : at + step], head, k, temperature, real_vocabulary))
+    joined = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
     cuts = [len(c) for _, c in pairs]
     return list(zip(*[column.split(cuts) for column in joined], strict=True))
 
 
 def _top(hidden: Tensor, head: Tensor, k: int, t: float, real: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if losses.fuses(hidden):
+        from tasks import kernels
+
+        z = torch.mm(hidden, head.to(hidden.dtype).T, out_dtype=torch.float32)
+        return kernels.top_stats(z, k, t, real)
     z = (hidden @ head.T).float()
     lse = torch.logsumexp(z, 1, keepdim=True)
     top, ids = z[:, :real].topk(k, dim=1)

@@ -7,6 +7,11 @@ Value and gradient are computed together in one pass over chunks of rows; logits
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +19,10 @@ from torch import Tensor
 
 IGNORED = -100
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MiB in fp32
+FUSED_ELEMENTS = 1 << 28  # the same on CUDA, 1 GiB: the head's gradient is read and written once a chunk
+FROZEN_ELEMENTS = 5 << 25  # and with a frozen head
+FUSED_ROWS = 128  # a chunk is a multiple of so many rows, as matrix products like it
+AT_1, EXACT_AT_T, CHAIN = 0, 1, 2
 
 
 class Loss(NamedTuple):
@@ -80,34 +89,83 @@ def distillation_loss_parts(
     return Loss(total, kl, ce)
 
 
+class Targets(NamedTuple):
+    """The teacher as the sums need it, [N, k] and [N], in fp32 or fp64.
+
+    AT_1: logp are its log-probabilities at T = 1. EXACT_AT_T: at T. CHAIN: at T within the ids, which hold `log_mass`
+    of it at T = 1. Everywhere -inf where a row holds no id. log_out: log of its mass outside the ids.
+    """
+
+    mode: int
+    ids: Tensor
+    logp: Tensor
+    log_out: Tensor
+    log_mass: Tensor
+
+    def rows(self, part: slice) -> Targets:
+        return Targets(self.mode, *(tensor[part] for tensor in self[1:]))
+
+
+def _targets(ids: Tensor, logprobs: Tensor, tail: Tensor | None, mass_t: Tensor | None, t: float, real: Any) -> Targets:
+    valid = (ids >= 0) & (logprobs > float("-inf"))
+    ids = torch.where(valid, ids, -1).long()
+    logp = torch.where(valid, logprobs.to(real), float("-inf"))
+    log_mass = torch.logsumexp(logp, 1) if ids.shape[1] else logp.new_full((len(ids),), float("-inf"))
+    # Without a stored tail: one minus the sum, -inf where the ids hold everything.
+    log_out = torch.log1p(-log_mass.exp().clamp(max=1.0)) if tail is None else tail.to(real)
+    if t == 1.0:
+        return Targets(AT_1, ids, logp, log_out, log_mass)
+    inside = torch.where(valid, _log_softmax(logp / t, valid), float("-inf"))
+    if mass_t is None:
+        return Targets(CHAIN, ids, inside, log_out, log_mass)
+    log_mass = mass_t.to(real).clamp(max=0.0)
+    return Targets(EXACT_AT_T, ids, inside + log_mass[:, None], torch.log(-torch.expm1(log_mass)), log_mass)
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, head, labels, ids, logprobs, tail, mass_t, alpha, t, count):  # type: ignore[no-untyped-def]
         real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         want_hidden, want_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        wanted = want_hidden or want_head
+        fused = fuses(hidden)
+        n, v = len(hidden), len(head)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_head = torch.zeros_like(head, dtype=real) if want_head else None
+        grad_head = _grad_head(head, n, real, fused) if want_head else None
         sums = torch.zeros(2, dtype=real, device=hidden.device)
-        scale = 1.0 / count
-        rows = max(1, CHUNK_ELEMENTS // head.shape[0])
+        scale = torch.as_tensor(1.0 / count, dtype=real, device=hidden.device)
+        elements = CHUNK_ELEMENTS if not fused else FUSED_ELEMENTS if want_head else FROZEN_ELEMENTS
+        rows = _rows_at_once(n, elements // v, fused)
         with torch.autocast(hidden.device.type, enabled=False):
-            for at in range(0, hidden.shape[0], rows):
+            targets = None if fused else _targets(ids, logprobs, tail, mass_t, t, real)
+            low_head = head.to(hidden.dtype)
+            buffer = grad = None
+            if fused and n:
+                from tasks import kernels
+
+                buffer = kernels.Buffer.of(min(rows, n), v, hidden.device)
+            for at in range(0, n, rows):
                 part = slice(at, at + rows)
                 h = hidden[part]
-                kl, ce, grad = _rows(
-                    _product(h, head, real), labels[part], ids[part], logprobs[part],
-                    None if tail is None else tail[part], None if mass_t is None else mass_t[part],
-                    alpha, t, want_hidden or want_head,
-                )  # fmt: skip
-                sums[0] += kl
-                sums[1] += ce
-                if grad is not None:
-                    grad *= scale
-                    low = grad.to(h.dtype)
-                    if grad_hidden is not None:
-                        grad_hidden[part] = low @ head.to(h.dtype)
-                    if grad_head is not None:
-                        grad_head += _product(low.T, h.T, real)
+                if buffer is not None:
+                    z = torch.mm(h, low_head.T, out_dtype=real, out=buffer.of_rows(len(h), v))
+                    targets = targets or _targets(ids, logprobs, tail, mass_t, t, real)  # while the GPU multiplies
+                    grad = buffer.gradients(len(h), v, h.dtype)
+                    found = kernels.loss_rows(
+                        z, grad, labels[part], *targets.rows(part)[1:], scale, alpha=alpha, t=t, mode=targets.mode,
+                        want_grad=wanted,
+                    )  # fmt: skip
+                    sums += torch.stack(found).sum(1)
+                else:
+                    assert targets is not None
+                    kl, ce, full = _rows(_product(h, head, real), labels[part], targets.rows(part), alpha, t, wanted)
+                    sums += torch.stack((kl, ce))
+                    grad = full if full is None else full.mul_(scale).to(h.dtype)
+                if grad is not None and grad_hidden is not None:
+                    torch.mm(grad, low_head, out=grad_hidden[part])
+                if grad is not None and grad_head is not None:
+                    _add_product(grad_head, grad, h, first=at == 0)
+            del buffer, grad  # before the head's gradient is cast: their memory serves for that
         sums *= scale
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         total = alpha * sums[0] + (1.0 - alpha) * sums[1]
@@ -126,6 +184,41 @@ class _Fused(torch.autograd.Function):
         return (grad_hidden, grad_head, *[None] * 8)
 
 
+def fuses(hidden: Tensor) -> bool:
+    """Whether tasks.kernels serves these hidden states."""
+    return hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and has_triton()
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is here, and the C compiler without which it compiles nothing."""
+    return find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+
+
+def _rows_at_once(n: int, most: int, fused: bool) -> int:
+    """Rows of a chunk, at most `most`; chunks of about equal size on CUDA."""
+    if not fused:
+        return max(1, most)
+    most = max(FUSED_ROWS, most // FUSED_ROWS * FUSED_ROWS)
+    return math.ceil(math.ceil(n / math.ceil(max(1, n) / most)) / FUSED_ROWS) * FUSED_ROWS or FUSED_ROWS
+
+
+def _grad_head(head: Tensor, n: int, real: torch.dtype, fused: bool) -> Tensor:
+    """Where the head's gradient is added up; the first fused product fills it."""
+    made = torch.empty_like if fused and n else torch.zeros_like
+    return made(head, dtype=real)
+
+
+def _add_product(total: Tensor, grad: Tensor, h: Tensor, *, first: bool) -> None:
+    """total += grad.T @ h, accumulated in the dtype of `total`."""
+    if not fuses(h):
+        total += _product(grad.T, h.T, total.dtype)
+    elif first:
+        torch.mm(grad.T, h, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, grad.T, h, out_dtype=total.dtype, out=total)
+
+
 def _product(a: Tensor, b: Tensor, real: torch.dtype) -> Tensor:
     """a @ b.T accumulated and returned in `real`, whatever the dtype of the factors."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
@@ -134,9 +227,8 @@ def _product(a: Tensor, b: Tensor, real: torch.dtype) -> Tensor:
 
 
 def _rows(
-    z: Tensor, labels: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor | None, mass_t: Tensor | None,
-    alpha: float, t: float, want_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    z: Tensor, labels: Tensor, targets: Targets, alpha: float, t: float, want_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums over these rows of T^2 * KL and of CE, and the gradient of the weighted sum for the logits z [n, V]."""
     counted = labels != IGNORED
     lse = torch.logsumexp(z, dim=1, keepdim=True)
@@ -144,7 +236,7 @@ def _rows(
     kl = ce = z.new_zeros(())
     grad: Tensor | None = None
     if alpha > 0.0:
-        kl_rows, grad = _kl(z, lse, q, ids, logprobs, tail, mass_t, t, want_grad)
+        kl_rows, grad = _kl(z, lse, q, targets, t, want_grad)
         kl = torch.where(counted, kl_rows, 0.0).sum()
     if alpha < 1.0:
         target = labels.clamp(min=0)[:, None]
@@ -156,49 +248,35 @@ def _rows(
 
 
 def _kl(
-    z: Tensor, lse: Tensor, q: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor | None, mass_t: Tensor | None,
-    t: float, want_grad: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    z: Tensor, lse: Tensor, q: Tensor, targets: Targets, t: float, want_grad: bool
+) -> tuple[Tensor, Tensor | None]:
     """T^2 * KL of each row [n] and its gradient for z [n, V]."""
+    mode, ids, logp, log_out, log_mass = targets
+    log_out, log_mass = log_out[:, None], log_mass[:, None]
     real = z.dtype
-    valid = (ids >= 0) & (logprobs > float("-inf"))
+    valid = ids >= 0
     # An empty place repeats the row's first id, so that writing there changes nothing; a row without any writes to
     # id 0 what already stands there.
-    at = torch.where(valid, ids, ids[:, :1]).clamp(min=0).long()
+    at = torch.where(valid, ids, ids[:, :1]).clamp(min=0)
     full = valid.any(1, keepdim=True)
-    logp = torch.where(valid, logprobs.to(real), 0.0)  # the zeros are never used: every sum below is masked
-    mass = torch.where(valid, logp.exp(), 0.0).sum(1, keepdim=True)
-    # Without a stored tail: one minus the sum, -inf where the ids hold everything.
-    log_out = torch.log1p(-mass.clamp(max=1.0)) if tail is None else tail.to(real)[:, None]
-    if t != 1.0 and mass_t is not None:
-        # Exact at T: p_T on the ids = softmax(log p / T) * exp(log mass at T), the rest in the tail.
-        inside = _log_softmax(logp / t, valid)
-        log_mass = mass_t.to(real)[:, None].clamp(max=0.0)
-        logp = inside + log_mass
-        p = torch.where(valid, logp.exp(), 0.0)
-        log_out = torch.log(-torch.expm1(log_mass))
+    p = logp.exp()
+    mass = p.sum(1, keepdim=True)
+    value, factor = (t * t, t) if mode == EXACT_AT_T else (1.0, 1.0)  # d(z / T) / dz = 1 / T
+    if mode == EXACT_AT_T:
         z, lse = z / t, torch.logsumexp(z / t, dim=1, keepdim=True)
         q = torch.exp(z - lse)
-        value, factor = t * t, t  # d(z / T) / dz = 1 / T
-        log_ratio = logp - (z.gather(1, at) - lse)
-        kl = torch.where(valid, p * log_ratio, 0.0).sum(1, keepdim=True)
-        mass = p.sum(1, keepdim=True)
-    elif t != 1.0:
-        # Chain rule: the shape within the ids at T (times T^2), the mass of the ids at T = 1.
-        value, factor = 1.0, 1.0
-        log_student = _log_softmax(z.gather(1, at) / t, valid)
-        log_teacher = _log_softmax(logp / t, valid)
-        shape_teacher = torch.where(valid, log_teacher.exp(), 0.0)
-        shape = torch.where(valid, shape_teacher * (log_teacher - log_student), 0.0).sum(1, keepdim=True)
-        log_q_mass = torch.logsumexp(torch.where(valid, z.gather(1, at), float("-inf")), 1, keepdim=True) - lse
-        kl = mass * t * t * shape + torch.where(mass > 0.0, mass * (mass.log() - log_q_mass), 0.0)
-        inside_student = torch.where(valid, _log_softmax(z.gather(1, at), valid).exp(), 0.0)
-        pull = torch.where(valid, log_student.exp(), 0.0) - shape_teacher
+    z_in = z.gather(1, at)
+    if mode == CHAIN:  # the shape within the ids at T (times T^2), the mass of the ids at T = 1
+        log_student = _log_softmax(z_in / t, valid)
+        shape = torch.where(valid, p * (logp - log_student), 0.0).sum(1, keepdim=True)
+        log_q_mass = torch.logsumexp(torch.where(valid, z_in, float("-inf")), 1, keepdim=True) - lse
+        mass = log_mass.exp()
+        kl = mass * t * t * shape + torch.where(mass > 0.0, mass * (log_mass - log_q_mass), 0.0)
+        inside_student = torch.where(valid, _log_softmax(z_in, valid).exp(), 0.0)
+        pull = torch.where(valid, log_student.exp(), 0.0) - p
         p = mass * inside_student - mass * t * pull  # what the gradient subtracts on the ids
     else:
-        value, factor = 1.0, 1.0
-        p = torch.where(valid, logp.exp(), 0.0)
-        kl = torch.where(valid, p * (logp - (z.gather(1, at) - lse)), 0.0).sum(1, keepdim=True)
+        kl = torch.where(valid, p * (logp - (z_in - lse)), 0.0).sum(1, keepdim=True)
 
     out = log_out.exp()
     q_in = q.gather(1, at)

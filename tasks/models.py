@@ -327,6 +327,16 @@ def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> 
     return causal(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
+def compile_layers(model: nn.Module) -> None:
+    """Compiles the decoder layers (one graph for all of them, any length); the first calls take their time.
+
+    What is left of a transformers layer after its matrix products, norms, rotations and activations each a kernel of
+    their own, is a third of its time (measured: benchmarks/scoring.py, benchmarks/training.py).
+    """
+    for layer in causal(model).base_model.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
 def head_weight(model: nn.Module) -> Tensor:
     """The head's weight [V, H], with trained rows of special tokens put in."""
     head = causal(model).get_output_embeddings()

@@ -1,0 +1,165 @@
+"""How fast is a training step, how much memory does it take? LoRA of the 1.5B shape on one GPU, beside TRL's trainer.
+
+    python -m benchmarks.training [--out FOLDER]     # needs CUDA; TRL and Liger-Kernel are measured where installed
+
+Ours learns from 64 soft labels a token, TRL's SFT trainer from the tokens alone. Random weights at the published shape;
+8 sequences of 1,024 tokens a step, bf16, r=8 on q/k/v, dropout 0. Steps before the first timed one are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import kept, versions
+from benchmarks.scoring import REAL, qwen
+from tasks import models, train
+from tasks.contract import LoraSettings
+
+BATCH, LENGTH, K = 8, 1024, 64
+WARM, TIMED = 6, 20
+
+
+def ours(*, checkpointing: bool, compiled: bool) -> dict[str, Any]:
+    """Steps of tasks.train's own loop: batch, loss, backward, clipping, AdamW."""
+    base = qwen().train()
+    model = models.with_lora(base, LoraSettings(dropout=0.0), special_ids=[], seed=0)
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    if compiled:
+        models.compile_layers(model)
+    examples = _examples()
+    how = train.Fit(
+        steps=WARM + TIMED, batch_size=BATCH, micro_batch=BATCH, learning_rate=1e-4, alpha=0.7, temperature=2.0,
+        use_mass_at_t=True, precision="bf16",
+    )  # fmt: skip
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+    clock = _Clock()
+    for step in range(WARM + TIMED):
+        clock.step(step)
+        train.accumulate(model, examples, torch.arange(step % 4 * BATCH, step % 4 * BATCH + BATCH), how)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return clock.result()
+
+
+def _examples() -> train.Examples:
+    gen = torch.Generator().manual_seed(0)
+    count = 4 * BATCH
+    ids = torch.randint(0, REAL, (count * LENGTH,), generator=gen)
+    rows = count * LENGTH
+    logp = torch.log_softmax(torch.randn(rows, K + 1, generator=gen) * 3, 1)
+    return train.Examples(
+        keys=[str(i) for i in range(count)], ids=ids, offsets=torch.arange(0, rows + 1, LENGTH),
+        prompts=torch.ones(count, dtype=torch.long), rows=torch.arange(0, rows, LENGTH),
+        soft=(
+            torch.randint(0, REAL, (rows, K), generator=gen, dtype=torch.int32), logp[:, :K].half(), logp[:, K],
+            torch.full((rows,), -0.2),
+        ),
+    )  # fmt: skip
+
+
+def trl(*, checkpointing: bool, liger: bool) -> dict[str, Any]:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    ids = torch.randint(0, REAL, (BATCH * (WARM + TIMED), LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    clock = _Clock()
+
+    class Timer(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clock.step(state.global_step)
+
+    trainer = SFTTrainer(
+        model=qwen(), processing_class=models.tiny_tokenizer(), callbacks=[Timer()],
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        peft_config=LoraConfig(
+            r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
+        ),
+        args=SFTConfig(
+            output_dir="/tmp/trl", per_device_train_batch_size=BATCH, max_steps=WARM + TIMED, bf16=True,
+            max_length=LENGTH, gradient_checkpointing=checkpointing, use_liger_kernel=liger, report_to=[],
+            save_strategy="no", logging_steps=1000, learning_rate=1e-4, disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+    )  # fmt: skip
+    trainer.train()
+    return clock.result()
+
+
+class _Clock:
+    def step(self, step: int) -> None:
+        if step == WARM:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.began = time.perf_counter()
+
+    def result(self) -> dict[str, Any]:
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.began
+        return {
+            "tokens_per_s": round(TIMED * BATCH * LENGTH / seconds),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        }
+
+
+WAYS: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "kdcloud, 64 soft labels": lambda checkpointing: ours(checkpointing=checkpointing, compiled=False),
+    "kdcloud compiled, 64 soft labels": lambda checkpointing: ours(checkpointing=checkpointing, compiled=True),
+    "TRL SFT, as it comes": lambda checkpointing: trl(checkpointing=checkpointing, liger=False),
+    "TRL SFT with Liger": lambda checkpointing: trl(checkpointing=checkpointing, liger=True),
+}
+
+
+def apart(name: str, checkpointing: bool) -> dict[str, Any]:
+    """One way in a process of its own: nothing compiled or patched by another is left over."""
+    words = [sys.executable, "-m", "benchmarks.training", "--one", name, *(["--checkpointing"] if checkpointing else [])]
+    done = subprocess.run(words, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        return {"failed": done.stderr.strip()[-300:]}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", choices=list(WAYS))
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parsed = parser.parse_args()
+    if parsed.profile:
+        from benchmarks.scoring import profile
+
+        profile(lambda: ours(checkpointing=False, compiled=True), top=30)
+        return
+    if parsed.one:
+        print(json.dumps(WAYS[parsed.one](parsed.checkpointing)))
+        return
+    rows = []
+    for checkpointing in (False, True):
+        for name in WAYS:
+            rows.append({"trainer": name, "checkpointing": checkpointing, **apart(name, checkpointing)})
+            print(rows[-1], flush=True)
+    kept(
+        "training", rows, parsed.out, shape="Qwen2.5-1.5B, random weights, LoRA r=8 on q/k/v, bf16", batch=BATCH,
+        length=LENGTH, k=K, versions=versions("transformers", "peft", "triton", "trl", "liger-kernel"),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
