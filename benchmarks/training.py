@@ -126,7 +126,8 @@ WAYS: dict[str, Callable[[bool], dict[str, Any]]] = {
 
 def apart(name: str, checkpointing: bool) -> dict[str, Any]:
     """One way in a process of its own: nothing compiled or patched by another is left over."""
-    words = [sys.executable, "-m", "benchmarks.training", "--one", name, *(["--checkpointing"] if checkpointing else [])]
+    flags = ["--checkpointing"] if checkpointing else []
+    words = [sys.executable, "-m", "benchmarks.training", "--one", name, *flags]
     done = subprocess.run(words, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
