@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tasks import hub
 from tasks.contract import Architecture, LoraSettings, ModelSource, TaskError, build
@@ -322,9 +324,72 @@ def causal(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What the head sees at each place [B, L, H]. Right-padded rows need no mask: attention looks back only."""
-    return causal(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+Runs = tuple[tuple[int, int], ...]  # a row of samples end to end: (how many, tokens of each), and again
+
+
+def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor | None = None, runs: Runs = ()) -> Tensor:
+    """What the head sees at each place [B, L, H]. Right-padded rows need no mask: attention looks back only.
+
+    With `runs`, ids [1, sum of count * length] are samples end to end, each as if alone; the model must be one that
+    `packs`.
+    """
+    packed: dict[str, Any] = {}
+    if runs:
+        if not packs(model):
+            raise ValueError("samples laid end to end would see each other: use_packing first")
+        positions = [torch.arange(length, device=ids.device).repeat(count) for count, length in runs]
+        packed = {"position_ids": torch.cat(positions)[None], "runs": runs}
+    return causal(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False, **packed).last_hidden_state
+
+
+PACKED_ATTENTION = "kdcloud_packed"  # no mask is made for a name that transformers has no mask function for
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    runs: Runs = (), **rest: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """sdpa of each sample with itself: query [1, heads, T, D] to [1, T, heads, D]. A run of alike samples is one call.
+
+    A block-diagonal mask, transformers' own way, is T x T and keeps sdpa from its flash kernels.
+    """
+    if not runs:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
+    outs, at = [], 0
+    for count, length in runs:
+        end = at + count * length
+        parts = [x[0, :, at:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value)]
+        outs.append(sdpa_attention_forward(module, *parts, None, **rest)[0].flatten(0, 1))
+        at = end
+    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether samples may be laid end to end."""
+    return causal(model).config._attn_implementation == PACKED_ATTENTION
+
+
+def use_packing(model: nn.Module) -> bool:
+    """Lets `model` take samples end to end where its attention is plain sdpa over the whole past, and says so."""
+    inner = causal(model)
+    config = inner.config
+    if packs(model):
+        return True
+    whole = {"full_attention"}.issuperset(getattr(config, "layer_types", None) or ())
+    if config._attn_implementation != "sdpa" or not whole or getattr(config, "sliding_window", None) is not None:
+        return False
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    inner.set_attn_implementation(PACKED_ATTENTION)
+    ids = torch.tensor([[1, 2, 3, 4]], device=next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        together = hidden_states(model, ids, runs=((2, 2),))
+        alone = torch.cat([hidden_states(model, ids[:, :2]), hidden_states(model, ids[:, 2:])], 1)
+    model.train(training)
+    if (together - alone).abs().max() > 1e-2 * alone.abs().max():
+        inner.set_attn_implementation("sdpa")  # code of its own, which takes no such hint
+    return packs(model)
 
 
 def head_weight(model: nn.Module) -> Tensor:

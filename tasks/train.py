@@ -7,7 +7,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -99,12 +99,13 @@ def _check_labels(labels: Labels, settings: TrainSettings, examples: Examples) -
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences and, for each place that predicts a token of a completion, its labels."""
+    """Right-padded sequences, or ones end to end, and labels for each place that predicts a token of a completion."""
 
-    ids: Tensor  # [B, L]
+    ids: Tensor  # [B, L]; end to end [1, T]
     places: Tensor  # [N] into B * L
     labels: Tensor  # [N]
     soft: tuple[Tensor, ...]  # topk_ids [N, k], topk_logprobs [N, k], log_tail_mass [N], log_mass_at_t [N]; or ()
+    runs: models.Runs = ()  # of sequences end to end
 
 
 @dataclass(frozen=True)
@@ -166,21 +167,27 @@ class Examples:
             offsets=torch.tensor([0, *map(len, spans)]).cumsum(0), rows=self.rows[at],
         )  # fmt: skip
 
-    def batch(self, picked: Tensor, *, soft: bool) -> Batch:
-        """The samples `picked` [B]."""
-        start, length = self.offsets[picked], self.lengths[picked]
-        column = torch.arange(int(length.max()))
-        at = start[:, None] + column  # [B, L]
-        there = column < length[:, None]
+    def batch(self, picked: Tensor, *, soft: bool, packed: bool = False) -> Batch:
+        """The samples `picked` [B], one a row or, packed, end to end in one row."""
+        length = self.lengths[picked]
+        sample, column = torch.arange(len(picked))[:, None], torch.arange(int(length.max()))[None]  # to [B, L]
+        runs: models.Runs = ()
+        if packed:
+            sample = torch.repeat_interleave(length)[None]  # [1, T]
+            column = torch.arange(sample.shape[1]) - (length.cumsum(0) - length)[sample]
+            each, counts = length.unique_consecutive(return_counts=True)
+            runs = tuple(zip(counts.tolist(), each.tolist(), strict=True))
+        at = self.offsets[picked][sample] + column
+        there = column < length[sample]
         ids = torch.where(there, self.ids[at.clamp(max=len(self.ids) - 1)], 0)
-        first = self.prompts[picked][:, None] - 1  # the prompt's last token predicts the completion's first
-        predicts = (column >= first) & (column < length[:, None] - 1)
+        first = self.prompts[picked][sample] - 1  # the prompt's last token predicts the completion's first
+        predicts = (column >= first) & (column < length[sample] - 1)
         labels = self.ids[at[predicts] + 1]
         found: tuple[Tensor, ...] = ()
         if soft:
-            row = (self.rows[picked][:, None] + column - first)[predicts]
+            row = (self.rows[picked][sample] + column - first)[predicts]
             found = tuple(tensor[row] for tensor in self.soft)
-        return Batch(ids, predicts.flatten().nonzero()[:, 0], labels, found)
+        return Batch(ids, predicts.flatten().nonzero()[:, 0], labels, found, runs)
 
 
 def _examples(labels: Labels, settings: TrainSettings) -> tuple[Examples, int]:
@@ -223,6 +230,7 @@ class Fit:
     micro_batch: int
     learning_rate: float
     alpha: float
+    max_seq_len: int | None = None  # a packed row holds micro_batch times as many tokens; None = the longest sample
     temperature: float = 1.0
     use_mass_at_t: bool = False  # the labels' log_mass_at_t belongs to this temperature
     warmup_share: float = 0.05
@@ -304,6 +312,7 @@ def fit(
         state = {"arm": arm.name, "step": step, "recent": recent, "tokens": tokens, "notes": notes or {}}
         ctx.checkpoint(arm.first + step, lambda folder: _write(folder, weights, optimizer, device, state))
 
+    models.use_packing(model)
     model.train()
     began, before, saved_at = time.monotonic(), tokens, time.monotonic()
     every = max(1, how.steps // METRIC_ROWS)
@@ -342,16 +351,37 @@ def accumulate(model: nn.Module, examples: Examples, picked: Tensor, how: Fit) -
 
     Every micro-batch is divided by the tokens of the whole step, so the cut into micro-batches changes nothing.
     """
-    lengths = examples.lengths[picked]
-    count = int((lengths - examples.prompts[picked]).sum())
-    if len(picked) > how.micro_batch:
-        picked = picked[lengths.argsort(stable=True)]  # alike lengths together: little padding
+    count = int((examples.lengths[picked] - examples.prompts[picked]).sum())
     sums = [torch.zeros(())] * 3
-    for part in picked.split(how.micro_batch):
-        loss = loss_of(model, examples.batch(part, soft=how.alpha > 0.0), how, count)
+    for batch in micro_batches(model, examples, picked, how):
+        loss = loss_of(model, batch, how, count)
         loss.total.backward()
         sums = [a + b.detach().cpu() for a, b in zip(sums, loss, strict=True)]
     return Loss(*sums), count
+
+
+def micro_batches(model: nn.Module, examples: Examples, picked: Tensor, how: Fit) -> Iterator[Batch]:
+    """The samples `picked`, cut into what `model` takes at once.
+
+    A model that packs takes rows of up to micro_batch * max_seq_len tokens, however many samples that are: the memory
+    that so many samples of the greatest length would need. Any other takes micro_batch padded ones.
+    """
+    soft = how.alpha > 0.0
+    lengths = examples.lengths[picked]
+    order = lengths.argsort(stable=True)  # alike lengths together: little padding, few runs
+    picked, lengths = picked[order], lengths[order]
+    if not models.packs(model):
+        for part in picked.split(how.micro_batch):
+            yield examples.batch(part, soft=soft)
+        return
+    room = how.micro_batch * (how.max_seq_len or int(examples.lengths.max()))
+    first, filled = 0, 0
+    for n, length in enumerate(lengths.tolist()):
+        if n > first and filled + length > room:
+            yield examples.batch(picked[first:n], soft=soft, packed=True)
+            first, filled = n, 0
+        filled += length
+    yield examples.batch(picked[first:], soft=soft, packed=True)
 
 
 def loss_of(model: nn.Module, batch: Batch, how: Fit, token_count: int) -> Loss:
@@ -360,7 +390,7 @@ def loss_of(model: nn.Module, batch: Batch, how: Fit, token_count: int) -> Loss:
     dtype = models.working_dtype(device, how.precision)
     low = dtype != torch.float32
     with torch.autocast(device.type, dtype=dtype) if low else nullcontext():
-        hidden = models.hidden_states(model, batch.ids.to(device))
+        hidden = models.hidden_states(model, batch.ids.to(device), runs=batch.runs)
     hidden = hidden.reshape(-1, hidden.shape[-1])[batch.places.to(device)]
     labels = batch.labels.to(device)
     if batch.soft:
@@ -603,7 +633,7 @@ class _Work:
         s = self._settings
         return Fit(
             steps=steps, batch_size=s.batch_size, micro_batch=s.micro_batch, learning_rate=lr,
-            alpha=s.alpha if kind == "soft" else 0.0, temperature=s.temperature,
+            alpha=s.alpha if kind == "soft" else 0.0, max_seq_len=s.max_seq_len, temperature=s.temperature,
             use_mass_at_t=s.temperature == self._student.label_temperature, warmup_share=s.warmup_share,
             weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, precision=s.precision,
             checkpoint_every_s=s.checkpoint_every_s, checkpoint_every_steps=s.checkpoint_every_steps, seed=seed,
@@ -690,8 +720,8 @@ def _split(examples: Examples) -> tuple[Examples, Examples]:
 def validation_loss(model: nn.Module, examples: Examples, how: Fit) -> float:
     """The run's own loss a token on samples it did not learn from."""
     model.eval()
-    order = examples.lengths.argsort(stable=True)
+    everything = torch.arange(len(examples))
     return sum(
-        float(loss_of(model, examples.batch(part, soft=how.alpha > 0.0), how, examples.tokens).total)
-        for part in order.split(max(how.micro_batch, 1))
+        float(loss_of(model, batch, how, examples.tokens).total)
+        for batch in micro_batches(model, examples, everything, how)
     )
