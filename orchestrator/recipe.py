@@ -238,6 +238,10 @@ class TrainStage(_Working):
     checkpoint_every: Duration | None = None
     checkpoint_every_steps: Count | None = None
     optimizer: Literal["adamw"] = "adamw"
+    early_stop_patience: Count | None = Field(
+        None, description="hold out a tenth of the prompts; end so many evaluations after their best loss, and keep it"
+    )
+    eval_every_steps: Count | None = Field(None, description="with early_stop_patience; default: steps / 20")
     seed: Whole = 0
 
 

@@ -151,6 +151,8 @@ class TrainSettings:
     checkpoint_every_s: float = 300.0
     checkpoint_every_steps: int | None = None
     optimizer: str = "adamw"
+    early_stop_patience: int | None = None  # evaluations without a new best one; None = no samples are held out
+    eval_every_steps: int | None = None  # None = a twentieth of the steps
     seed: int = 0
     compare_hard: bool = False
     compare_seeds: int = 1

@@ -28,7 +28,9 @@ from tasks.stage import Context, Stopped
 STUDENTS_FILE = "students.json"  # what evaluate and export read
 BEFORE_FOLDER = "before"
 SEARCH_FILE = "search.json"
-VALIDATION_SHARE = 0.1  # of the labelled prompts; they pick the learning rate and are trained on afterwards
+BEST_FILE = "best.safetensors"  # in a checkpoint, where held-out samples choose
+# Of the labelled prompts. They pick the learning rate and are trained on afterwards; those of an early stop never are.
+VALIDATION_SHARE = 0.1
 FINAL_STEPS = 20  # final_loss is the mean over the last steps, since single batches differ
 METRIC_ROWS = 200  # of an arm
 # torch has one generator for all threads: whoever seeds it and draws initial weights must not be interrupted.
@@ -51,12 +53,15 @@ def run(ctx: Context, settings: TrainSettings) -> dict[str, Any]:
     student = _Student(ctx, settings, folder, labels)
     examples, too_long = _examples(labels, settings)
     _check_labels(labels, settings, examples)
+    held_out = None
+    if settings.early_stop_patience is not None:
+        examples, held_out = _split(examples)
     student.save_before()
 
     steps = settings.steps or max(1, math.ceil((settings.epochs or 1.0) * len(examples) / settings.batch_size))
     kinds = ["soft", "hard"] if settings.compare_hard else ["soft" if settings.alpha > 0.0 else "hard"]
     point = resume_point(ctx)
-    work = _Work(ctx, settings, student, examples, steps, kinds, point)
+    work = _Work(ctx, settings, student, examples, held_out, steps, kinds, point)
     rates, search = work.search()
     arms = work.arms(rates)
     if settings.compare_hard:
@@ -72,6 +77,7 @@ def run(ctx: Context, settings: TrainSettings) -> dict[str, Any]:
         "supervised_tokens": examples.tokens,
         "tokens": sum(arm["tokens"] for arm in arms),
         "tokens_per_s": sum(speeds) / len(speeds),
+        "micro_batch": min(arm["micro_batch"] for arm in arms),
         "student_before": before,
     }
 
@@ -83,6 +89,8 @@ def _check(settings: TrainSettings) -> None:
         raise TaskError(f"optimizer: {settings.optimizer} is unknown", hint="use adamw")
     if settings.method == "lora" and settings.student.architecture is not None:
         raise TaskError("LoRA on random weights learns nothing", hint="use method: full for a student from scratch")
+    if (settings.early_stop_patience or 1) < 1 or (settings.eval_every_steps or 1) < 1:
+        raise TaskError("early_stop_patience and eval_every_steps must be 1 or more", hint="leave them out")
     if not 0.0 <= settings.alpha <= 1.0 or settings.temperature <= 0.0:
         raise TaskError("alpha must be between 0 and 1 and temperature above 0", hint="alpha: 0.7, temperature: 2")
 
@@ -240,7 +248,14 @@ class Fit:
     precision: str = "auto"
     checkpoint_every_s: float = 300.0
     checkpoint_every_steps: int | None = None
+    early_stop_patience: int | None = None  # evaluations without a new best one
+    eval_every_steps: int | None = None  # None = a twentieth of the steps
     seed: int = 0
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the held-out samples are looked at after this many steps."""
+        every = self.eval_every_steps or max(1, self.steps // 20)
+        return step % every == 0 or step == self.steps
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then a cosine to a tenth."""
@@ -266,6 +281,19 @@ class Fitted:
     final_loss: float
     tokens: int
     tokens_per_s: float
+    micro_batch: int  # at the end: memory may have asked for a smaller one than the settings do
+    steps_done: int
+    best_step: int | None = None  # whose weights these are, where held-out samples chose
+    best_loss: float | None = None  # of held-out samples, a token
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest loss of held-out samples, after how many steps, and how many evaluations ago."""
+
+    loss: float = math.inf
+    step: int = 0
+    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -278,6 +306,8 @@ class ResumePoint:
     tokens: int
     notes: dict[str, float]
     folder: Path
+    micro_batch: int
+    best: Best | None
 
 
 def resume_point(ctx: Context) -> ResumePoint | None:
@@ -286,14 +316,18 @@ def resume_point(ctx: Context) -> ResumePoint | None:
     if latest is None:
         return None
     state = json.loads((latest[1] / "state.json").read_text())
-    return ResumePoint(**state, folder=latest[1])
+    best = state.pop("best")
+    return ResumePoint(**state, folder=latest[1], best=None if best is None else Best(**best))
 
 
 def fit(
     ctx: Context, model: nn.Module, examples: Examples, how: Fit, arm: Arm, point: ResumePoint | None,
-    notes: dict[str, float] | None = None,
+    notes: dict[str, float] | None = None, held_out: Examples | None = None,
 ) -> Fitted:  # fmt: skip
-    """Trains `model` in place, from `point` when that belongs to this arm. Raises Stopped after a last checkpoint."""
+    """Trains `model` in place, from `point` when that belongs to this arm. Raises Stopped after a last checkpoint.
+
+    With `held_out`, training ends early_stop_patience evaluations after their best loss, and its weights are taken.
+    """
     device = next(model.parameters()).device
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -302,32 +336,49 @@ def fit(
     )  # fmt: skip
     order = Order(len(examples), how.batch_size, how.seed)
     start, tokens, recent = 0, 0, []
+    best, best_file = Best(), ctx.work / f"best-{arm.name}.safetensors"
     with _GENERATOR:
         torch.manual_seed(how.seed)
         if point is not None and point.arm == arm.name:
-            start, tokens, recent = point.step, point.tokens, list(point.recent)
+            start, tokens, recent, best = point.step, point.tokens, list(point.recent), point.best or best
+            how = replace(how, micro_batch=point.micro_batch)
             _restore(point.folder, weights, optimizer, device)
+            if point.best is not None:
+                shutil.copyfile(point.folder / BEST_FILE, best_file)
 
     def save(step: int) -> None:
-        state = {"arm": arm.name, "step": step, "recent": recent, "tokens": tokens, "notes": notes or {}}
-        ctx.checkpoint(arm.first + step, lambda folder: _write(folder, weights, optimizer, device, state))
+        state = {
+            "arm": arm.name, "step": step, "recent": recent, "tokens": tokens, "notes": notes or {},
+            "micro_batch": how.micro_batch, "best": asdict(best) if best.step else None,
+        }  # fmt: skip
+
+        def write(folder: Path) -> None:
+            _write(folder, weights, optimizer, device, state)
+            if best.step:
+                shutil.copyfile(best_file, folder / BEST_FILE)
+
+        ctx.checkpoint(arm.first + step, write)
 
     models.use_packing(model)
     model.train()
     began, before, saved_at = time.monotonic(), tokens, time.monotonic()
     every = max(1, how.steps // METRIC_ROWS)
-    for step in range(start, how.steps):
+    done = start
+    while done < how.steps and not (how.early_stop_patience and best.since >= how.early_stop_patience):
+        step = done
         if ctx.stopping:
             save(step)
             raise Stopped
         rate = how.rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, count = accumulate(model, examples, order.at(step), how)
+        cut = how.micro_batch
+        loss, count, how = accumulate_within_memory(model, examples, order.at(step), how)
         if how.max_grad_norm > 0.0:
             nn.utils.clip_grad_norm_(weights.values(), how.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        done += 1
 
         total = float(loss.total)
         if not math.isfinite(total):
@@ -335,15 +386,56 @@ def fit(
         tokens += count
         recent = [*recent[1 - FINAL_STEPS :], total]
         speed = (tokens - before) / (time.monotonic() - began)
-        if step % every == 0 or step == how.steps - 1:
-            _metric(ctx, arm, step, loss, rate, speed)
-        ctx.progress("train", arm.first + step + 1, arm.total, "steps", loss=total, tokens_per_s=speed)
-        due = how.checkpoint_every_steps and (step + 1) % how.checkpoint_every_steps == 0
-        if step + 1 < how.steps and (due or time.monotonic() - saved_at >= how.checkpoint_every_s):
-            save(step + 1)
+        more: dict[str, float] = {"micro_batch": how.micro_batch} if how.micro_batch < cut else {}
+        if held_out is not None and how.evaluates(done):
+            more["loss__held_out"] = found = validation_loss(model, held_out, how)
+            model.train()
+            best = replace(best, since=best.since + 1)
+            if found < best.loss:
+                best = Best(found, done)
+                save_file(_values(weights), best_file)
+        if step % every == 0 or done == how.steps or more:
+            _metric(ctx, arm, step, loss, rate, speed, more)
+        numbers = {"loss": total, "tokens_per_s": speed, **more}
+        ctx.progress("train", arm.first + done, arm.total, "steps", declared=False, **numbers)
+        due = how.checkpoint_every_steps and done % how.checkpoint_every_steps == 0
+        if done < how.steps and (due or time.monotonic() - saved_at >= how.checkpoint_every_s):
+            save(done)
             saved_at = time.monotonic()
+    if best.step:
+        _take(weights, load_file(best_file))
     model.eval()
-    return Fitted(sum(recent) / max(1, len(recent)), tokens, (tokens - before) / (time.monotonic() - began))
+    return Fitted(
+        sum(recent) / max(1, len(recent)), tokens, (tokens - before) / (time.monotonic() - began), how.micro_batch,
+        done, *((best.step, best.loss) if best.step else ()),
+    )  # fmt: skip
+
+
+def accumulate_within_memory(model: nn.Module, examples: Examples, picked: Tensor, how: Fit) -> tuple[Loss, int, Fit]:
+    """`accumulate`, and with what micro-batch it went: halved, from the start of the step, where memory ran out.
+
+    Raises TaskError where not even a micro-batch of 1 fits.
+    """
+    device = next(model.parameters()).device
+    drawn = _generators(device)
+    while True:
+        try:
+            return (*accumulate(model, examples, picked, how), how)
+        except torch.OutOfMemoryError as error:
+            said = str(error).split("\n")[0]
+        # Only out here is nothing left that holds the step's activations: the error's traceback did.
+        model.zero_grad(set_to_none=True)
+        if how.micro_batch == 1:
+            raise TaskError(
+                f"a single sample does not fit: {said}",
+                hint="set checkpointing: true, a smaller max_seq_len, method: lora or qlora, or take a larger GPU",
+            )
+        how = replace(how, micro_batch=how.micro_batch // 2)
+        print(f"out of memory: the step is done again with micro_batch {how.micro_batch} ({said})")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        with _GENERATOR:
+            _set_generators(drawn, device)
 
 
 def accumulate(model: nn.Module, examples: Examples, picked: Tensor, how: Fit) -> tuple[Loss, int]:
@@ -404,10 +496,12 @@ def loss_of(model: nn.Module, batch: Batch, how: Fit, token_count: int) -> Loss:
     )  # fmt: skip
 
 
-def _metric(ctx: Context, arm: Arm, step: int, loss: Loss, rate: float, speed: float) -> None:
+def _metric(
+    ctx: Context, arm: Arm, step: int, loss: Loss, rate: float, speed: float, more: dict[str, float]
+) -> None:
     values = {
         "loss__total": float(loss.total), "loss__kl": float(loss.kl), "loss__ce": float(loss.ce),
-        "learning_rate": rate, "tokens_per_s": speed,
+        "learning_rate": rate, "tokens_per_s": speed, **more,
     }  # fmt: skip
     ctx.metric(step, **{arm.prefix + name: value for name, value in values.items()})
 
@@ -420,13 +514,10 @@ def _write(
     state: dict[str, Any],
 ) -> None:  # fmt: skip
     """What a resumed run needs to go on to the bit: trained weights, moments, RNG, step. No pickle."""
-    save_file({name: p.detach().contiguous() for name, p in weights.items()}, folder / "weights.safetensors")
+    save_file(_values(weights), folder / "weights.safetensors")
     moments = optimizer.state_dict()["state"]
     tensors = {f"{i}.{name}": value.contiguous() for i, part in moments.items() for name, value in part.items()}
-    tensors["rng"] = torch.get_rng_state()
-    if device.type == "cuda":
-        tensors["rng_cuda"] = torch.cuda.get_rng_state(device)
-    save_file(tensors, folder / "optimizer.safetensors")
+    save_file({**tensors, **_generators(device)}, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
 
 
@@ -436,19 +527,38 @@ def _restore(
     saved = load_file(folder / "weights.safetensors")
     if set(saved) != set(weights):
         raise TaskError("the checkpoint belongs to another model", hint="start a new run")
-    with torch.no_grad():
-        for name, p in weights.items():
-            p.copy_(saved[name])
+    _take(weights, saved)
     tensors = load_file(folder / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng"))
-    if device.type == "cuda" and "rng_cuda" in tensors:
-        torch.cuda.set_rng_state(tensors.pop("rng_cuda"), device)
-    tensors.pop("rng_cuda", None)
+    _set_generators({name: tensors.pop(name) for name in ("rng", "rng_cuda") if name in tensors}, device)
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, part = name.partition(".")
         moments.setdefault(int(index), {})[part] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def _values(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.detach().contiguous() for name, p in weights.items()}
+
+
+@torch.no_grad()
+def _take(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, p in weights.items():
+        p.copy_(values[name])
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """What the next random numbers follow from."""
+    states = {"rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng_cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["rng"])
+    if device.type == "cuda" and "rng_cuda" in states:
+        torch.cuda.set_rng_state(states["rng_cuda"], device)
 
 
 # --- the student -----------------------------------------------------------------------------------------------------
@@ -519,11 +629,11 @@ class _Work:
     """All runs of the stage in their fixed order, so that the count of steps before each is known."""
 
     def __init__(
-        self, ctx: Context, settings: TrainSettings, student: _Student, examples: Examples, steps: int,
-        kinds: list[str], point: ResumePoint | None,
+        self, ctx: Context, settings: TrainSettings, student: _Student, examples: Examples, held_out: Examples | None,
+        steps: int, kinds: list[str], point: ResumePoint | None,
     ) -> None:  # fmt: skip
         self._ctx, self._settings, self._student = ctx, settings, student
-        self._examples, self._kinds, self._point = examples, kinds, point
+        self._examples, self._held_out, self._kinds, self._point = examples, held_out, kinds, point
         searched = len(settings.learning_rates) > 1
         search_steps = (settings.search_steps or max(1, steps // 4)) if searched else 0
         trials = [(kind, lr) for kind in kinds for lr in settings.learning_rates] if searched else []
@@ -586,7 +696,7 @@ class _Work:
             shutil.rmtree(folder, ignore_errors=True)
             model = self._make(self._settings.seed + seed)
             how = self._fit(kind, self._settings.seed + seed, steps, lr)
-            done = fit(ctx, model, self._examples, how, self._arm(name, first), self._point)
+            done = fit(ctx, model, self._examples, how, self._arm(name, first), self._point, None, self._held_out)
             self._student.save(model, folder)
             row = {
                 "name": name, "kind": kind, "seed": seed, "learning_rate": lr, "steps": steps, "path": path,
@@ -636,7 +746,8 @@ class _Work:
             alpha=s.alpha if kind == "soft" else 0.0, max_seq_len=s.max_seq_len, temperature=s.temperature,
             use_mass_at_t=s.temperature == self._student.label_temperature, warmup_share=s.warmup_share,
             weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, precision=s.precision,
-            checkpoint_every_s=s.checkpoint_every_s, checkpoint_every_steps=s.checkpoint_every_steps, seed=seed,
+            checkpoint_every_s=s.checkpoint_every_s, checkpoint_every_steps=s.checkpoint_every_steps,
+            early_stop_patience=s.early_stop_patience, eval_every_steps=s.eval_every_steps, seed=seed,
         )  # fmt: skip
 
 
@@ -704,13 +815,15 @@ class _ArmContext:
 
 
 def _split(examples: Examples) -> tuple[Examples, Examples]:
-    """Samples to learn from and samples that choose the learning rate; all samples of a prompt on one side.
+    """Samples to learn from and samples that choose (learning rate, end); all samples of a prompt on one side.
 
     By key: keys are hashes, so the first ones in their order are a random choice, and the same one for every arm.
     """
     keys = sorted(set(examples.keys))
     if len(keys) < 2:
-        raise TaskError("one labelled prompt is too few to search a learning rate", hint="give one learning_rate")
+        raise TaskError(
+            "one labelled prompt is too few to hold some out", hint="give one learning_rate and no early_stop_patience"
+        )
     chosen = set(keys[: max(1, round(VALIDATION_SHARE * len(keys)))])
     sides = [[i for i, key in enumerate(examples.keys) if (key in chosen) is side] for side in (False, True)]
     return examples.take(sides[0]), examples.take(sides[1])
