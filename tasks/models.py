@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -212,16 +213,27 @@ def from_architecture(arch: Architecture, tokenizer: PreTrainedTokenizerBase, *,
         raise TaskError(f"cannot make a {kind} model: {error}", hint=hint) from error
 
 
-def load(ctx: Context, source: ModelSource, *, dtype: torch.dtype) -> Loaded:
+def load(ctx: Context, source: ModelSource, *, dtype: torch.dtype, four_bit: bool = False) -> Loaded:
     """Model and tokenizer of a path or of an earlier stage; adapters are merged. Not for architectures.
 
+    `four_bit`: the weights of its layers as NF4 on the device of `pick_device`, for computing in `dtype`.
     Raises TaskError when it cannot be had, or has no safetensors.
     """
     if source.stage is not None:
-        return load_stage(ctx.input(source.stage), ctx, dtype=dtype)
+        return load_stage(ctx.input(source.stage), ctx, dtype=dtype, four_bit=four_bit)
     if source.path is None:
         raise TaskError("a model from scratch cannot be loaded", hint="name a path or an earlier stage")
-    return Loaded(_pretrained(source, dtype), load_tokenizer(source))
+    return Loaded(_pretrained(source, dtype, four_bit), load_tokenizer(source))
+
+
+def bits_and_bytes(what: str) -> Any:
+    """The module bitsandbytes, which `what` of the recipe needs. Raises TaskError where it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        hint = "pip install 'kdcloud[quantized]', or leave that setting out"
+        raise TaskError(f"{what} needs bitsandbytes, which is not installed here", hint=hint) from error
+    return bitsandbytes
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -240,12 +252,19 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _pretrained(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+def _pretrained(source: ModelSource, dtype: torch.dtype, four_bit: bool = False) -> PreTrainedModel:
     place = hub.local_path(source)
+    how: dict[str, Any] = {}
+    if four_bit:
+        bits_and_bytes("method: qlora")
+        quantized = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        how = {"quantization_config": quantized, "device_map": {"": pick_device()}}
     try:
         return AutoModelForCausalLM.from_pretrained(
             place, revision=source.revision, trust_remote_code=source.trust_remote_code,
-            use_safetensors=True, dtype=dtype,
+            use_safetensors=True, dtype=dtype, **how,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise _unloadable("model", source.path, error) from error
@@ -260,7 +279,9 @@ def _unloadable(what: str, path: str | None, error: Exception) -> TaskError:
     )
 
 
-def load_stage(folder: Path, ctx: Context, *, dtype: torch.dtype, name: str = MODEL_FOLDER) -> Loaded:
+def load_stage(
+    folder: Path, ctx: Context, *, dtype: torch.dtype, name: str = MODEL_FOLDER, four_bit: bool = False
+) -> Loaded:
     """What an earlier pretrain or train stage left in `folder/name`: a whole model, or an adapter with its base."""
     place = folder / name
     if not place.is_dir():
@@ -268,7 +289,9 @@ def load_stage(folder: Path, ctx: Context, *, dtype: torch.dtype, name: str = MO
     tokenizer = load_tokenizer(ModelSource(path=str(place)))
     description = place / STUDENT_FILE
     if not description.exists():
-        return Loaded(_pretrained(ModelSource(path=str(place)), dtype), tokenizer)
+        return Loaded(_pretrained(ModelSource(path=str(place)), dtype, four_bit), tokenizer)
+    if four_bit:
+        raise TaskError("qlora starts from a whole model, and that stage left an adapter", hint="use method: lora")
     from peft import PeftModel
 
     base = load(ctx, build(ModelSource, json.loads(description.read_text())["base"]), dtype=dtype)

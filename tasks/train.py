@@ -83,11 +83,15 @@ def run(ctx: Context, settings: TrainSettings) -> dict[str, Any]:
 
 
 def _check(settings: TrainSettings) -> None:
-    if settings.method not in ("lora", "full"):
-        raise TaskError(f"method: {settings.method} is unknown", hint="use lora or full")
-    if settings.optimizer != "adamw":
-        raise TaskError(f"optimizer: {settings.optimizer} is unknown", hint="use adamw")
-    if settings.method == "lora" and settings.student.architecture is not None:
+    if settings.method not in ("lora", "qlora", "full"):
+        raise TaskError(f"method: {settings.method} is unknown", hint="use lora, qlora or full")
+    if settings.optimizer not in ("adamw", "adamw_8bit"):
+        raise TaskError(f"optimizer: {settings.optimizer} is unknown", hint="use adamw or adamw_8bit")
+    if settings.method == "qlora":
+        models.bits_and_bytes("method: qlora")
+    if settings.optimizer == "adamw_8bit":
+        models.bits_and_bytes("optimizer: adamw_8bit")
+    if settings.method != "full" and settings.student.architecture is not None:
         raise TaskError("LoRA on random weights learns nothing", hint="use method: full for a student from scratch")
     if (settings.early_stop_patience or 1) < 1 or (settings.eval_every_steps or 1) < 1:
         raise TaskError("early_stop_patience and eval_every_steps must be 1 or more", hint="leave them out")
@@ -246,6 +250,7 @@ class Fit:
     beta2: float = 0.98  # second moments that follow within 50 steps: short runs, and little difference in long ones
     max_grad_norm: float = 1.0
     precision: str = "auto"
+    optimizer: str = "adamw"
     checkpoint_every_s: float = 300.0
     checkpoint_every_steps: int | None = None
     early_stop_patience: int | None = None  # evaluations without a new best one
@@ -330,10 +335,7 @@ def fit(
     """
     device = next(model.parameters()).device
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        weights.values(), lr=how.learning_rate, betas=(0.9, how.beta2), weight_decay=how.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )  # fmt: skip
+    optimizer = _optimizer(weights, how, device)
     order = Order(len(examples), how.batch_size, how.seed)
     start, tokens, recent = 0, 0, []
     best, best_file = Best(), ctx.work / f"best-{arm.name}.safetensors"
@@ -408,6 +410,19 @@ def fit(
     return Fitted(
         sum(recent) / max(1, len(recent)), tokens, (tokens - before) / (time.monotonic() - began), how.micro_batch,
         done, *((best.step, best.loss) if best.step else ()),
+    )  # fmt: skip
+
+
+def _optimizer(weights: dict[str, nn.Parameter], how: Fit, device: torch.device) -> torch.optim.Optimizer:
+    betas = (0.9, how.beta2)
+    if how.optimizer == "adamw_8bit":
+        eight_bit: torch.optim.Optimizer = models.bits_and_bytes("optimizer: adamw_8bit").optim.AdamW8bit(
+            weights.values(), lr=how.learning_rate, betas=betas, weight_decay=how.weight_decay
+        )
+        return eight_bit
+    return torch.optim.AdamW(
+        weights.values(), lr=how.learning_rate, betas=betas, weight_decay=how.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
     )  # fmt: skip
 
 
@@ -515,8 +530,7 @@ def _write(
 ) -> None:  # fmt: skip
     """What a resumed run needs to go on to the bit: trained weights, moments, RNG, step. No pickle."""
     save_file(_values(weights), folder / "weights.safetensors")
-    moments = optimizer.state_dict()["state"]
-    tensors = {f"{i}.{name}": value.contiguous() for i, part in moments.items() for name, value in part.items()}
+    tensors = {f"{i}.{name}": value for i, part in _moments(optimizer).items() for name, value in part.items()}
     save_file({**tensors, **_generators(device)}, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
 
@@ -530,11 +544,26 @@ def _restore(
     _take(weights, saved)
     tensors = load_file(folder / "optimizer.safetensors")
     _set_generators({name: tensors.pop(name) for name in ("rng", "rng_cuda") if name in tensors}, device)
-    moments: dict[int, dict[str, Tensor]] = {}
+    moments: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         index, _, part = name.partition(".")
-        moments.setdefault(int(index), {})[part] = tensor
+        counted = tensor.ndim == 0 and not tensor.is_floating_point()  # bitsandbytes counts its steps in an int
+        moments.setdefault(int(index), {})[part] = tensor.item() if counted else tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """What the optimizer remembers of each parameter, in the order it was given them."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for index, part in optimizer.state_dict()["state"].items():
+        flat: dict[str, Any] = {}
+        for name, value in part.items():  # bitsandbytes wraps what is quantized once more
+            flat.update(value if isinstance(value, dict) else {name: value})
+        found[index] = {name: torch.as_tensor(value).contiguous() for name, value in flat.items()}
+        for name in ("qmap1", "qmap2"):  # one table serves all parameters: safetensors stores nothing twice
+            if name in found[index]:
+                found[index][name] = found[index][name].clone()
+    return found
 
 
 def _values(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -582,9 +611,11 @@ class _Student:
         else:
             dtype = models.working_dtype(self._device, settings.precision)
             # Full training keeps fp32 weights (bf16 ones swallow small updates) and computes under autocast.
+            adapters = settings.method != "full"
             loaded = models.load(
-                self._ctx, settings.student, dtype=dtype if settings.method == "lora" else torch.float32
-            )
+                self._ctx, settings.student, dtype=dtype if adapters else torch.float32,
+                four_bit=settings.method == "qlora",
+            )  # fmt: skip
             rows = loaded.model.get_output_embeddings().weight.shape[0]
             special = models.check_compatible(
                 self.tokenizer, loaded.tokenizer, teacher_hash=self._teacher_hash, head_rows=rows
@@ -593,21 +624,22 @@ class _Student:
             for config in (loaded.model.config, loaded.model.generation_config):
                 config.eos_token_id = self.tokenizer.eos_token_id
                 config.pad_token_id = self.tokenizer.pad_token_id
-            if settings.method == "lora":
+            if adapters:
                 model = models.with_lora(loaded.model, settings.lora, special_ids=special, seed=seed)
-        model.to(self._device)
+        if settings.method != "qlora":  # bitsandbytes put it there
+            model.to(self._device)
         if self._special_ids is None:
             models.check_plain_head(model)
             self._special_ids = []
         if settings.checkpointing:
             inner = models.causal(model)
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if settings.method == "lora":
+            if settings.method != "full":
                 inner.enable_input_require_grads()
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        base = self._settings.student if self._settings.method == "lora" else None
+        base = self._settings.student if self._settings.method != "full" else None
         models.save(folder, model, self.tokenizer, base=base)
 
     def save_before(self) -> None:
@@ -745,7 +777,7 @@ class _Work:
             steps=steps, batch_size=s.batch_size, micro_batch=s.micro_batch, learning_rate=lr,
             alpha=s.alpha if kind == "soft" else 0.0, max_seq_len=s.max_seq_len, temperature=s.temperature,
             use_mass_at_t=s.temperature == self._student.label_temperature, warmup_share=s.warmup_share,
-            weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, precision=s.precision,
+            weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, precision=s.precision, optimizer=s.optimizer,
             checkpoint_every_s=s.checkpoint_every_s, checkpoint_every_steps=s.checkpoint_every_steps,
             early_stop_patience=s.early_stop_patience, eval_every_steps=s.eval_every_steps, seed=seed,
         )  # fmt: skip
