@@ -300,16 +300,20 @@ def load_stage(
 
 
 def save(
-    folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, base: ModelSource | None = None
-) -> None:
-    """Writes model (or adapter, which needs its `base`) and tokenizer with save_pretrained, safetensors."""
+    folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, base: ModelSource | None = None,
+    values: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Writes model (or adapter, which needs its `base`) and tokenizer with save_pretrained, safetensors.
+
+    `values`: the weights, where the model itself holds a part of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if base is not None:
         # The base is named in student.json; peft would look for it on the hub to compare vocabularies.
         model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
         (folder / STUDENT_FILE).write_text(json.dumps({"base": asdict(base)}))
     else:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=values)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
 

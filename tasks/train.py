@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,8 @@ from tasks import models
 from tasks.contract import DataSource, ModelSource, TaskError, TrainSettings
 from tasks.labels import TOKENIZER_FOLDER, Labels, read_labels
 from tasks.losses import Loss, distillation_loss_parts
+from tasks.peers import Peers, size_of
+from tasks.shard import is_sharded, part_of, shard, whole
 from tasks.stage import Context, Stopped
 
 STUDENTS_FILE = "students.json"  # what evaluate and export read
@@ -45,12 +48,30 @@ def run(ctx: Context, settings: TrainSettings) -> dict[str, Any]:
     own loss. Held-out problems choose nothing.
     """
     _check(settings)
+    peers = Peers() if size_of(os.environ) > 1 else None
+    try:
+        return _run(ctx, settings, peers)
+    finally:
+        if peers is not None:
+            peers.leave()
+
+
+def follow(ctx: Context, settings: TrainSettings) -> None:
+    """What the other processes do: the same, and what the first one says goes."""
+    with suppress(Stopped):
+        run(ctx, settings)
+
+
+def _run(ctx: Context, settings: TrainSettings, peers: Peers | None) -> dict[str, Any]:
+    if peers is not None and settings.batch_size < peers.size:
+        text = f"batch_size {settings.batch_size} leaves some of {peers.size} GPUs without a sample"
+        raise TaskError(text, hint="raise batch_size, or take fewer GPUs")
     models.quiet()
     models.set_threads(settings.threads)
     ctx.progress("prepare", declared=True)
     folder = ctx.input(settings.labels)
     labels = read_labels(folder)
-    student = _Student(ctx, settings, folder, labels)
+    student = _Student(ctx, settings, folder, labels, peers)
     examples, too_long = _examples(labels, settings)
     _check_labels(labels, settings, examples)
     held_out = None
@@ -60,8 +81,8 @@ def run(ctx: Context, settings: TrainSettings) -> dict[str, Any]:
 
     steps = settings.steps or max(1, math.ceil((settings.epochs or 1.0) * len(examples) / settings.batch_size))
     kinds = ["soft", "hard"] if settings.compare_hard else ["soft" if settings.alpha > 0.0 else "hard"]
-    point = resume_point(ctx)
-    work = _Work(ctx, settings, student, examples, held_out, steps, kinds, point)
+    point = resume_point(ctx, peers)
+    work = _Work(ctx, settings, student, examples, held_out, steps, kinds, point, peers)
     rates, search = work.search()
     arms = work.arms(rates)
     if settings.compare_hard:
@@ -79,6 +100,7 @@ def run(ctx: Context, settings: TrainSettings) -> dict[str, Any]:
         "tokens_per_s": sum(speeds) / len(speeds),
         "micro_batch": min(arm["micro_batch"] for arm in arms),
         "student_before": before,
+        **({"processes": peers.size} if peers else {}),
     }
 
 
@@ -315,22 +337,27 @@ class ResumePoint:
     best: Best | None
 
 
-def resume_point(ctx: Context) -> ResumePoint | None:
-    """The newest committed checkpoint of this stage."""
+def resume_point(ctx: Context, peers: Peers | None = None) -> ResumePoint | None:
+    """The newest committed checkpoint of this stage, as the first process finds it."""
     latest = ctx.latest_checkpoint()
-    if latest is None:
+    text = "" if latest is None else (latest[1] / "state.json").read_text()
+    if peers is not None:
+        text = peers.text_of_first(text)
+    if not text:
         return None
-    state = json.loads((latest[1] / "state.json").read_text())
+    state = json.loads(text)
     best = state.pop("best")
-    return ResumePoint(**state, folder=latest[1], best=None if best is None else Best(**best))
+    folder = latest[1] if latest is not None else Path()
+    return ResumePoint(**state, folder=folder, best=None if best is None else Best(**best))
 
 
 def fit(
     ctx: Context, model: nn.Module, examples: Examples, how: Fit, arm: Arm, point: ResumePoint | None,
-    notes: dict[str, float] | None = None, held_out: Examples | None = None,
+    notes: dict[str, float] | None = None, held_out: Examples | None = None, peers: Peers | None = None,
 ) -> Fitted:  # fmt: skip
     """Trains `model` in place, from `point` when that belongs to this arm. Raises Stopped after a last checkpoint.
 
+    With `peers`, each of them calls this, and takes its share of the samples of each step.
     With `held_out`, training ends early_stop_patience evaluations after their best loss, and its weights are taken.
     """
     device = next(model.parameters()).device
@@ -344,8 +371,8 @@ def fit(
         if point is not None and point.arm == arm.name:
             start, tokens, recent, best = point.step, point.tokens, list(point.recent), point.best or best
             how = replace(how, micro_batch=point.micro_batch)
-            _restore(point.folder, weights, optimizer, device)
-            if point.best is not None:
+            _restore(point.folder, weights, optimizer, device, peers)
+            if point.best is not None and _leads(peers):
                 shutil.copyfile(point.folder / BEST_FILE, best_file)
 
     def save(step: int) -> None:
@@ -354,28 +381,33 @@ def fit(
             "micro_batch": how.micro_batch, "best": asdict(best) if best.step else None,
         }  # fmt: skip
 
+        saved = _saved(weights, optimizer, device, peers)  # all processes take part in it
+
         def write(folder: Path) -> None:
-            _write(folder, weights, optimizer, device, state)
+            _write(folder, *saved, state)
             if best.step:
                 shutil.copyfile(best_file, folder / BEST_FILE)
 
         ctx.checkpoint(arm.first + step, write)
 
-    models.use_packing(model)
+    if not is_sharded(model):
+        models.use_packing(model)
     model.train()
     began, before, saved_at = time.monotonic(), tokens, time.monotonic()
     every = max(1, how.steps // METRIC_ROWS)
     done = start
     while done < how.steps and not (how.early_stop_patience and best.since >= how.early_stop_patience):
         step = done
-        if ctx.stopping:
+        if _agree(peers, ctx.stopping):
             save(step)
             raise Stopped
+        if peers is not None:  # resumed with as many processes, each draws as before
+            torch.manual_seed((how.seed * 1_000_003 + step) * peers.size + peers.rank)
         rate = how.rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         cut = how.micro_batch
-        loss, count, how = accumulate_within_memory(model, examples, order.at(step), how)
+        loss, count, how = accumulate_within_memory(model, examples, order.at(step), how, peers)
         if how.max_grad_norm > 0.0:
             nn.utils.clip_grad_norm_(weights.values(), how.max_grad_norm)
         optimizer.step()
@@ -390,22 +422,25 @@ def fit(
         speed = (tokens - before) / (time.monotonic() - began)
         more: dict[str, float] = {"micro_batch": how.micro_batch} if how.micro_batch < cut else {}
         if held_out is not None and how.evaluates(done):
-            more["loss__held_out"] = found = validation_loss(model, held_out, how)
+            found = validation_loss(model, held_out, how)
+            more["loss__held_out"] = found = found if peers is None else peers.first_says(found)
             model.train()
             best = replace(best, since=best.since + 1)
             if found < best.loss:
                 best = Best(found, done)
-                save_file(_values(weights), best_file)
+                values = _values(weights, peers)
+                if _leads(peers):
+                    save_file(values, best_file)
         if step % every == 0 or done == how.steps or more:
             _metric(ctx, arm, step, loss, rate, speed, more)
         numbers = {"loss": total, "tokens_per_s": speed, **more}
         ctx.progress("train", arm.first + done, arm.total, "steps", declared=False, **numbers)
-        due = how.checkpoint_every_steps and done % how.checkpoint_every_steps == 0
-        if done < how.steps and (due or time.monotonic() - saved_at >= how.checkpoint_every_s):
+        due = bool(how.checkpoint_every_steps) and done % (how.checkpoint_every_steps or 1) == 0
+        if done < how.steps and (due or _agree(peers, time.monotonic() - saved_at >= how.checkpoint_every_s)):
             save(done)
             saved_at = time.monotonic()
     if best.step:
-        _take(weights, load_file(best_file))
+        _take(weights, load_file(best_file) if _leads(peers) else {}, peers)
     model.eval()
     return Fitted(
         sum(recent) / max(1, len(recent)), tokens, (tokens - before) / (time.monotonic() - began), how.micro_batch,
@@ -426,17 +461,32 @@ def _optimizer(weights: dict[str, nn.Parameter], how: Fit, device: torch.device)
     )  # fmt: skip
 
 
-def accumulate_within_memory(model: nn.Module, examples: Examples, picked: Tensor, how: Fit) -> tuple[Loss, int, Fit]:
+def _leads(peers: Peers | None) -> bool:
+    return peers is None or peers.rank == 0
+
+
+def _agree(peers: Peers | None, value: bool) -> bool:
+    """What the first process says."""
+    return value if peers is None else bool(peers.first_says(value))
+
+
+def accumulate_within_memory(
+    model: nn.Module, examples: Examples, picked: Tensor, how: Fit, peers: Peers | None = None
+) -> tuple[Loss, int, Fit]:
     """`accumulate`, and with what micro-batch it went: halved, from the start of the step, where memory ran out.
 
-    Raises TaskError where not even a micro-batch of 1 fits.
+    Raises TaskError where not even a micro-batch of 1 fits. A sharded model cannot repeat: the others wait in the
+    middle of the step.
     """
     device = next(model.parameters()).device
     drawn = _generators(device)
     while True:
         try:
-            return (*accumulate(model, examples, picked, how), how)
+            loss, count = accumulate(model, examples, picked, how, peers)
+            break
         except torch.OutOfMemoryError as error:
+            if is_sharded(model):
+                raise
             said = str(error).split("\n")[0]
         # Only out here is nothing left that holds the step's activations: the error's traceback did.
         model.zero_grad(set_to_none=True)
@@ -451,20 +501,60 @@ def accumulate_within_memory(model: nn.Module, examples: Examples, picked: Tenso
             torch.cuda.empty_cache()
         with _GENERATOR:
             _set_generators(drawn, device)
+    if peers is not None:
+        loss = _summed(model, loss, peers)
+    return loss, count, how
 
 
-def accumulate(model: nn.Module, examples: Examples, picked: Tensor, how: Fit) -> tuple[Loss, int]:
+def _summed(model: nn.Module, loss: Loss, peers: Peers) -> Loss:
+    """The loss over all processes, and its gradients, which a sharded model has summed already."""
+    if not is_sharded(model):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        peers.add([p.grad for p in trained if p.grad is not None])
+    parts = torch.stack(loss).to(next(model.parameters()).device)
+    peers.add([parts])
+    return Loss(*parts.cpu())
+
+
+def accumulate(
+    model: nn.Module, examples: Examples, picked: Tensor, how: Fit, peers: Peers | None = None
+) -> tuple[Loss, int]:
     """Gradients of one optimizer step over the samples `picked`, its loss, and its supervised tokens.
 
-    Every micro-batch is divided by the tokens of the whole step, so the cut into micro-batches changes nothing.
+    Every micro-batch is divided by the tokens of the whole step, so the cut into micro-batches changes nothing. With
+    `peers`, loss and gradients are of this process's share, unless the model is sharded: then gradients are of all.
     """
     count = int((examples.lengths[picked] - examples.prompts[picked]).sum())
     sums = [torch.zeros(())] * 3
-    for batch in micro_batches(model, examples, picked, how):
+    share = picked if peers is None else picked[peers.rank :: peers.size]
+    batches = micro_batches(model, examples, share, how)
+    if peers is not None and is_sharded(model):
+        return _accumulate_together(model, list(batches), how, count, peers), count
+    for batch in batches:
         loss = loss_of(model, batch, how, count)
         loss.total.backward()
         sums = [a + b.detach().cpu() for a, b in zip(sums, loss, strict=True)]
     return Loss(*sums), count
+
+
+def _accumulate_together(model: nn.Module, batches: list[Batch], how: Fit, count: int, peers: Peers) -> Loss:
+    """Every process makes as many passes: whoever has fewer micro-batches repeats its last one, counting nothing."""
+    sums = [torch.zeros(())] * 3
+    for n in range(peers.most(len(batches))):
+        mine = n < len(batches)
+        loss = _loss(model, batches[min(n, len(batches) - 1)], how, count)
+        (loss.total * (peers.size if mine else 0)).backward()  # FSDP takes the mean over processes
+        sums = [a + b.detach().cpu() * mine for a, b in zip(sums, loss, strict=True)]
+    return Loss(*sums)
+
+
+def _loss(model: nn.Module, batch: Batch, how: Fit, count: int) -> Loss:
+    if not is_sharded(model):
+        return loss_of(model, batch, how, count)
+    found: Loss = model.loss_of(batch, how, count)  # type: ignore[operator]
+    return found
 
 
 def micro_batches(model: nn.Module, examples: Examples, picked: Tensor, how: Fit) -> Iterator[Batch]:
@@ -524,31 +614,44 @@ def _metric(
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def _write(
-    folder: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device,
-    state: dict[str, Any],
-) -> None:  # fmt: skip
-    """What a resumed run needs to go on to the bit: trained weights, moments, RNG, step. No pickle."""
-    save_file(_values(weights), folder / "weights.safetensors")
+Saved = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def _saved(
+    weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device, peers: Peers | None
+) -> Saved:
+    """What a resumed run needs to go on to the bit: trained weights; moments and random generators."""
     tensors = {f"{i}.{name}": value for i, part in _moments(optimizer).items() for name, value in part.items()}
-    save_file({**tensors, **_generators(device)}, folder / "optimizer.safetensors")
+    return _values(weights, peers), {**_values(tensors, peers), **_generators(device)}
+
+
+def _write(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """A checkpoint, without pickle."""
+    save_file(weights, folder / "weights.safetensors")
+    save_file(moments, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
 
 
 def _restore(
-    folder: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
-) -> None:
-    saved = load_file(folder / "weights.safetensors")
-    if set(saved) != set(weights):
+    folder: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device,
+    peers: Peers | None,
+) -> None:  # fmt: skip
+    saved = load_file(folder / "weights.safetensors") if _leads(peers) else {}
+    if _leads(peers) and set(saved) != set(weights):
         raise TaskError("the checkpoint belongs to another model", hint="start a new run")
-    _take(weights, saved)
-    tensors = load_file(folder / "optimizer.safetensors")
-    _set_generators({name: tensors.pop(name) for name in ("rng", "rng_cuda") if name in tensors}, device)
+    _take(weights, saved, peers)
+    tensors = load_file(folder / "optimizer.safetensors") if _leads(peers) else {}
+    drawn = {name: tensors.pop(name) for name in ("rng", "rng_cuda") if name in tensors}
+    if peers is None:
+        _set_generators(drawn, device)
     moments: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
+    params = list(weights.values())
+    for name, tensor in tensors.items() if peers is None else peers.tensors_of_first(tensors):
         index, _, part = name.partition(".")
         counted = tensor.ndim == 0 and not tensor.is_floating_point()  # bitsandbytes counts its steps in an int
-        moments.setdefault(int(index), {})[part] = tensor.item() if counted else tensor
+        of_values = tensor.shape == params[int(index)].shape
+        value = part_of(tensor, params[int(index)]) if of_values else tensor
+        moments.setdefault(int(index), {})[part] = tensor.item() if counted else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
@@ -566,14 +669,23 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
     return found
 
 
-def _values(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: p.detach().contiguous() for name, p in weights.items()}
+def _values(tensors: Mapping[str, Tensor], peers: Peers | None = None) -> dict[str, Tensor]:
+    """Whole tensors. With `peers` every process has to ask, and the first one gets them, in the machine's memory."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor.detach())
+        if peers is None:
+            found[name] = value.contiguous()
+        elif peers.rank == 0:
+            found[name] = value.cpu().contiguous()
+    return found
 
 
 @torch.no_grad()
-def _take(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    for name, p in weights.items():
-        p.copy_(values[name])
+def _take(weights: dict[str, nn.Parameter], values: dict[str, Tensor], peers: Peers | None) -> None:
+    """Puts the first process's `values` into the weights."""
+    for name, value in values.items() if peers is None else peers.tensors_of_first(values):
+        weights[name].copy_(part_of(value, weights[name]))
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
@@ -596,8 +708,10 @@ def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
 class _Student:
     """Makes the student as it is before training, again and again, and saves it after."""
 
-    def __init__(self, ctx: Context, settings: TrainSettings, folder: Path, labels: Labels) -> None:
-        self._ctx, self._settings = ctx, settings
+    def __init__(
+        self, ctx: Context, settings: TrainSettings, folder: Path, labels: Labels, peers: Peers | None
+    ) -> None:
+        self._ctx, self._settings, self._peers = ctx, settings, peers
         self.tokenizer = models.load_tokenizer(ModelSource(path=str(folder / TOKENIZER_FOLDER)))
         self._teacher_hash = labels.header.ordinary_sha256
         self.label_temperature = labels.header.temperature
@@ -636,16 +750,27 @@ class _Student:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if settings.method != "full":
                 inner.enable_input_require_grads()
+        if self._peers is not None and settings.method == "full":
+            models.use_packing(model)
+            shard(model, loss_of)
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
         base = self._settings.student if self._settings.method != "full" else None
-        models.save(folder, model, self.tokenizer, base=base)
+        values = None
+        if is_sharded(model):
+            held = model.state_dict(keep_vars=True)
+            once = {id(tensor): name for name, tensor in reversed(held.items())}  # a tied head is its embedding
+            values = _values({name: held[name] for name in once.values()}, self._peers)
+        if _leads(self._peers):
+            models.save(folder, model, self.tokenizer, base=base, values=values)
+        else:
+            folder.mkdir(parents=True)
 
     def save_before(self) -> None:
         """A student from scratch is stored as it begins; any other one can be had again from where it came."""
         if self._settings.student.architecture is not None:
-            models.save(self._ctx.out / BEFORE_FOLDER, self.make(self._settings.seed), self.tokenizer)
+            self.save(self.make(self._settings.seed), self._ctx.out / BEFORE_FOLDER)
 
     def before(self) -> dict[str, Any]:
         if self._settings.student.architecture is not None:
@@ -662,9 +787,9 @@ class _Work:
 
     def __init__(
         self, ctx: Context, settings: TrainSettings, student: _Student, examples: Examples, held_out: Examples | None,
-        steps: int, kinds: list[str], point: ResumePoint | None,
+        steps: int, kinds: list[str], point: ResumePoint | None, peers: Peers | None,
     ) -> None:  # fmt: skip
-        self._ctx, self._settings, self._student = ctx, settings, student
+        self._ctx, self._settings, self._student, self._peers = ctx, settings, student, peers
         self._examples, self._held_out, self._kinds, self._point = examples, held_out, kinds, point
         searched = len(settings.learning_rates) > 1
         search_steps = (settings.search_steps or max(1, steps // 4)) if searched else 0
@@ -707,8 +832,12 @@ class _Work:
             else:
                 how = self._fit(kind, self._settings.seed, steps, lr)
                 model = self._make(self._settings.seed)
-                fit(self._shared.of(first), model, learn, how, self._arm(name, first), self._point, scores)
-                scores[name] = validation_loss(model, choose, how)
+                fit(
+                    self._shared.of(first), model, learn, how, self._arm(name, first), self._point, scores, None,
+                    self._peers,
+                )  # fmt: skip
+                score = validation_loss(model, choose, how)
+                scores[name] = score if self._peers is None else self._peers.first_says(score)
             return {"arm": kind, "lr": lr, "score": scores[name]}
 
         trials = self._all(one, self._search)
@@ -728,7 +857,9 @@ class _Work:
             shutil.rmtree(folder, ignore_errors=True)
             model = self._make(self._settings.seed + seed)
             how = self._fit(kind, self._settings.seed + seed, steps, lr)
-            done = fit(ctx, model, self._examples, how, self._arm(name, first), self._point, None, self._held_out)
+            done = fit(
+                ctx, model, self._examples, how, self._arm(name, first), self._point, None, self._held_out, self._peers
+            )
             self._student.save(model, folder)
             row = {
                 "name": name, "kind": kind, "seed": seed, "learning_rate": lr, "steps": steps, "path": path,
@@ -747,7 +878,7 @@ class _Work:
         Each arm alone decides its result: its weights and batch order follow from its seed, and it draws no dropout.
         """
         at_once = self._settings.arms_at_once
-        if at_once < 2 or self._settings.student.architecture is None:
+        if at_once < 2 or self._settings.student.architecture is None or self._peers is not None:
             return [one(*args) for args in planned]
 
         def work(*args: Any) -> dict[str, Any]:
@@ -867,6 +998,6 @@ def validation_loss(model: nn.Module, examples: Examples, how: Fit) -> float:
     model.eval()
     everything = torch.arange(len(examples))
     return sum(
-        float(loss_of(model, batch, how, examples.tokens).total)
+        float(_loss(model, batch, how, examples.tokens).total)
         for batch in micro_batches(model, examples, everything, how)
     )
