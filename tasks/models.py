@@ -216,7 +216,7 @@ def from_architecture(arch: Architecture, tokenizer: PreTrainedTokenizerBase, *,
 def load(ctx: Context, source: ModelSource, *, dtype: torch.dtype, four_bit: bool = False) -> Loaded:
     """Model and tokenizer of a path or of an earlier stage; adapters are merged. Not for architectures.
 
-    `four_bit`: the weights of its layers as NF4 on the device of `pick_device`, for computing in `dtype`.
+    `four_bit`: the weights of its layers as NF4, on the current GPU where there is one, for computing in `dtype`.
     Raises TaskError when it cannot be had, or has no safetensors.
     """
     if source.stage is not None:
@@ -260,7 +260,7 @@ def _pretrained(source: ModelSource, dtype: torch.dtype, four_bit: bool = False)
         quantized = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-        how = {"quantization_config": quantized, "device_map": {"": pick_device()}}
+        how = {"quantization_config": quantized}  # it goes to the current GPU by itself
     try:
         return AutoModelForCausalLM.from_pretrained(
             place, revision=source.revision, trust_remote_code=source.trust_remote_code,

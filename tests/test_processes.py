@@ -27,6 +27,7 @@ UNTIED = replace(TINY, num_hidden_layers=2, tie_word_embeddings=False)
 FULL = replace(TRAIN, student=ModelSource(architecture=UNTIED), max_seq_len=24, batch_size=7, micro_batch=1, steps=5)
 TIED = replace(FULL, student=ModelSource(architecture=TINY))
 LORA = replace(TRAIN, method="lora", student=ModelSource(stage="pretrain"), lora=LoraSettings(dropout=0.0), steps=5)
+EARLY = replace(FULL, learning_rate=0.1, steps=9, early_stop_patience=2, eval_every_steps=1)
 LOSSES = ("loss/total", "loss/kl", "loss/ce")
 
 
@@ -81,22 +82,25 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def close(one: Path, two: Path) -> None:
+def close(one: Path, two: Path, learning_rate: float) -> None:
+    """AdamW steps are as long as the learning rate, however small the gradient: so rounding is, too."""
     a, b = weights(one), weights(two)
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-3 * learning_rate)
 
 
-@pytest.mark.parametrize("settings", [FULL, TIED, LORA], ids=["full", "full-tied", "lora"])
+@pytest.mark.parametrize("settings", [EARLY, TIED, LORA], ids=["full", "full-tied", "lora"])
 def test_two_processes_end_where_one_does(inputs: Path, tmp_path: Path, settings: TrainSettings) -> None:
     bucket = bucket_of(inputs, tmp_path)
     one = train_with(1, bucket, "one", settings, tmp_path / "one")
     two = train_with(2, bucket, "two", settings, tmp_path / "two")
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
-    close(one, two)
+    close(one, two, settings.learning_rate)
     result: dict[str, Any] = json.loads((two / "result.json").read_text())
+    (arm,) = result["arms"]
+    assert settings is not EARLY or arm["best_step"] == arm["steps_done"] - 2 < 7
     assert result["processes"] == 2 and result["tokens"] == json.loads((one / "result.json").read_text())["tokens"]
     written = [path for path in (tmp_path / "two" / "rank-1" / "work").rglob("*") if path.is_file()]
     assert {path.suffix for path in written}.isdisjoint({".safetensors", ".jsonl"})  # the first one writes those
@@ -112,7 +116,7 @@ def test_what_two_processes_saved_another_number_goes_on_with(inputs: Path, tmp_
     delete_prefix(bucket, "train/model")  # as if it had been stopped after that checkpoint
     rest = train_with(then, bucket, "train", settings, tmp_path / "rest")
     assert len(losses(tmp_path / "rest")) == 2
-    close(whole, rest)
+    close(whole, rest, settings.learning_rate)
 
 
 def test_what_ends_a_process_is_seen(inputs: Path, tmp_path: Path) -> None:
