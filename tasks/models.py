@@ -361,6 +361,8 @@ def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor | None = None, run
     `packs`.
     """
     packed: dict[str, Any] = {}
+    if mask is not None and packs(model):
+        raise ValueError("a model that packs takes no mask")
     if runs:
         if not packs(model):
             raise ValueError("samples laid end to end would see each other: use_packing first")
@@ -397,7 +399,10 @@ def packs(model: nn.Module) -> bool:
 
 
 def use_packing(model: nn.Module) -> bool:
-    """Lets `model` take samples end to end where its attention is plain sdpa over the whole past, and says so."""
+    """Lets `model` take samples end to end where its attention is plain sdpa over the whole past, and says so.
+
+    From then on it takes no mask: not for generating in batches.
+    """
     inner = causal(model)
     config = inner.config
     if packs(model):

@@ -63,6 +63,13 @@ def test_a_model_that_was_not_told_to_pack_refuses_rows_of_several_samples() -> 
         hidden_states(model(), torch.tensor([[1, 2, 3, 4]]), runs=((2, 2),))
 
 
+def test_a_model_that_packs_refuses_a_mask_which_it_would_not_look_at() -> None:
+    net = model()
+    use_packing(net)
+    with pytest.raises(ValueError, match="no mask"):
+        hidden_states(net, torch.tensor([[1, 2]]), torch.tensor([[0, 1]]))
+
+
 def test_attention_that_does_not_look_at_the_whole_past_is_not_packed() -> None:
     net = model()
     net.config.sliding_window = 2
