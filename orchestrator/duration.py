@@ -25,6 +25,7 @@ LOCAL_SPREAD = Range(0.6, 1.0, 2.0)  # other programs on the machine, turbo, mem
 # --- rented GPUs. Share of the vendor's dense rate that training reaches (public reports for 1 to 8 B models, sdpa,
 # no compile: 0.3 to 0.5), and share of the bandwidth that decoding reaches.
 TRAIN_EFFICIENCY = Range(0.25, 0.38, 0.5)
+QLORA_SLOWER = Range(1.0, 1.3, 2.0)  # weights are unpacked in each pass: assumed, not measured
 SCORE_EFFICIENCY = Range(0.2, 0.3, 0.45)
 DECODE_EFFICIENCY = Range(0.4, 0.6, 0.75)
 GPU_LAYER_STEP_S = 0.0012  # floor of a forward and backward pass, a layer: kernel starts

@@ -19,7 +19,7 @@ from orchestrator import grants
 from orchestrator.access import head, hub_models
 from orchestrator.errors import UsageError
 from tasks.bucket import Bucket
-from tasks.contract import DataSource
+from tasks.contract import DataSource, TrainSettings
 
 S = TypeVar("S")
 
@@ -41,6 +41,7 @@ _LEARNING = {
     "tensorboard": "tensorboard",
     "math_verify": "math-verify",
 }
+_QUANTIZED = {"bitsandbytes": "bitsandbytes"}
 
 
 def code_wheel() -> tuple[bytes, str]:
@@ -137,7 +138,7 @@ def machine_env(
     link = grants.link(bucket, f"code/{wheel.stem}.whl", seconds, keys) if keys else None
     if link is not None:
         env[CODE_URL] = link
-    env[PACKAGES] = json.dumps(packages(kind, s3=bool(keys)))
+    env[PACKAGES] = json.dumps(packages(kind, s3=bool(keys), quantized=_quantized(settings)))
     env[CONSTRAINTS] = json.dumps(lock())  # no line ends: it may pass through a shell's export
     return {**env, **keys, **hub_env(settings, os.environ)}
 
@@ -147,9 +148,16 @@ def hub_env(settings: object, env: Mapping[str, str]) -> dict[str, str]:
     return {name: env[name] for name in HUB if env.get(name)} if hub_models(settings) else {}
 
 
-def packages(kind: str, *, s3: bool) -> dict[str, str]:
+def _quantized(settings: object) -> bool:
+    if not isinstance(settings, TrainSettings):
+        return False
+    return settings.method == "qlora" or settings.optimizer == "adamw_8bit"
+
+
+def packages(kind: str, *, s3: bool, quantized: bool = False) -> dict[str, str]:
     """{module: requirement} of a kind of stage, in the locked versions. On Linux PyPI's torch brings its CUDA."""
-    needed = {**_SUPERVISOR, **(_STORE if s3 else {}), **({} if kind == "rehearse" else _LEARNING)}
+    learning = {} if kind == "rehearse" else {**_LEARNING, **(_QUANTIZED if quantized else {})}
+    needed = {**_SUPERVISOR, **(_STORE if s3 else {}), **learning}
     pins = locked(lock())
     return {module: pins.get(package, package) for module, package in needed.items()}
 

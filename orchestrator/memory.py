@@ -20,6 +20,10 @@ CUDA_CONTEXT_GIB = Range(0.5, 0.8, 1.3)
 CPU_PROCESS_GIB = Range(0.4, 0.55, 0.9)
 BARE_PROCESS_GIB = Range(0.03, 0.05, 0.1)  # the supervisor and a stage that needs no torch
 
+# bitsandbytes, a value: 4 bits, and for 64 of them a scale in 8 bits, whose own scale (fp32) serves 256; one of AdamW's
+# two moments: 8 bits, and for 256 of them a scale in fp32.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+EIGHT_BIT_BYTES = 1 + 4 / 256
 LOSS_CHUNK_LOGITS = 1 << 24  # logits that exist at once (tasks.losses works in chunks of so many)
 LOSS_BYTES_PER_LOGIT = 14  # fp32 logits, fp32 softmax, their gradient in fp32 or bf16, one work copy
 FRAGMENTATION = Range(0.0, 0.05, 0.12)  # of everything that is allocated and freed again
@@ -44,20 +48,26 @@ def training_memory(
     half: bool,
     checkpointing: bool,
     gpu: bool,
+    four_bit: bool = False,
+    eight_bit: bool = False,
 ) -> Memory:
     """Training with AdamW on rows of `seq_len` tokens, `micro_batch` at a time; `half`: bf16 or fp16 products.
 
     Full training keeps fp32 weights, gradients and moments; LoRA keeps frozen weights in the compute type and its
-    adapters, gradients and moments in fp32. Wrong where the loss materialises all logits or attention all scores.
+    adapters, gradients and moments in fp32. `four_bit`: frozen layers in NF4; `eight_bit`: moments in 8 bits. Wrong
+    where the loss materialises all logits or attention all scores.
     """
     compute_bytes = 2 if half else 4
     tokens = micro_batch * seq_len
-    weights = shape.params * (4 if full else compute_bytes) + (shape.params * 2 if full and half else 0)
+    weights: float = shape.params * (4 if full else compute_bytes) + (shape.params * 2 if full and half else 0)
+    if four_bit:
+        whole = shape.vocab * shape.hidden * (1 if shape.tied else 2)  # embedding and head
+        weights = whole * compute_bytes + (shape.params - whole) * NF4_BYTES
     adapters = 0 if full else trainable * 4
     fixed = {
         "weights": (weights + adapters) / GIB,
         "gradients": trainable * 4 / GIB,
-        "optimizer": trainable * 8 / GIB,
+        "optimizer": trainable * 2 * (EIGHT_BIT_BYTES if eight_bit else 4) / GIB,
     }
     varying = {
         "activations": activation_bytes(shape, tokens, compute_bytes, checkpointing=checkpointing) / GIB,

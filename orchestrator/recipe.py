@@ -221,7 +221,7 @@ class TrainStage(_Working):
     ] = Field(description="a model as owner/name, a folder, an earlier pretrain or train stage, or an architecture")
     revision: Name | None = Field(None, description="commit of a hub model")
     labels: Name = Field(description="an earlier label stage")
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "qlora", "full"] = Field("lora", description="qlora: LoRA on weights held in 4 bits")
     lora: LoraPart = LoraPart()
     loss: LossPart = LossPart()
     steps: Count | None = Field(None, description="optimizer steps; or give epochs")
@@ -237,7 +237,11 @@ class TrainStage(_Working):
     checkpointing: Flag | None = Field(None, description="gradient checkpointing; default: where it is needed")
     checkpoint_every: Duration | None = None
     checkpoint_every_steps: Count | None = None
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: a quarter of its memory")
+    early_stop_patience: Count | None = Field(
+        None, description="hold out a tenth of the prompts; end so many evaluations after their best loss, and keep it"
+    )
+    eval_every_steps: Count | None = Field(None, description="with early_stop_patience; default: steps / 20")
     seed: Whole = 0
 
 

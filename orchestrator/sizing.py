@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from orchestrator import duration, memory
 from orchestrator.catalog import Gpu, ModelShape
@@ -160,6 +160,8 @@ def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterato
         checkpoint_every_s=stage.checkpoint_every or _checkpoint_s(machine),
         checkpoint_every_steps=stage.checkpoint_every_steps,
         optimizer=stage.optimizer,
+        early_stop_patience=stage.early_stop_patience,
+        eval_every_steps=stage.eval_every_steps,
         seed=stage.seed,
         compare_hard=compared and compare.hard_labels,
         compare_seeds=compare.seeds if compared else 1,
@@ -314,6 +316,8 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
         half=settings.precision == "bf16",
         checkpointing=settings.checkpointing,
         gpu=speed.gpu,
+        four_bit=settings.method == "qlora",
+        eight_bit=settings.optimizer == "adamw_8bit",
     )
     kept = world.kept(label)
     steps = settings.steps or max(1, math.ceil(kept * (settings.epochs or 1.0) / settings.batch_size))
@@ -329,6 +333,8 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
         full=full,
         checkpointing=settings.checkpointing,
     )
+    if settings.method == "qlora":
+        work = Range(*(at * slower for at, slower in zip(astuple(work), astuple(duration.QLORA_SLOWER), strict=True)))
     if not speed.gpu:
         work = work.times(duration.side_by_side(min(settings.arms_at_once, _runs(settings))))
     source = world.student(stage)

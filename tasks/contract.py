@@ -133,7 +133,7 @@ class TrainSettings:
 
     student: ModelSource
     labels: str  # name of the label stage
-    method: str = "lora"  # lora | full
+    method: str = "lora"  # lora | qlora | full
     lora: LoraSettings = field(default_factory=LoraSettings)
     alpha: float = 0.7
     temperature: float = 2.0
@@ -150,7 +150,9 @@ class TrainSettings:
     checkpointing: bool = False
     checkpoint_every_s: float = 300.0
     checkpoint_every_steps: int | None = None
-    optimizer: str = "adamw"
+    optimizer: str = "adamw"  # adamw | adamw_8bit
+    early_stop_patience: int | None = None  # evaluations without a new best one; None = no samples are held out
+    eval_every_steps: int | None = None  # None = a twentieth of the steps
     seed: int = 0
     compare_hard: bool = False
     compare_seeds: int = 1

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tasks import hub
 from tasks.contract import Architecture, LoraSettings, ModelSource, TaskError, build
@@ -210,16 +213,27 @@ def from_architecture(arch: Architecture, tokenizer: PreTrainedTokenizerBase, *,
         raise TaskError(f"cannot make a {kind} model: {error}", hint=hint) from error
 
 
-def load(ctx: Context, source: ModelSource, *, dtype: torch.dtype) -> Loaded:
+def load(ctx: Context, source: ModelSource, *, dtype: torch.dtype, four_bit: bool = False) -> Loaded:
     """Model and tokenizer of a path or of an earlier stage; adapters are merged. Not for architectures.
 
+    `four_bit`: the weights of its layers as NF4, on the current GPU where there is one, for computing in `dtype`.
     Raises TaskError when it cannot be had, or has no safetensors.
     """
     if source.stage is not None:
-        return load_stage(ctx.input(source.stage), ctx, dtype=dtype)
+        return load_stage(ctx.input(source.stage), ctx, dtype=dtype, four_bit=four_bit)
     if source.path is None:
         raise TaskError("a model from scratch cannot be loaded", hint="name a path or an earlier stage")
-    return Loaded(_pretrained(source, dtype), load_tokenizer(source))
+    return Loaded(_pretrained(source, dtype, four_bit), load_tokenizer(source))
+
+
+def bits_and_bytes(what: str) -> Any:
+    """The module bitsandbytes, which `what` of the recipe needs. Raises TaskError where it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        hint = "pip install 'kdcloud[quantized]', or leave that setting out"
+        raise TaskError(f"{what} needs bitsandbytes, which is not installed here", hint=hint) from error
+    return bitsandbytes
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -238,12 +252,19 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _pretrained(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+def _pretrained(source: ModelSource, dtype: torch.dtype, four_bit: bool = False) -> PreTrainedModel:
     place = hub.local_path(source)
+    how: dict[str, Any] = {}
+    if four_bit:
+        bits_and_bytes("method: qlora")
+        quantized = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        how = {"quantization_config": quantized}  # it goes to the current GPU by itself
     try:
         return AutoModelForCausalLM.from_pretrained(
             place, revision=source.revision, trust_remote_code=source.trust_remote_code,
-            use_safetensors=True, dtype=dtype,
+            use_safetensors=True, dtype=dtype, **how,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise _unloadable("model", source.path, error) from error
@@ -258,7 +279,9 @@ def _unloadable(what: str, path: str | None, error: Exception) -> TaskError:
     )
 
 
-def load_stage(folder: Path, ctx: Context, *, dtype: torch.dtype, name: str = MODEL_FOLDER) -> Loaded:
+def load_stage(
+    folder: Path, ctx: Context, *, dtype: torch.dtype, name: str = MODEL_FOLDER, four_bit: bool = False
+) -> Loaded:
     """What an earlier pretrain or train stage left in `folder/name`: a whole model, or an adapter with its base."""
     place = folder / name
     if not place.is_dir():
@@ -266,7 +289,9 @@ def load_stage(folder: Path, ctx: Context, *, dtype: torch.dtype, name: str = MO
     tokenizer = load_tokenizer(ModelSource(path=str(place)))
     description = place / STUDENT_FILE
     if not description.exists():
-        return Loaded(_pretrained(ModelSource(path=str(place)), dtype), tokenizer)
+        return Loaded(_pretrained(ModelSource(path=str(place)), dtype, four_bit), tokenizer)
+    if four_bit:
+        raise TaskError("qlora starts from a whole model, and that stage left an adapter", hint="use method: lora")
     from peft import PeftModel
 
     base = load(ctx, build(ModelSource, json.loads(description.read_text())["base"]), dtype=dtype)
@@ -275,16 +300,20 @@ def load_stage(folder: Path, ctx: Context, *, dtype: torch.dtype, name: str = MO
 
 
 def save(
-    folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, base: ModelSource | None = None
-) -> None:
-    """Writes model (or adapter, which needs its `base`) and tokenizer with save_pretrained, safetensors."""
+    folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, base: ModelSource | None = None,
+    values: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Writes model (or adapter, which needs its `base`) and tokenizer with save_pretrained, safetensors.
+
+    `values`: the weights, where the model itself holds a part of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if base is not None:
         # The base is named in student.json; peft would look for it on the hub to compare vocabularies.
         model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
         (folder / STUDENT_FILE).write_text(json.dumps({"base": asdict(base)}))
     else:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=values)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
 
@@ -322,9 +351,77 @@ def causal(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What the head sees at each place [B, L, H]. Right-padded rows need no mask: attention looks back only."""
-    return causal(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+Runs = tuple[tuple[int, int], ...]  # a row of samples end to end: (how many, tokens of each), and again
+
+
+def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor | None = None, runs: Runs = ()) -> Tensor:
+    """What the head sees at each place [B, L, H]. Right-padded rows need no mask: attention looks back only.
+
+    With `runs`, ids [1, sum of count * length] are samples end to end, each as if alone; the model must be one that
+    `packs`.
+    """
+    packed: dict[str, Any] = {}
+    if mask is not None and packs(model):
+        raise ValueError("a model that packs takes no mask")
+    if runs:
+        if not packs(model):
+            raise ValueError("samples laid end to end would see each other: use_packing first")
+        positions = [torch.arange(length, device=ids.device).repeat(count) for count, length in runs]
+        packed = {"position_ids": torch.cat(positions)[None], "runs": runs}
+    return causal(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False, **packed).last_hidden_state
+
+
+PACKED_ATTENTION = "kdcloud_packed"  # no mask is made for a name that transformers has no mask function for
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    runs: Runs = (), **rest: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """sdpa of each sample with itself: query [1, heads, T, D] to [1, T, heads, D]. A run of alike samples is one call.
+
+    A block-diagonal mask, transformers' own way, is T x T and keeps sdpa from its flash kernels.
+    """
+    if not runs:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
+    outs, at = [], 0
+    for count, length in runs:
+        end = at + count * length
+        parts = [x[0, :, at:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value)]
+        outs.append(sdpa_attention_forward(module, *parts, None, **rest)[0].flatten(0, 1))
+        at = end
+    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether samples may be laid end to end."""
+    return causal(model).config._attn_implementation == PACKED_ATTENTION
+
+
+def use_packing(model: nn.Module) -> bool:
+    """Lets `model` take samples end to end where its attention is plain sdpa over the whole past, and says so.
+
+    From then on it takes no mask: not for generating in batches.
+    """
+    inner = causal(model)
+    config = inner.config
+    if packs(model):
+        return True
+    whole = {"full_attention"}.issuperset(getattr(config, "layer_types", None) or ())
+    if config._attn_implementation != "sdpa" or not whole or getattr(config, "sliding_window", None) is not None:
+        return False
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    inner.set_attn_implementation(PACKED_ATTENTION)
+    ids = torch.tensor([[1, 2, 3, 4]], device=next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        together = hidden_states(model, ids, runs=((2, 2),))
+        alone = torch.cat([hidden_states(model, ids[:, :2]), hidden_states(model, ids[:, 2:])], 1)
+    model.train(training)
+    if (together - alone).abs().max() > 1e-2 * alone.abs().max():
+        inner.set_attn_implementation("sdpa")  # code of its own, which takes no such hint
+    return packs(model)
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -5,12 +5,17 @@ A kind that cannot be shared out runs in rank 0 alone: `tasks.<kind>.follow` say
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 from tasks.contract import TaskError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAUNCHED_ENV = "TORCHELASTIC_RUN_ID"  # torchrun sets it in what it starts
 FIRST_PORT, PORTS = 20_000, 10_000
@@ -66,7 +71,47 @@ class Peers:
         if torch.cuda.is_available():
             self._device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(self._device)
+        hook = sys.excepthook
         torch.distributed.init_process_group("gloo" if self._device == "cpu" else "nccl")
+        sys.excepthook = hook  # torch's holds back the traceback until ours returns, which ends the process instead
+
+        self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def first_says(self, value: float) -> float:
+        """The first process's value, in every one of them."""
+        said = self._torch.tensor([value], dtype=self._torch.float64, device=self._device)
+        self._torch.distributed.broadcast(said, 0)
+        return float(said.item())
+
+    def most(self, value: int) -> int:
+        said = self._torch.tensor([value], device=self._device)
+        self._torch.distributed.all_reduce(said, op=self._torch.distributed.ReduceOp.MAX)
+        return int(said.item())
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Puts the sum over all processes into each tensor; of one dtype, and on this process's device."""
+        flat = self._torch.cat([tensor.flatten() for tensor in tensors])
+        self._torch.distributed.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def text_of_first(self, text: str) -> str:
+        raw = text.encode() if self.rank == 0 else b""
+        size = self.most(len(raw))
+        held = self._torch.tensor(list(raw.ljust(size)), dtype=self._torch.uint8, device=self._device)
+        self._torch.distributed.broadcast(held, 0)
+        return bytes(held.cpu().tolist()).decode()
+
+    def tensors_of_first(self, tensors: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each of the first process's tensors, one after the other."""
+        mine = tensors or {}
+        kinds = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in mine.items()]
+        for name, dtype, shape in json.loads(self.text_of_first(json.dumps(kinds))):
+            value = self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self._device)
+            if self.rank == 0:
+                value.copy_(mine[name])
+            self._torch.distributed.broadcast(value, 0)
+            yield name, value
 
     def all_go_on(self, mine: bool) -> bool:
         """Whether every process said so. Waits for all of them."""

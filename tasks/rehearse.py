@@ -40,7 +40,7 @@ def run(ctx: Context, settings: RehearseSettings) -> dict[str, Any]:
     return {"steps": step, "digest": digest, **({"processes": processes} if peers else {})}
 
 
-def follow() -> None:
+def follow(_ctx: Context, _settings: RehearseSettings) -> None:
     """What the other processes do: a step whenever the first does one."""
     peers = Peers()
     while peers.all_go_on(True):

@@ -331,6 +331,28 @@ class StageContext:
         check_fence(self._bucket, self.task)
 
 
+class FollowerContext(StageContext):
+    """The context of a process that does not lead: it reads as the first one does, and writes to its own disk only."""
+
+    def __init__(self, task: Task, work: Path, bucket: Bucket) -> None:
+        super().__init__(task, work / "work", bucket)
+
+    def metric(self, step: int, **values: float) -> None:
+        pass
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        pass
+
+    def latest_checkpoint(self) -> tuple[int, Path] | None:
+        return None  # the first one says where to go on
+
+    def keep(self, name: str) -> None:
+        pass
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        pass
+
+
 def check_fence(bucket: Bucket, task: Task) -> None:
     """Raises Fenced once the bucket holds a task.json of a newer attempt at this stage."""
     newest = newest_attempt(bucket, task.stage)
@@ -456,7 +478,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = parser.parse_args(argv)
     die_with_parent()
     sys.excepthook = end_with_traceback
-    end_process(run_stage(args.task, args.work.absolute()) if rank_of(os.environ) == 0 else follow_stage(args.task))
+    work = args.work.absolute()
+    end_process(run_stage(args.task, work) if rank_of(os.environ) == 0 else follow_stage(args.task, work))
 
 
 def end_process(code: Exit) -> NoReturn:
@@ -503,15 +526,20 @@ def run_stage(task_path: Path, work: Path, run: Callable[[Context, Any], Mapping
         return Exit.BAD_INPUT
 
 
-def follow_stage(task_path: Path) -> Exit:
-    """What a process does that does not lead: what its kind says in `follow`, else nothing."""
+def follow_stage(task_path: Path, work: Path) -> Exit:
+    """What a process does that does not lead: what its kind says in `follow(ctx, settings)`, else nothing."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the leader saves, and tells when it is over
     task = Task.from_json(task_path.read_text())
     follow = getattr(importlib.import_module(f"tasks.{task.kind}"), "follow", None)
     if follow is None:
         print(f"a stage of kind {task.kind} is done by one process: this one leaves")
     else:
-        follow()
+        ctx = FollowerContext(task, work / f"rank-{rank_of(os.environ)}", open_bucket(task.bucket))
+        try:
+            follow(ctx, task.settings)
+        except TaskError as error:
+            print(f"error: {error.message}\n{error.hint}".rstrip())
+            return Exit.BAD_INPUT  # torchrun ends the others, which may wait for this one
     return Exit.DONE
 
 

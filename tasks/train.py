@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,12 +24,16 @@ from tasks import models
 from tasks.contract import DataSource, ModelSource, TaskError, TrainSettings
 from tasks.labels import TOKENIZER_FOLDER, Labels, read_labels
 from tasks.losses import Loss, distillation_loss_parts
+from tasks.peers import Peers, size_of
+from tasks.shard import is_sharded, part_of, shard, whole
 from tasks.stage import Context, Stopped
 
 STUDENTS_FILE = "students.json"  # what evaluate and export read
 BEFORE_FOLDER = "before"
 SEARCH_FILE = "search.json"
-VALIDATION_SHARE = 0.1  # of the labelled prompts; they pick the learning rate and are trained on afterwards
+BEST_FILE = "best.safetensors"  # in a checkpoint, where held-out samples choose
+# Of the labelled prompts. They pick the learning rate and are trained on afterwards; those of an early stop never are.
+VALIDATION_SHARE = 0.1
 FINAL_STEPS = 20  # final_loss is the mean over the last steps, since single batches differ
 METRIC_ROWS = 200  # of an arm
 # torch has one generator for all threads: whoever seeds it and draws initial weights must not be interrupted.
@@ -43,20 +48,41 @@ def run(ctx: Context, settings: TrainSettings) -> dict[str, Any]:
     own loss. Held-out problems choose nothing.
     """
     _check(settings)
+    peers = Peers() if size_of(os.environ) > 1 else None
+    try:
+        return _run(ctx, settings, peers)
+    finally:
+        if peers is not None:
+            peers.leave()
+
+
+def follow(ctx: Context, settings: TrainSettings) -> None:
+    """What the other processes do: the same, and what the first one says goes."""
+    with suppress(Stopped):
+        run(ctx, settings)
+
+
+def _run(ctx: Context, settings: TrainSettings, peers: Peers | None) -> dict[str, Any]:
+    if peers is not None and settings.batch_size < peers.size:
+        text = f"batch_size {settings.batch_size} leaves some of {peers.size} GPUs without a sample"
+        raise TaskError(text, hint="raise batch_size, or take fewer GPUs")
     models.quiet()
     models.set_threads(settings.threads)
     ctx.progress("prepare", declared=True)
     folder = ctx.input(settings.labels)
     labels = read_labels(folder)
-    student = _Student(ctx, settings, folder, labels)
+    student = _Student(ctx, settings, folder, labels, peers)
     examples, too_long = _examples(labels, settings)
     _check_labels(labels, settings, examples)
+    held_out = None
+    if settings.early_stop_patience is not None:
+        examples, held_out = _split(examples)
     student.save_before()
 
     steps = settings.steps or max(1, math.ceil((settings.epochs or 1.0) * len(examples) / settings.batch_size))
     kinds = ["soft", "hard"] if settings.compare_hard else ["soft" if settings.alpha > 0.0 else "hard"]
-    point = resume_point(ctx)
-    work = _Work(ctx, settings, student, examples, steps, kinds, point)
+    point = resume_point(ctx, peers)
+    work = _Work(ctx, settings, student, examples, held_out, steps, kinds, point, peers)
     rates, search = work.search()
     arms = work.arms(rates)
     if settings.compare_hard:
@@ -72,17 +98,25 @@ def run(ctx: Context, settings: TrainSettings) -> dict[str, Any]:
         "supervised_tokens": examples.tokens,
         "tokens": sum(arm["tokens"] for arm in arms),
         "tokens_per_s": sum(speeds) / len(speeds),
+        "micro_batch": min(arm["micro_batch"] for arm in arms),
         "student_before": before,
+        **({"processes": peers.size} if peers else {}),
     }
 
 
 def _check(settings: TrainSettings) -> None:
-    if settings.method not in ("lora", "full"):
-        raise TaskError(f"method: {settings.method} is unknown", hint="use lora or full")
-    if settings.optimizer != "adamw":
-        raise TaskError(f"optimizer: {settings.optimizer} is unknown", hint="use adamw")
-    if settings.method == "lora" and settings.student.architecture is not None:
+    if settings.method not in ("lora", "qlora", "full"):
+        raise TaskError(f"method: {settings.method} is unknown", hint="use lora, qlora or full")
+    if settings.optimizer not in ("adamw", "adamw_8bit"):
+        raise TaskError(f"optimizer: {settings.optimizer} is unknown", hint="use adamw or adamw_8bit")
+    if settings.method == "qlora":
+        models.bits_and_bytes("method: qlora")
+    if settings.optimizer == "adamw_8bit":
+        models.bits_and_bytes("optimizer: adamw_8bit")
+    if settings.method != "full" and settings.student.architecture is not None:
         raise TaskError("LoRA on random weights learns nothing", hint="use method: full for a student from scratch")
+    if (settings.early_stop_patience or 1) < 1 or (settings.eval_every_steps or 1) < 1:
+        raise TaskError("early_stop_patience and eval_every_steps must be 1 or more", hint="leave them out")
     if not 0.0 <= settings.alpha <= 1.0 or settings.temperature <= 0.0:
         raise TaskError("alpha must be between 0 and 1 and temperature above 0", hint="alpha: 0.7, temperature: 2")
 
@@ -99,12 +133,13 @@ def _check_labels(labels: Labels, settings: TrainSettings, examples: Examples) -
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences and, for each place that predicts a token of a completion, its labels."""
+    """Right-padded sequences, or ones end to end, and labels for each place that predicts a token of a completion."""
 
-    ids: Tensor  # [B, L]
+    ids: Tensor  # [B, L]; end to end [1, T]
     places: Tensor  # [N] into B * L
     labels: Tensor  # [N]
     soft: tuple[Tensor, ...]  # topk_ids [N, k], topk_logprobs [N, k], log_tail_mass [N], log_mass_at_t [N]; or ()
+    runs: models.Runs = ()  # of sequences end to end
 
 
 @dataclass(frozen=True)
@@ -166,21 +201,27 @@ class Examples:
             offsets=torch.tensor([0, *map(len, spans)]).cumsum(0), rows=self.rows[at],
         )  # fmt: skip
 
-    def batch(self, picked: Tensor, *, soft: bool) -> Batch:
-        """The samples `picked` [B]."""
-        start, length = self.offsets[picked], self.lengths[picked]
-        column = torch.arange(int(length.max()))
-        at = start[:, None] + column  # [B, L]
-        there = column < length[:, None]
+    def batch(self, picked: Tensor, *, soft: bool, packed: bool = False) -> Batch:
+        """The samples `picked` [B], one a row or, packed, end to end in one row."""
+        length = self.lengths[picked]
+        sample, column = torch.arange(len(picked))[:, None], torch.arange(int(length.max()))[None]  # to [B, L]
+        runs: models.Runs = ()
+        if packed:
+            sample = torch.repeat_interleave(length)[None]  # [1, T]
+            column = torch.arange(sample.shape[1]) - (length.cumsum(0) - length)[sample]
+            each, counts = length.unique_consecutive(return_counts=True)
+            runs = tuple(zip(counts.tolist(), each.tolist(), strict=True))
+        at = self.offsets[picked][sample] + column
+        there = column < length[sample]
         ids = torch.where(there, self.ids[at.clamp(max=len(self.ids) - 1)], 0)
-        first = self.prompts[picked][:, None] - 1  # the prompt's last token predicts the completion's first
-        predicts = (column >= first) & (column < length[:, None] - 1)
+        first = self.prompts[picked][sample] - 1  # the prompt's last token predicts the completion's first
+        predicts = (column >= first) & (column < length[sample] - 1)
         labels = self.ids[at[predicts] + 1]
         found: tuple[Tensor, ...] = ()
         if soft:
-            row = (self.rows[picked][:, None] + column - first)[predicts]
+            row = (self.rows[picked][sample] + column - first)[predicts]
             found = tuple(tensor[row] for tensor in self.soft)
-        return Batch(ids, predicts.flatten().nonzero()[:, 0], labels, found)
+        return Batch(ids, predicts.flatten().nonzero()[:, 0], labels, found, runs)
 
 
 def _examples(labels: Labels, settings: TrainSettings) -> tuple[Examples, int]:
@@ -223,6 +264,7 @@ class Fit:
     micro_batch: int
     learning_rate: float
     alpha: float
+    max_seq_len: int | None = None  # a packed row holds micro_batch times as many tokens; None = the longest sample
     temperature: float = 1.0
     use_mass_at_t: bool = False  # the labels' log_mass_at_t belongs to this temperature
     warmup_share: float = 0.05
@@ -230,9 +272,17 @@ class Fit:
     beta2: float = 0.98  # second moments that follow within 50 steps: short runs, and little difference in long ones
     max_grad_norm: float = 1.0
     precision: str = "auto"
+    optimizer: str = "adamw"
     checkpoint_every_s: float = 300.0
     checkpoint_every_steps: int | None = None
+    early_stop_patience: int | None = None  # evaluations without a new best one
+    eval_every_steps: int | None = None  # None = a twentieth of the steps
     seed: int = 0
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the held-out samples are looked at after this many steps."""
+        every = self.eval_every_steps or max(1, self.steps // 20)
+        return step % every == 0 or step == self.steps
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then a cosine to a tenth."""
@@ -258,6 +308,19 @@ class Fitted:
     final_loss: float
     tokens: int
     tokens_per_s: float
+    micro_batch: int  # at the end: memory may have asked for a smaller one than the settings do
+    steps_done: int
+    best_step: int | None = None  # whose weights these are, where held-out samples chose
+    best_loss: float | None = None  # of held-out samples, a token
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest loss of held-out samples, after how many steps, and how many evaluations ago."""
+
+    loss: float = math.inf
+    step: int = 0
+    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -270,55 +333,86 @@ class ResumePoint:
     tokens: int
     notes: dict[str, float]
     folder: Path
+    micro_batch: int
+    best: Best | None
 
 
-def resume_point(ctx: Context) -> ResumePoint | None:
-    """The newest committed checkpoint of this stage."""
+def resume_point(ctx: Context, peers: Peers | None = None) -> ResumePoint | None:
+    """The newest committed checkpoint of this stage, as the first process finds it."""
     latest = ctx.latest_checkpoint()
-    if latest is None:
+    text = "" if latest is None else (latest[1] / "state.json").read_text()
+    if peers is not None:
+        text = peers.text_of_first(text)
+    if not text:
         return None
-    state = json.loads((latest[1] / "state.json").read_text())
-    return ResumePoint(**state, folder=latest[1])
+    state = json.loads(text)
+    best = state.pop("best")
+    folder = latest[1] if latest is not None else Path()
+    return ResumePoint(**state, folder=folder, best=None if best is None else Best(**best))
 
 
 def fit(
     ctx: Context, model: nn.Module, examples: Examples, how: Fit, arm: Arm, point: ResumePoint | None,
-    notes: dict[str, float] | None = None,
+    notes: dict[str, float] | None = None, held_out: Examples | None = None, peers: Peers | None = None,
 ) -> Fitted:  # fmt: skip
-    """Trains `model` in place, from `point` when that belongs to this arm. Raises Stopped after a last checkpoint."""
+    """Trains `model` in place, from `point` when that belongs to this arm. Raises Stopped after a last checkpoint.
+
+    With `peers`, each of them calls this, and takes its share of the samples of each step.
+    With `held_out`, training ends early_stop_patience evaluations after their best loss, and its weights are taken.
+    """
     device = next(model.parameters()).device
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        weights.values(), lr=how.learning_rate, betas=(0.9, how.beta2), weight_decay=how.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )  # fmt: skip
+    optimizer = _optimizer(weights, how, device)
     order = Order(len(examples), how.batch_size, how.seed)
     start, tokens, recent = 0, 0, []
+    best, best_file = Best(), ctx.work / f"best-{arm.name}.safetensors"
     with _GENERATOR:
         torch.manual_seed(how.seed)
         if point is not None and point.arm == arm.name:
-            start, tokens, recent = point.step, point.tokens, list(point.recent)
-            _restore(point.folder, weights, optimizer, device)
+            start, tokens, recent, best = point.step, point.tokens, list(point.recent), point.best or best
+            how = replace(how, micro_batch=point.micro_batch)
+            _restore(point.folder, weights, optimizer, device, peers)
+            if point.best is not None and _leads(peers):
+                shutil.copyfile(point.folder / BEST_FILE, best_file)
 
     def save(step: int) -> None:
-        state = {"arm": arm.name, "step": step, "recent": recent, "tokens": tokens, "notes": notes or {}}
-        ctx.checkpoint(arm.first + step, lambda folder: _write(folder, weights, optimizer, device, state))
+        state = {
+            "arm": arm.name, "step": step, "recent": recent, "tokens": tokens, "notes": notes or {},
+            "micro_batch": how.micro_batch, "best": asdict(best) if best.step else None,
+        }  # fmt: skip
 
+        saved = _saved(weights, optimizer, device, peers)  # all processes take part in it
+
+        def write(folder: Path) -> None:
+            _write(folder, *saved, state)
+            if best.step:
+                shutil.copyfile(best_file, folder / BEST_FILE)
+
+        ctx.checkpoint(arm.first + step, write)
+
+    if not is_sharded(model):
+        models.use_packing(model)
     model.train()
     began, before, saved_at = time.monotonic(), tokens, time.monotonic()
     every = max(1, how.steps // METRIC_ROWS)
-    for step in range(start, how.steps):
-        if ctx.stopping:
+    done = start
+    while done < how.steps and not (how.early_stop_patience and best.since >= how.early_stop_patience):
+        step = done
+        if _agree(peers, ctx.stopping):
             save(step)
             raise Stopped
+        if peers is not None:  # resumed with as many processes, each draws as before
+            torch.manual_seed((how.seed * 1_000_003 + step) * peers.size + peers.rank)
         rate = how.rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, count = accumulate(model, examples, order.at(step), how)
+        cut = how.micro_batch
+        loss, count, how = accumulate_within_memory(model, examples, order.at(step), how, peers)
         if how.max_grad_norm > 0.0:
             nn.utils.clip_grad_norm_(weights.values(), how.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        done += 1
 
         total = float(loss.total)
         if not math.isfinite(total):
@@ -326,32 +420,165 @@ def fit(
         tokens += count
         recent = [*recent[1 - FINAL_STEPS :], total]
         speed = (tokens - before) / (time.monotonic() - began)
-        if step % every == 0 or step == how.steps - 1:
-            _metric(ctx, arm, step, loss, rate, speed)
-        ctx.progress("train", arm.first + step + 1, arm.total, "steps", loss=total, tokens_per_s=speed)
-        due = how.checkpoint_every_steps and (step + 1) % how.checkpoint_every_steps == 0
-        if step + 1 < how.steps and (due or time.monotonic() - saved_at >= how.checkpoint_every_s):
-            save(step + 1)
+        more: dict[str, float] = {"micro_batch": how.micro_batch} if how.micro_batch < cut else {}
+        if held_out is not None and how.evaluates(done):
+            found = validation_loss(model, held_out, how)
+            more["loss__held_out"] = found = found if peers is None else peers.first_says(found)
+            model.train()
+            best = replace(best, since=best.since + 1)
+            if found < best.loss:
+                best = Best(found, done)
+                values = _values(weights, peers)
+                if _leads(peers):
+                    save_file(values, best_file)
+        if step % every == 0 or done == how.steps or more:
+            _metric(ctx, arm, step, loss, rate, speed, more)
+        numbers = {"loss": total, "tokens_per_s": speed, **more}
+        ctx.progress("train", arm.first + done, arm.total, "steps", declared=False, **numbers)
+        due = bool(how.checkpoint_every_steps) and done % (how.checkpoint_every_steps or 1) == 0
+        if done < how.steps and (due or _agree(peers, time.monotonic() - saved_at >= how.checkpoint_every_s)):
+            save(done)
             saved_at = time.monotonic()
+    if best.step:
+        _take(weights, load_file(best_file) if _leads(peers) else {}, peers)
     model.eval()
-    return Fitted(sum(recent) / max(1, len(recent)), tokens, (tokens - before) / (time.monotonic() - began))
+    return Fitted(
+        sum(recent) / max(1, len(recent)), tokens, (tokens - before) / (time.monotonic() - began), how.micro_batch,
+        done, *((best.step, best.loss) if best.step else ()),
+    )  # fmt: skip
 
 
-def accumulate(model: nn.Module, examples: Examples, picked: Tensor, how: Fit) -> tuple[Loss, int]:
+def _optimizer(weights: dict[str, nn.Parameter], how: Fit, device: torch.device) -> torch.optim.Optimizer:
+    betas = (0.9, how.beta2)
+    if how.optimizer == "adamw_8bit":
+        eight_bit: torch.optim.Optimizer = models.bits_and_bytes("optimizer: adamw_8bit").optim.AdamW8bit(
+            weights.values(), lr=how.learning_rate, betas=betas, weight_decay=how.weight_decay
+        )
+        return eight_bit
+    return torch.optim.AdamW(
+        weights.values(), lr=how.learning_rate, betas=betas, weight_decay=how.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )  # fmt: skip
+
+
+def _leads(peers: Peers | None) -> bool:
+    return peers is None or peers.rank == 0
+
+
+def _agree(peers: Peers | None, value: bool) -> bool:
+    """What the first process says."""
+    return value if peers is None else bool(peers.first_says(value))
+
+
+def accumulate_within_memory(
+    model: nn.Module, examples: Examples, picked: Tensor, how: Fit, peers: Peers | None = None
+) -> tuple[Loss, int, Fit]:
+    """`accumulate`, and with what micro-batch it went: halved, from the start of the step, where memory ran out.
+
+    Raises TaskError where not even a micro-batch of 1 fits. A sharded model cannot repeat: the others wait in the
+    middle of the step.
+    """
+    device = next(model.parameters()).device
+    drawn = _generators(device)
+    while True:
+        try:
+            loss, count = accumulate(model, examples, picked, how, peers)
+            break
+        except torch.OutOfMemoryError as error:
+            if is_sharded(model):
+                raise
+            said = str(error).split("\n")[0]
+        # Only out here is nothing left that holds the step's activations: the error's traceback did.
+        model.zero_grad(set_to_none=True)
+        if how.micro_batch == 1:
+            raise TaskError(
+                f"a single sample does not fit: {said}",
+                hint="set checkpointing: true, a smaller max_seq_len, method: lora or qlora, or take a larger GPU",
+            )
+        how = replace(how, micro_batch=how.micro_batch // 2)
+        print(f"out of memory: the step is done again with micro_batch {how.micro_batch} ({said})")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        with _GENERATOR:
+            _set_generators(drawn, device)
+    if peers is not None:
+        loss = _summed(model, loss, peers)
+    return loss, count, how
+
+
+def _summed(model: nn.Module, loss: Loss, peers: Peers) -> Loss:
+    """The loss over all processes, and its gradients, which a sharded model has summed already."""
+    if not is_sharded(model):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        peers.add([p.grad for p in trained if p.grad is not None])
+    parts = torch.stack(loss).to(next(model.parameters()).device)
+    peers.add([parts])
+    return Loss(*parts.cpu())
+
+
+def accumulate(
+    model: nn.Module, examples: Examples, picked: Tensor, how: Fit, peers: Peers | None = None
+) -> tuple[Loss, int]:
     """Gradients of one optimizer step over the samples `picked`, its loss, and its supervised tokens.
 
-    Every micro-batch is divided by the tokens of the whole step, so the cut into micro-batches changes nothing.
+    Every micro-batch is divided by the tokens of the whole step, so the cut into micro-batches changes nothing. With
+    `peers`, loss and gradients are of this process's share, unless the model is sharded: then gradients are of all.
     """
-    lengths = examples.lengths[picked]
-    count = int((lengths - examples.prompts[picked]).sum())
-    if len(picked) > how.micro_batch:
-        picked = picked[lengths.argsort(stable=True)]  # alike lengths together: little padding
+    count = int((examples.lengths[picked] - examples.prompts[picked]).sum())
     sums = [torch.zeros(())] * 3
-    for part in picked.split(how.micro_batch):
-        loss = loss_of(model, examples.batch(part, soft=how.alpha > 0.0), how, count)
+    share = picked if peers is None else picked[peers.rank :: peers.size]
+    batches = micro_batches(model, examples, share, how)
+    if peers is not None and is_sharded(model):
+        return _accumulate_together(model, list(batches), how, count, peers), count
+    for batch in batches:
+        loss = loss_of(model, batch, how, count)
         loss.total.backward()
         sums = [a + b.detach().cpu() for a, b in zip(sums, loss, strict=True)]
     return Loss(*sums), count
+
+
+def _accumulate_together(model: nn.Module, batches: list[Batch], how: Fit, count: int, peers: Peers) -> Loss:
+    """Every process makes as many passes: whoever has fewer micro-batches repeats its last one, counting nothing."""
+    sums = [torch.zeros(())] * 3
+    for n in range(peers.most(len(batches))):
+        mine = n < len(batches)
+        loss = _loss(model, batches[min(n, len(batches) - 1)], how, count)
+        (loss.total * (peers.size if mine else 0)).backward()  # FSDP takes the mean over processes
+        sums = [a + b.detach().cpu() * mine for a, b in zip(sums, loss, strict=True)]
+    return Loss(*sums)
+
+
+def _loss(model: nn.Module, batch: Batch, how: Fit, count: int) -> Loss:
+    if not is_sharded(model):
+        return loss_of(model, batch, how, count)
+    found: Loss = model.loss_of(batch, how, count)  # type: ignore[operator]
+    return found
+
+
+def micro_batches(model: nn.Module, examples: Examples, picked: Tensor, how: Fit) -> Iterator[Batch]:
+    """The samples `picked`, cut into what `model` takes at once.
+
+    A model that packs takes rows of up to micro_batch * max_seq_len tokens, however many samples that are: the memory
+    that so many samples of the greatest length would need. Any other takes micro_batch padded ones.
+    """
+    soft = how.alpha > 0.0
+    lengths = examples.lengths[picked]
+    order = lengths.argsort(stable=True)  # alike lengths together: little padding, few runs
+    picked, lengths = picked[order], lengths[order]
+    if not models.packs(model):
+        for part in picked.split(how.micro_batch):
+            yield examples.batch(part, soft=soft)
+        return
+    room = how.micro_batch * (how.max_seq_len or int(examples.lengths.max()))
+    first, filled = 0, 0
+    for n, length in enumerate(lengths.tolist()):
+        if n > first and filled + length > room:
+            yield examples.batch(picked[first:n], soft=soft, packed=True)
+            first, filled = n, 0
+        filled += length
+    yield examples.batch(picked[first:], soft=soft, packed=True)
 
 
 def loss_of(model: nn.Module, batch: Batch, how: Fit, token_count: int) -> Loss:
@@ -360,7 +587,7 @@ def loss_of(model: nn.Module, batch: Batch, how: Fit, token_count: int) -> Loss:
     dtype = models.working_dtype(device, how.precision)
     low = dtype != torch.float32
     with torch.autocast(device.type, dtype=dtype) if low else nullcontext():
-        hidden = models.hidden_states(model, batch.ids.to(device))
+        hidden = models.hidden_states(model, batch.ids.to(device), runs=batch.runs)
     hidden = hidden.reshape(-1, hidden.shape[-1])[batch.places.to(device)]
     labels = batch.labels.to(device)
     if batch.soft:
@@ -374,10 +601,12 @@ def loss_of(model: nn.Module, batch: Batch, how: Fit, token_count: int) -> Loss:
     )  # fmt: skip
 
 
-def _metric(ctx: Context, arm: Arm, step: int, loss: Loss, rate: float, speed: float) -> None:
+def _metric(
+    ctx: Context, arm: Arm, step: int, loss: Loss, rate: float, speed: float, more: dict[str, float]
+) -> None:
     values = {
         "loss__total": float(loss.total), "loss__kl": float(loss.kl), "loss__ce": float(loss.ce),
-        "learning_rate": rate, "tokens_per_s": speed,
+        "learning_rate": rate, "tokens_per_s": speed, **more,
     }  # fmt: skip
     ctx.metric(step, **{arm.prefix + name: value for name, value in values.items()})
 
@@ -385,40 +614,92 @@ def _metric(ctx: Context, arm: Arm, step: int, loss: Loss, rate: float, speed: f
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def _write(
-    folder: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device,
-    state: dict[str, Any],
-) -> None:  # fmt: skip
-    """What a resumed run needs to go on to the bit: trained weights, moments, RNG, step. No pickle."""
-    save_file({name: p.detach().contiguous() for name, p in weights.items()}, folder / "weights.safetensors")
-    moments = optimizer.state_dict()["state"]
-    tensors = {f"{i}.{name}": value.contiguous() for i, part in moments.items() for name, value in part.items()}
-    tensors["rng"] = torch.get_rng_state()
-    if device.type == "cuda":
-        tensors["rng_cuda"] = torch.cuda.get_rng_state(device)
-    save_file(tensors, folder / "optimizer.safetensors")
+Saved = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def _saved(
+    weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device, peers: Peers | None
+) -> Saved:
+    """What a resumed run needs to go on to the bit: trained weights; moments and random generators."""
+    tensors = {f"{i}.{name}": value for i, part in _moments(optimizer).items() for name, value in part.items()}
+    return _values(weights, peers), {**_values(tensors, peers), **_generators(device)}
+
+
+def _write(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """A checkpoint, without pickle."""
+    save_file(weights, folder / "weights.safetensors")
+    save_file(moments, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
 
 
 def _restore(
-    folder: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
-) -> None:
-    saved = load_file(folder / "weights.safetensors")
-    if set(saved) != set(weights):
+    folder: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device,
+    peers: Peers | None,
+) -> None:  # fmt: skip
+    saved = load_file(folder / "weights.safetensors") if _leads(peers) else {}
+    if _leads(peers) and set(saved) != set(weights):
         raise TaskError("the checkpoint belongs to another model", hint="start a new run")
-    with torch.no_grad():
-        for name, p in weights.items():
-            p.copy_(saved[name])
-    tensors = load_file(folder / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng"))
-    if device.type == "cuda" and "rng_cuda" in tensors:
-        torch.cuda.set_rng_state(tensors.pop("rng_cuda"), device)
-    tensors.pop("rng_cuda", None)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    _take(weights, saved, peers)
+    tensors = load_file(folder / "optimizer.safetensors") if _leads(peers) else {}
+    drawn = {name: tensors.pop(name) for name in ("rng", "rng_cuda") if name in tensors}
+    if peers is None:
+        _set_generators(drawn, device)
+    moments: dict[int, dict[str, Any]] = {}
+    params = list(weights.values())
+    for name, tensor in tensors.items() if peers is None else peers.tensors_of_first(tensors):
         index, _, part = name.partition(".")
-        moments.setdefault(int(index), {})[part] = tensor
+        counted = tensor.ndim == 0 and not tensor.is_floating_point()  # bitsandbytes counts its steps in an int
+        of_values = tensor.shape == params[int(index)].shape
+        value = part_of(tensor, params[int(index)]) if of_values else tensor
+        moments.setdefault(int(index), {})[part] = tensor.item() if counted else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """What the optimizer remembers of each parameter, in the order it was given them."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for index, part in optimizer.state_dict()["state"].items():
+        flat: dict[str, Any] = {}
+        for name, value in part.items():  # bitsandbytes wraps what is quantized once more
+            flat.update(value if isinstance(value, dict) else {name: value})
+        found[index] = {name: torch.as_tensor(value).contiguous() for name, value in flat.items()}
+        for name in ("qmap1", "qmap2"):  # one table serves all parameters: safetensors stores nothing twice
+            if name in found[index]:
+                found[index][name] = found[index][name].clone()
+    return found
+
+
+def _values(tensors: Mapping[str, Tensor], peers: Peers | None = None) -> dict[str, Tensor]:
+    """Whole tensors. With `peers` every process has to ask, and the first one gets them, in the machine's memory."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor.detach())
+        if peers is None:
+            found[name] = value.contiguous()
+        elif peers.rank == 0:
+            found[name] = value.cpu().contiguous()
+    return found
+
+
+@torch.no_grad()
+def _take(weights: dict[str, nn.Parameter], values: dict[str, Tensor], peers: Peers | None) -> None:
+    """Puts the first process's `values` into the weights."""
+    for name, value in values.items() if peers is None else peers.tensors_of_first(values):
+        weights[name].copy_(part_of(value, weights[name]))
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """What the next random numbers follow from."""
+    states = {"rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng_cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["rng"])
+    if device.type == "cuda" and "rng_cuda" in states:
+        torch.cuda.set_rng_state(states["rng_cuda"], device)
 
 
 # --- the student -----------------------------------------------------------------------------------------------------
@@ -427,8 +708,10 @@ def _restore(
 class _Student:
     """Makes the student as it is before training, again and again, and saves it after."""
 
-    def __init__(self, ctx: Context, settings: TrainSettings, folder: Path, labels: Labels) -> None:
-        self._ctx, self._settings = ctx, settings
+    def __init__(
+        self, ctx: Context, settings: TrainSettings, folder: Path, labels: Labels, peers: Peers | None
+    ) -> None:
+        self._ctx, self._settings, self._peers = ctx, settings, peers
         self.tokenizer = models.load_tokenizer(ModelSource(path=str(folder / TOKENIZER_FOLDER)))
         self._teacher_hash = labels.header.ordinary_sha256
         self.label_temperature = labels.header.temperature
@@ -442,9 +725,11 @@ class _Student:
         else:
             dtype = models.working_dtype(self._device, settings.precision)
             # Full training keeps fp32 weights (bf16 ones swallow small updates) and computes under autocast.
+            adapters = settings.method != "full"
             loaded = models.load(
-                self._ctx, settings.student, dtype=dtype if settings.method == "lora" else torch.float32
-            )
+                self._ctx, settings.student, dtype=dtype if adapters else torch.float32,
+                four_bit=settings.method == "qlora",
+            )  # fmt: skip
             rows = loaded.model.get_output_embeddings().weight.shape[0]
             special = models.check_compatible(
                 self.tokenizer, loaded.tokenizer, teacher_hash=self._teacher_hash, head_rows=rows
@@ -453,27 +738,39 @@ class _Student:
             for config in (loaded.model.config, loaded.model.generation_config):
                 config.eos_token_id = self.tokenizer.eos_token_id
                 config.pad_token_id = self.tokenizer.pad_token_id
-            if settings.method == "lora":
+            if adapters:
                 model = models.with_lora(loaded.model, settings.lora, special_ids=special, seed=seed)
-        model.to(self._device)
+        if settings.method != "qlora":  # bitsandbytes put it there
+            model.to(self._device)
         if self._special_ids is None:
             models.check_plain_head(model)
             self._special_ids = []
         if settings.checkpointing:
             inner = models.causal(model)
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if settings.method == "lora":
+            if settings.method != "full":
                 inner.enable_input_require_grads()
+        if self._peers is not None and settings.method == "full":
+            models.use_packing(model)
+            shard(model, loss_of)
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        base = self._settings.student if self._settings.method == "lora" else None
-        models.save(folder, model, self.tokenizer, base=base)
+        base = self._settings.student if self._settings.method != "full" else None
+        values = None
+        if is_sharded(model):
+            held = model.state_dict(keep_vars=True)
+            once = {id(tensor): name for name, tensor in reversed(held.items())}  # a tied head is its embedding
+            values = _values({name: held[name] for name in once.values()}, self._peers)
+        if _leads(self._peers):
+            models.save(folder, model, self.tokenizer, base=base, values=values)
+        else:
+            folder.mkdir(parents=True)
 
     def save_before(self) -> None:
         """A student from scratch is stored as it begins; any other one can be had again from where it came."""
         if self._settings.student.architecture is not None:
-            models.save(self._ctx.out / BEFORE_FOLDER, self.make(self._settings.seed), self.tokenizer)
+            self.save(self.make(self._settings.seed), self._ctx.out / BEFORE_FOLDER)
 
     def before(self) -> dict[str, Any]:
         if self._settings.student.architecture is not None:
@@ -489,11 +786,11 @@ class _Work:
     """All runs of the stage in their fixed order, so that the count of steps before each is known."""
 
     def __init__(
-        self, ctx: Context, settings: TrainSettings, student: _Student, examples: Examples, steps: int,
-        kinds: list[str], point: ResumePoint | None,
+        self, ctx: Context, settings: TrainSettings, student: _Student, examples: Examples, held_out: Examples | None,
+        steps: int, kinds: list[str], point: ResumePoint | None, peers: Peers | None,
     ) -> None:  # fmt: skip
-        self._ctx, self._settings, self._student = ctx, settings, student
-        self._examples, self._kinds, self._point = examples, kinds, point
+        self._ctx, self._settings, self._student, self._peers = ctx, settings, student, peers
+        self._examples, self._held_out, self._kinds, self._point = examples, held_out, kinds, point
         searched = len(settings.learning_rates) > 1
         search_steps = (settings.search_steps or max(1, steps // 4)) if searched else 0
         trials = [(kind, lr) for kind in kinds for lr in settings.learning_rates] if searched else []
@@ -535,8 +832,12 @@ class _Work:
             else:
                 how = self._fit(kind, self._settings.seed, steps, lr)
                 model = self._make(self._settings.seed)
-                fit(self._shared.of(first), model, learn, how, self._arm(name, first), self._point, scores)
-                scores[name] = validation_loss(model, choose, how)
+                fit(
+                    self._shared.of(first), model, learn, how, self._arm(name, first), self._point, scores, None,
+                    self._peers,
+                )  # fmt: skip
+                score = validation_loss(model, choose, how)
+                scores[name] = score if self._peers is None else self._peers.first_says(score)
             return {"arm": kind, "lr": lr, "score": scores[name]}
 
         trials = self._all(one, self._search)
@@ -556,7 +857,9 @@ class _Work:
             shutil.rmtree(folder, ignore_errors=True)
             model = self._make(self._settings.seed + seed)
             how = self._fit(kind, self._settings.seed + seed, steps, lr)
-            done = fit(ctx, model, self._examples, how, self._arm(name, first), self._point)
+            done = fit(
+                ctx, model, self._examples, how, self._arm(name, first), self._point, None, self._held_out, self._peers
+            )
             self._student.save(model, folder)
             row = {
                 "name": name, "kind": kind, "seed": seed, "learning_rate": lr, "steps": steps, "path": path,
@@ -575,7 +878,7 @@ class _Work:
         Each arm alone decides its result: its weights and batch order follow from its seed, and it draws no dropout.
         """
         at_once = self._settings.arms_at_once
-        if at_once < 2 or self._settings.student.architecture is None:
+        if at_once < 2 or self._settings.student.architecture is None or self._peers is not None:
             return [one(*args) for args in planned]
 
         def work(*args: Any) -> dict[str, Any]:
@@ -603,10 +906,11 @@ class _Work:
         s = self._settings
         return Fit(
             steps=steps, batch_size=s.batch_size, micro_batch=s.micro_batch, learning_rate=lr,
-            alpha=s.alpha if kind == "soft" else 0.0, temperature=s.temperature,
+            alpha=s.alpha if kind == "soft" else 0.0, max_seq_len=s.max_seq_len, temperature=s.temperature,
             use_mass_at_t=s.temperature == self._student.label_temperature, warmup_share=s.warmup_share,
-            weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, precision=s.precision,
-            checkpoint_every_s=s.checkpoint_every_s, checkpoint_every_steps=s.checkpoint_every_steps, seed=seed,
+            weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, precision=s.precision, optimizer=s.optimizer,
+            checkpoint_every_s=s.checkpoint_every_s, checkpoint_every_steps=s.checkpoint_every_steps,
+            early_stop_patience=s.early_stop_patience, eval_every_steps=s.eval_every_steps, seed=seed,
         )  # fmt: skip
 
 
@@ -674,13 +978,15 @@ class _ArmContext:
 
 
 def _split(examples: Examples) -> tuple[Examples, Examples]:
-    """Samples to learn from and samples that choose the learning rate; all samples of a prompt on one side.
+    """Samples to learn from and samples that choose (learning rate, end); all samples of a prompt on one side.
 
     By key: keys are hashes, so the first ones in their order are a random choice, and the same one for every arm.
     """
     keys = sorted(set(examples.keys))
     if len(keys) < 2:
-        raise TaskError("one labelled prompt is too few to search a learning rate", hint="give one learning_rate")
+        raise TaskError(
+            "one labelled prompt is too few to hold some out", hint="give one learning_rate and no early_stop_patience"
+        )
     chosen = set(keys[: max(1, round(VALIDATION_SHARE * len(keys)))])
     sides = [[i for i, key in enumerate(examples.keys) if (key in chosen) is side] for side in (False, True)]
     return examples.take(sides[0]), examples.take(sides[1])
@@ -690,8 +996,8 @@ def _split(examples: Examples) -> tuple[Examples, Examples]:
 def validation_loss(model: nn.Module, examples: Examples, how: Fit) -> float:
     """The run's own loss a token on samples it did not learn from."""
     model.eval()
-    order = examples.lengths.argsort(stable=True)
+    everything = torch.arange(len(examples))
     return sum(
-        float(loss_of(model, examples.batch(part, soft=how.alpha > 0.0), how, examples.tokens).total)
-        for part in order.split(max(how.micro_batch, 1))
+        float(_loss(model, batch, how, examples.tokens).total)
+        for batch in micro_batches(model, examples, everything, how)
     )

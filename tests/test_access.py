@@ -449,7 +449,7 @@ def test_every_package_that_a_stage_imports_is_brought() -> None:
     assert {"torch", "boto3", "psutil"} <= needed
     implied = {"botocore": "boto3", "tokenizers": "transformers", "numpy": "torch", "huggingface_hub": "transformers"}
     optional = {"vllm"}  # used where a machine has it
-    assert {implied.get(name, name) for name in needed - optional} <= set(packages("train", s3=True))
+    assert {implied.get(name, name) for name in needed - optional} <= set(packages("train", s3=True, quantized=True))
 
 
 # -- nothing is started, or even written, without the rights

@@ -21,7 +21,7 @@ import orchestrator
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCKS = {"lock.txt": ("local", "s3", "dev"), "sky.txt": ("local", "s3", "dev", "sky")}
+LOCKS = {"lock.txt": ("local", "quantized", "s3", "dev"), "sky.txt": ("local", "quantized", "s3", "dev", "sky")}
 MACHINES = [
     {
         "sys_platform": system,

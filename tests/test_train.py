@@ -393,7 +393,7 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"method": "qlora"}, "method: qlora is unknown"),
+        ({"method": "adapters"}, "method: adapters is unknown"),
         ({"optimizer": "sgd"}, "optimizer: sgd is unknown"),
         ({"method": "lora"}, "random weights"),
         ({"alpha": 2.0}, "alpha must be"),
