@@ -160,6 +160,7 @@ def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterato
         checkpoint_every_s=stage.checkpoint_every or _checkpoint_s(machine),
         checkpoint_every_steps=stage.checkpoint_every_steps,
         optimizer=stage.optimizer,
+        compile=stage.compile,
         early_stop_patience=stage.early_stop_patience,
         eval_every_steps=stage.eval_every_steps,
         seed=stage.seed,

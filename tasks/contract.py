@@ -151,6 +151,7 @@ class TrainSettings:
     checkpoint_every_s: float = 300.0
     checkpoint_every_steps: int | None = None
     optimizer: str = "adamw"  # adamw | adamw_8bit
+    compile: bool = False  # decoder layers, on CUDA
     early_stop_patience: int | None = None  # evaluations without a new best one; None = no samples are held out
     eval_every_steps: int | None = None  # None = a twentieth of the steps
     seed: int = 0

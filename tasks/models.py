@@ -434,6 +434,11 @@ def compile_layers(model: nn.Module) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    layers = getattr(causal(model).base_model, "layers", None) or [model]
+    return "forward" in vars(layers[0])
+
+
 def head_weight(model: nn.Module) -> Tensor:
     """The head's weight [V, H], with trained rows of special tokens put in."""
     head = causal(model).get_output_embeddings()

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tasks import models
+from tasks import losses, models
 from tasks.contract import DataSource, ModelSource, TaskError, TrainSettings
 from tasks.labels import TOKENIZER_FOLDER, Labels, read_labels
 from tasks.losses import Loss, distillation_loss_parts
@@ -390,7 +390,7 @@ def fit(
 
         ctx.checkpoint(arm.first + step, write)
 
-    if not is_sharded(model):
+    if not is_sharded(model) and not models.is_compiled(model):  # every new mix of lengths would be compiled anew
         models.use_packing(model)
     model.train()
     began, before, saved_at = time.monotonic(), tokens, time.monotonic()
@@ -750,6 +750,8 @@ class _Student:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if settings.method != "full":
                 inner.enable_input_require_grads()
+        if settings.compile and self._device.type == "cuda" and losses.has_triton():
+            models.compile_layers(model)
         if self._peers is not None and settings.method == "full":
             models.use_packing(model)
             shard(model, loss_of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,3 +123,17 @@ def test_training_packs_and_leaves_no_trace_of_it_in_what_it_saves(tmp_path: Any
     assert [batch.runs for batch in seen] == [tuple((1, 3 + 2 * i) for i in range(8))]
     models.save(tmp_path / "model", net, models.tiny_tokenizer())
     assert models.PACKED_ATTENTION not in (tmp_path / "model" / "config.json").read_text()
+
+
+def test_compiled_layers_compute_the_same_and_are_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model()
+    ids = torch.arange(1, 13).reshape(2, 6)
+    plain = hidden_states(net, ids)
+    assert not models.is_compiled(net)
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled(function, backend="eager", **how))
+    models.compile_layers(net)
+    assert models.is_compiled(net)
+    torch.testing.assert_close(hidden_states(net, ids), plain)
+    fit(context(tmp_path, "t", "train", TRAIN), net, uneven(), replace(HOW, steps=1), Arm("soft-0", 0, 1), None)
+    assert not models.packs(net)
