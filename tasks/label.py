@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from tasks import hub, models, verify
 from tasks.contract import LabelSettings, ModelSource, TaskError
+from tasks.intervals import wilson
 from tasks.labels import TOKENIZER_FOLDER, Header, Sample, read_labels, shard_name, write_shard
 from tasks.stage import Context, Stopped
 
@@ -32,7 +34,7 @@ SAMPLES_SHOWN = 8
 @dataclass(frozen=True)
 class Completion:
     ids: list[int]  # end of sequence included
-    finish_reason: str  # stop | length
+    finish_reason: str  # stop | length, or what an API says
 
 
 class Generator(Protocol):
@@ -52,10 +54,11 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
     shards = [rows[at : at + settings.shard_size] for at in range(0, len(rows), settings.shard_size)]
 
     generated: list[list[dict[str, Any]]] = []
+    newest = ctx.latest_checkpoint()
     started, new_tokens = time.monotonic(), 0
     for index, shard in enumerate(shards):
-        found, fresh = _generated(ctx, settings, teacher, index, shard)
-        new_tokens += sum(len(row["completion_ids"]) for row in found) if fresh else 0
+        found, fresh = _generated(ctx, settings, teacher, index, shard, generated, newest[1] if newest else None)
+        new_tokens += fresh
         generated.append(found)
         _pause_when_cut(settings, generated)
         ctx.progress("generate", index + 1, len(shards), "shards")
@@ -81,6 +84,11 @@ def _check(settings: LabelSettings) -> None:
         raise TaskError(f"verify: {settings.verify} is unknown", hint=f"use one of {', '.join(verify.KINDS)}")
     if settings.engine not in ("auto", "vllm", "transformers"):
         raise TaskError(f"engine: {settings.engine} is unknown", hint="use auto, vllm or transformers")
+    if settings.samples_per_prompt > 1 and settings.temperature == 0.0:
+        raise TaskError(
+            f"{settings.samples_per_prompt} samples a prompt at temperature 0 are one answer paid several times",
+            hint="set a temperature above 0, or samples_per_prompt: 1",
+        )
     if settings.teacher.architecture is not None:
         raise TaskError("a teacher made from scratch knows nothing", hint="pretrain it in a stage and name the stage")
 
@@ -103,29 +111,50 @@ def _choose(rows: list[dict[str, Any]], settings: LabelSettings) -> list[dict[st
 
 
 def _generated(
-    ctx: Context, settings: LabelSettings, teacher: _Teacher, index: int, shard: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], bool]:
-    """The judged answers of one shard, and whether they were made just now."""
+    ctx: Context, settings: LabelSettings, teacher: _Teacher, index: int, shard: list[dict[str, Any]],
+    before: list[list[dict[str, Any]]], checkpoint: Path | None,
+) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
+    """The judged answers of one shard, and how many tokens of them were made just now.
+
+    A shard that is whole is kept; of one that is not, every batch is in a checkpoint as soon as it is there, and the
+    newest `checkpoint` of an earlier attempt tells where to go on.
+    """
     name = f"generated-{index:05d}.jsonl"
     if ctx.kept(name):
-        return [json.loads(line) for line in (ctx.out / name).read_text().splitlines()], False
+        return _rows(ctx.out / name), 0
     _stop_if_asked(ctx)
     prompts = [models.prompt_ids(teacher.tokenizer, row["input"]) for row in shard]
-    n = settings.samples_per_prompt
     order = sorted(range(len(shard)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
-    found: list[dict[str, Any]] = []
-    for at in range(0, len(order) * n, settings.batch_size):
-        batch = [(i, c) for i in order for c in range(n)][at : at + settings.batch_size]
+    asked = [(i, copy) for i in order for copy in range(settings.samples_per_prompt)]
+    found = _rows(checkpoint / name) if checkpoint is not None and (checkpoint / name).exists() else []
+    had = sum(map(len, before))
+    fresh = 0
+    for at in range(len(found), len(asked), settings.batch_size):
+        batch = asked[at : at + settings.batch_size]
         seed = settings.seed * 1_000_003 + index * 10_007 + at
         completions = teacher.generator().generate([prompts[i] for i, _ in batch], seed=seed)
+        fresh += sum(len(done.ids) for done in completions)
         for (i, copy), completion in zip(batch, completions, strict=True):
             found.append(_judged(settings, teacher, shard[i], copy, prompts[i], completion))
-        ctx.progress("generate", index + min(1.0, (at + len(batch)) / (len(order) * n)), None, "shards")
-        _stop_if_asked(ctx)
+        ctx.progress("generate", index + min(1.0, (at + len(batch)) / len(asked)), None, "shards")
+        if len(found) < len(asked):
+            ctx.checkpoint(had + len(found), lambda folder: _write_rows(folder / name, found))
+            _pause_when_surely_cut(settings, [*before, found])
+            _stop_if_asked(ctx)
     found = _keep(settings.keep, sorted(found, key=lambda row: (row["key"], row["copy"])))
-    (ctx.out / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+    _write_rows(ctx.out / name, found)
     ctx.keep(name)
-    return found, True
+    return found, fresh
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="\n") as lines:  # answers may hold what splitlines() takes for a line end
+        return [json.loads(line) for line in lines]
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _judged(
@@ -134,6 +163,8 @@ def _judged(
     text = teacher.tokenizer.decode(done.ids, skip_special_tokens=True)
     if done.finish_reason == "length":
         verdict = verify.Verdict(False, "cut")
+    elif done.finish_reason != "stop":
+        verdict = verify.Verdict(False, done.finish_reason)
     else:
         verdict = verify.check(settings.verify, text, row.get("answer"), thinking=teacher.opens_thinking)
     return {
@@ -144,7 +175,7 @@ def _judged(
 
 
 def _keep(rule: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `kept` set. Cut answers are never kept; `shortest` keeps one right answer a prompt."""
+    """The rows with `kept` set. Unfinished answers are never kept; `shortest` keeps one right answer a prompt."""
     shortest: dict[str, int] = {}
     for at, row in enumerate(rows):
         best = shortest.get(row["key"])
@@ -152,7 +183,7 @@ def _keep(rule: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             shortest[row["key"]] = at
     for at, row in enumerate(rows):
         if rule == "all":
-            row["kept"] = row["finish_reason"] != "length"
+            row["kept"] = row["finish_reason"] == "stop"
         elif rule == "shortest":
             row["kept"] = row["ok"] and shortest[row["key"]] == at
             if row["ok"] and not row["kept"]:
@@ -168,13 +199,25 @@ def _cut_share(generated: list[list[dict[str, Any]]]) -> tuple[float, int]:
 
 
 def _pause_when_cut(settings: LabelSettings, generated: list[list[dict[str, Any]]]) -> None:
+    """After a shard: by the share itself."""
     share, count = _cut_share(generated)
     if count >= CUT_CHECK_MIN and share > settings.max_cut_share:
-        raise TaskError(
-            f"{share:.0%} of {count} answers were cut off at {settings.max_new_tokens} tokens: "
-            "they cost money and cannot be kept",
-            hint="raise max_new_tokens, or take easier prompts, and start a new run",
-        )
+        raise _too_many_cut(settings, share, count)
+
+
+def _pause_when_surely_cut(settings: LabelSettings, generated: list[list[dict[str, Any]]]) -> None:
+    """Within a shard: only once chance is no excuse, that is with the low end of the share's 95 % interval."""
+    share, count = _cut_share(generated)
+    if count >= CUT_CHECK_MIN and wilson(share, count)[0] > settings.max_cut_share:
+        raise _too_many_cut(settings, share, count)
+
+
+def _too_many_cut(settings: LabelSettings, share: float, count: int) -> TaskError:
+    return TaskError(
+        f"{share:.0%} of {count} answers were cut off at {settings.max_new_tokens} tokens: "
+        "they cost money and cannot be kept",
+        hint="raise max_new_tokens, or take easier prompts, and start a new run",
+    )
 
 
 class _Teacher:

@@ -248,13 +248,67 @@ def test_a_resumed_stage_repeats_no_kept_shard_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         run_stage(pretrained, "broken", "label", LABEL)
     result = run_stage(pretrained, "broken", "label", LABEL, attempt=2)
-    assert generated == [8, 8, 8, 4]  # the second shard was repeated, the first was not
+    assert generated == [8, 8, 8, 4]  # the second batch was repeated, the first was not
     assert whole is not None and result is not None
     for name in ("prompts", "generated", "kept", "dropped", "tokens", "mass_inside_mean", "samples"):
         assert result[name] == whole[name]
     one, two = (read_labels(pretrained / stage / "done") for stage in ("whole", "broken"))
     assert one.keys == two.keys and torch.equal(one.completion_ids, two.completion_ids)
     assert torch.equal(one.topk_logprobs, two.topk_logprobs)
+
+
+def test_a_killed_stage_loses_one_batch_at_most_and_ends_the_same(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the fifth of six batches, which is the second of the second shard."""
+    whole_settings = replace(LABEL, samples=24, batch_size=4)
+    whole = run_stage(pretrained, "batches", "label", whole_settings)
+    calls: list[int] = []
+    real = TransformersGenerator.generate
+
+    def counting(self: Any, prompts: list[list[int]], *, seed: int) -> list[Completion]:
+        calls.append(seed)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, prompts, seed=seed)
+
+    monkeypatch.setattr(TransformersGenerator, "generate", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(pretrained, "batches-broken", "label", whole_settings)
+    result = run_stage(pretrained, "batches-broken", "label", whole_settings, attempt=2)
+    assert len(calls) == 6 + 1 and calls[3] == calls[4]  # the batch that was cut short, and no other, was asked twice
+    assert whole is not None and result is not None
+    one, two = (read_labels(pretrained / stage / "done") for stage in ("batches", "batches-broken"))
+    assert one.keys == two.keys and torch.equal(one.completion_ids, two.completion_ids)
+
+
+def test_a_shard_with_many_cut_answers_pauses_before_it_is_whole_once_chance_is_no_excuse(
+    pretrained: Path, scripted: Any
+) -> None:
+    made = scripted("w...", "w\n</think>SUM")
+    long = replace(LABEL, samples=400, shard_size=400, batch_size=8, max_cut_share=0.3)
+    with pytest.raises(TaskError, match="50% of 32 answers were cut off"):
+        run_stage(pretrained, "cut-early", "label", long)
+    assert made.calls == 32
+    made = scripted("w...", "w\n</think>SUM", "w\n</think>SUM")  # a third: over the limit, but 32 do not prove it
+    with pytest.raises(TaskError, match="34% of 400 answers were cut off"):
+        run_stage(pretrained, "cut-late", "label", long)
+
+
+def test_answers_with_line_separators_inside_survive_a_resume(pretrained: Path, scripted: Any) -> None:
+    scripted("one\u2028two\x85three\r\n</think>SUM")
+    done = [run_stage(pretrained, "lines", "label", LABEL, attempt=attempt) for attempt in (1, 2)]
+    assert done[0] is not None and done[1] is not None and done[0]["samples"] == done[1]["samples"]
+
+
+def test_unfinished_answers_of_any_kind_are_never_labels(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Filtered:
+        def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]:
+            return [Completion([5, 6], ("stop", "content_filter")[i % 2]) for i in range(len(prompts))]
+
+    monkeypatch.setattr(label._Teacher, "generator", lambda self: Filtered())
+    result = run_stage(pretrained, "filtered", "label", LABEL)
+    assert result is not None and (result["kept"], result["dropped"]) == (10, {"content_filter": 10})
 
 
 def test_hard_labels_only_store_no_soft_ones(pretrained: Path) -> None:
@@ -270,6 +324,7 @@ def test_hard_labels_only_store_no_soft_ones(pretrained: Path) -> None:
         ({"verify": "maths"}, "verify: maths is unknown"),
         ({"engine": "tgi"}, "engine: tgi is unknown"),
         ({"engine": "vllm"}, "vLLM is not installed"),
+        ({"samples_per_prompt": 2, "temperature": 0.0}, "one answer paid several times"),
         ({"teacher": ModelSource(architecture=TINY)}, "knows nothing"),
     ],
 )
