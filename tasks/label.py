@@ -12,15 +12,15 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tasks import hub, models, verify
-from tasks.contract import LabelSettings, ModelSource, TaskError
+from tasks import api_teacher, hub, models, verify
+from tasks.contract import ApiTeacher, LabelSettings, ModelSource, TaskError
 from tasks.intervals import wilson
 from tasks.labels import TOKENIZER_FOLDER, Header, Sample, read_labels, shard_name, write_shard
 from tasks.stage import Context, Stopped
@@ -29,18 +29,33 @@ CUT_CHECK_MIN = 32  # answers before the share of cut ones is judged
 SCORE_TOKENS = 16384  # tokens of a scoring batch
 SCORE_ELEMENTS = 1 << 25  # logits held at once
 SAMPLES_SHOWN = 8
+SPENT_FILE = "api-spent.json"
+LEAST_TAIL = 1e-7  # an API's log-probabilities are rounded: what is left of 1 is no smaller than that
 
 
 @dataclass(frozen=True)
 class Completion:
     ids: list[int]  # end of sequence included
     finish_reason: str  # stop | length, or what an API says
+    top: list[list[tuple[int, float]]] | None = None  # of an API: a token's candidates (id, log-probability), or none
 
 
 class Generator(Protocol):
     """Something that continues prompts. Deterministic for equal prompts and seed where the engine can."""
 
     def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]: ...
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    ids: list[int]  # the generation prompt
+
+
+class Answerer(Protocol):
+    """Something that answers questions: (place in `questions`, completion), in the order they come."""
+
+    def answers(self, questions: Sequence[Question], *, seed: int) -> Iterator[tuple[int, Completion]]: ...
 
 
 def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
@@ -51,13 +66,16 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
     rows = _choose(ctx.data(settings.prompts), settings)
     device = models.pick_device()
     teacher = _Teacher(ctx, settings, device)
+    api = None if settings.api is None else ApiGenerator(ctx, settings, settings.api, teacher.tokenizer)
     shards = [rows[at : at + settings.shard_size] for at in range(0, len(rows), settings.shard_size)]
 
     generated: list[list[dict[str, Any]]] = []
     newest = ctx.latest_checkpoint()
     started, new_tokens = time.monotonic(), 0
     for index, shard in enumerate(shards):
-        found, fresh = _generated(ctx, settings, teacher, index, shard, generated, newest[1] if newest else None)
+        found, fresh = _generated(
+            ctx, settings, api or teacher, teacher, index, shard, generated, newest[1] if newest else None
+        )
         new_tokens += fresh
         generated.append(found)
         _pause_when_cut(settings, generated)
@@ -65,16 +83,19 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
     generation_s = time.monotonic() - started
     teacher.end_generation()
 
-    header = teacher.header()
+    top_k = max((len(row) for shard in generated for one in shard for row in one.get("top") or ()), default=0)
+    header = teacher.header() if settings.api is None else teacher.api_header(top_k)
     teacher.tokenizer.save_pretrained(ctx.out / TOKENIZER_FOLDER)
     for index, found in enumerate(generated):
         _stop_if_asked(ctx)
         if not ctx.kept(shard_name(index)):
             kept = [row for row in found if row["kept"]]
-            write_shard(ctx.out / shard_name(index), header, list(_score(teacher, kept, settings)))
+            write_shard(ctx.out / shard_name(index), header, list(_score(teacher, kept, settings, header)))
             ctx.keep(shard_name(index))
         ctx.progress("score", index + 1, len(generated), "shards")
-    return _result(ctx, settings, generated, len(rows), new_tokens / max(generation_s, 1e-9) if new_tokens else None)
+    speed = new_tokens / max(generation_s, 1e-9) if new_tokens else None
+    result = _result(ctx, settings, generated, len(rows), speed)
+    return result if api is None else {**result, "api": _bill(generated, api)}
 
 
 def _check(settings: LabelSettings) -> None:
@@ -111,8 +132,8 @@ def _choose(rows: list[dict[str, Any]], settings: LabelSettings) -> list[dict[st
 
 
 def _generated(
-    ctx: Context, settings: LabelSettings, teacher: _Teacher, index: int, shard: list[dict[str, Any]],
-    before: list[list[dict[str, Any]]], checkpoint: Path | None,
+    ctx: Context, settings: LabelSettings, answerer: Answerer, teacher: _Teacher, index: int,
+    shard: list[dict[str, Any]], before: list[list[dict[str, Any]]], checkpoint: Path | None,
 ) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
     """The judged answers of one shard, and how many tokens of them were made just now.
 
@@ -127,20 +148,30 @@ def _generated(
     order = sorted(range(len(shard)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
     asked = [(i, copy) for i in order for copy in range(settings.samples_per_prompt)]
     found = _rows(checkpoint / name) if checkpoint is not None and (checkpoint / name).exists() else []
-    had = sum(map(len, before))
-    fresh = 0
-    for at in range(len(found), len(asked), settings.batch_size):
-        batch = asked[at : at + settings.batch_size]
-        seed = settings.seed * 1_000_003 + index * 10_007 + at
-        completions = teacher.generator().generate([prompts[i] for i, _ in batch], seed=seed)
-        fresh += sum(len(done.ids) for done in completions)
-        for (i, copy), completion in zip(batch, completions, strict=True):
-            found.append(_judged(settings, teacher, shard[i], copy, prompts[i], completion))
-        ctx.progress("generate", index + min(1.0, (at + len(batch)) / len(asked)), None, "shards")
-        if len(found) < len(asked):
+    had, saved, fresh = sum(map(len, before)), len(found), 0
+    there = {(row["key"], row["copy"]) for row in found}
+    open_ = [(i, copy) for i, copy in asked if (shard[i]["key"], copy) not in there]
+
+    def save() -> None:
+        if saved < len(found) < len(asked):
             ctx.checkpoint(had + len(found), lambda folder: _write_rows(folder / name, found))
-            _pause_when_surely_cut(settings, [*before, found])
-            _stop_if_asked(ctx)
+
+    seed = settings.seed * 1_000_003 + index * 10_007 + len(found)
+    questions = [Question(shard[i]["input"], prompts[i]) for i, _ in open_]
+    try:
+        for place, completion in answerer.answers(questions, seed=seed):
+            i, copy = open_[place]
+            found.append(_judged(settings, teacher, shard[i], copy, prompts[i], completion))
+            fresh += len(completion.ids)
+            ctx.progress("generate", index + len(found) / len(asked), None, "shards")
+            if len(found) - saved >= settings.batch_size:
+                save()
+                saved = len(found)
+                _pause_when_surely_cut(settings, [*before, found])
+                _stop_if_asked(ctx)
+    except (Stopped, TaskError):  # what came before it was paid for
+        save()
+        raise
     found = _keep(settings.keep, sorted(found, key=lambda row: (row["key"], row["copy"])))
     _write_rows(ctx.out / name, found)
     ctx.keep(name)
@@ -167,11 +198,12 @@ def _judged(
         verdict = verify.Verdict(False, done.finish_reason)
     else:
         verdict = verify.check(settings.verify, text, row.get("answer"), thinking=teacher.opens_thinking)
-    return {
+    judged = {
         "key": row["key"], "copy": copy, "input": row["input"], "answer": row.get("answer"), "text": text,
         "finish_reason": done.finish_reason, "ok": verdict.ok, "reason": verdict.reason,
         "prompt_ids": prompt, "completion_ids": done.ids,
     }  # fmt: skip
+    return judged if done.top is None else {**judged, "top": done.top}
 
 
 def _keep(rule: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -259,6 +291,12 @@ class _Teacher:
                 )  # fmt: skip
         return self._generator
 
+    def answers(self, questions: Sequence[Question], *, seed: int) -> Iterator[tuple[int, Completion]]:
+        """In batches, each with a seed of its own that follows from its place."""
+        for at in range(0, len(questions), self._settings.batch_size):
+            batch = questions[at : at + self._settings.batch_size]
+            yield from enumerate(self.generator().generate([one.ids for one in batch], seed=seed + at), at)
+
     def end_generation(self) -> None:
         """Frees an engine that holds its own copy of the weights."""
         self._generator = None
@@ -273,6 +311,11 @@ class _Teacher:
             special_sha256=hashes.special, top_k=min(self._settings.top_k, len(self.tokenizer)),
             temperature=self._settings.label_temperature,
         )  # fmt: skip
+
+    def api_header(self, top_k: int) -> Header:
+        """Of what an API answered: its log-probabilities are at T = 1."""
+        assert self._settings.api is not None
+        return replace(self.header(), teacher=f"api:{self._settings.api.model}", top_k=top_k, temperature=1.0)
 
 
 def _wants_vllm(settings: LabelSettings, device: torch.device) -> bool:
@@ -352,12 +395,91 @@ class VllmGenerator:
         return done
 
 
+class ApiGenerator:
+    """A teacher behind an API: text becomes ids of the tokenizer named beside it, once.
+
+    Soft labels only where every token of an answer, and every candidate, has the bytes of just one id of it.
+    """
+
+    def __init__(self, ctx: Context, settings: LabelSettings, api: ApiTeacher, tokenizer: Any) -> None:
+        self._ctx, self._tokenizer = ctx, tokenizer
+        self._thinks = models.opens_thinking(tokenizer)
+        self._ids = models.byte_vocabulary(tokenizer) if settings.top_k else {}
+        before = api_teacher.Spent()
+        if ctx.kept(SPENT_FILE):
+            before = api_teacher.Spent(**json.loads((ctx.out / SPENT_FILE).read_text()))
+        step = settings.batch_size * api.cost_micros(0, settings.max_new_tokens)
+        self.purse = api_teacher.Purse(api.max_cost_micros, before, self._save, step_micros=step)
+        self._client = api_teacher.Client(
+            api, self.purse, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+            top_p=settings.top_p, top=settings.top_k,
+        )  # fmt: skip
+
+    def _save(self, spent: api_teacher.Spent) -> None:
+        (self._ctx.out / SPENT_FILE).write_text(json.dumps(asdict(spent)))
+        self._ctx.keep(SPENT_FILE)
+
+    def answers(self, questions: Sequence[Question], *, seed: int) -> Iterator[tuple[int, Completion]]:
+        """No seed is sent: few APIs know one."""
+        try:
+            for place, answer in self._client.answers([one.text for one in questions], lambda: self._ctx.stopping):
+                yield place, self._completion(answer)
+        finally:
+            self.purse.close()
+
+    def _completion(self, answer: api_teacher.Answer) -> Completion:
+        before = self._thinking(answer)
+        ids = self._encode(before)
+        top: list[list[tuple[int, float]]] = [[] for _ in ids]
+        said = self._spelled(answer.tokens)
+        if said is None:
+            ids, top = self._encode(before + answer.content), []
+        else:
+            ids += [i for i, _ in said]
+            top += [candidates for _, candidates in said]
+        if answer.finish_reason == "stop" and (not ids or ids[-1] != self._tokenizer.eos_token_id):
+            ids.append(self._tokenizer.eos_token_id)
+            top += [[]] if top else []
+        return Completion(ids, answer.finish_reason, top)
+
+    def _thinking(self, answer: api_teacher.Answer) -> str:
+        """What stands before the content so that the whole reads as this tokenizer's template has it."""
+        if answer.reasoning is not None:
+            return ("" if self._thinks else "<think>\n") + f"{answer.reasoning}\n</think>\n\n"
+        return "\n</think>\n\n" if self._thinks and "</think>" not in answer.content else ""
+
+    def _encode(self, text: str) -> list[int]:
+        """Special tokens that the text spells out stay text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _spelled(
+        self, tokens: tuple[api_teacher.Token, ...] | None
+    ) -> list[tuple[int, list[tuple[int, float]]]] | None:
+        """(id, candidates) of every token; None unless all of them map one to one."""
+        if tokens is None or not self._ids:
+            return None
+        rows = []
+        for token in tokens:
+            candidates = [(self._ids.get(text), value) for text, value in token.top]
+            own = self._ids.get(token.text)
+            known = [(i, value) for i, value in candidates if i is not None]
+            if own is None or len({i for i, _ in known}) < len(candidates):
+                return None
+            rows.append((own, known))
+        return rows
+
+
 # --- pass two: score -------------------------------------------------------------------------------------------------
 
 
-def _score(teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSettings) -> Iterator[Sample]:
+def _score(
+    teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSettings, header: Header
+) -> Iterator[Sample]:
     """Soft labels of the kept completions, in the order of `rows`."""
-    k = min(settings.top_k, len(teacher.tokenizer))
+    k = header.top_k
+    if settings.api is not None:
+        yield from (_told(row, k) for row in rows)
+        return
     scored: dict[int, Sample] = {}
     if k == 0:
         empty = torch.zeros(0)
@@ -372,6 +494,18 @@ def _score(teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSetting
             scored[i] = _sample(rows[i], *parts)
     for i in range(len(rows)):
         yield scored[i]
+
+
+def _told(row: dict[str, Any], k: int) -> Sample:
+    """Soft labels as an API gave them. A place without any says nothing: no ids, and all mass in the tail."""
+    c = len(row["completion_ids"])
+    ids, logprobs = torch.full((c, k), -1, dtype=torch.int32), torch.full((c, k), float("-inf"), dtype=torch.float64)
+    for at, candidates in enumerate(row.get("top") or ()):
+        for place, (i, value) in enumerate(candidates):
+            ids[at, place], logprobs[at, place] = i, value
+    mass = logprobs.exp().sum(1) if k else torch.zeros(c, dtype=torch.float64)
+    tail = torch.where(mass > 0, (1.0 - mass).clamp(min=LEAST_TAIL), 1.0).log()
+    return _sample(row, ids, logprobs.float(), tail.float(), mass.clamp(max=1.0).log().float())
 
 
 def _sample(row: dict[str, Any], ids: Tensor, logprobs: Tensor, tail: Tensor, mass: Tensor) -> Sample:
@@ -445,7 +579,10 @@ def _result(
             hint="look at generated-*.jsonl in the bucket; a better teacher or keep: all may help",
         )
     labels = read_labels(ctx.out)
-    inside = (1.0 - labels.log_tail_mass.exp()).mean().item() if labels.header.top_k else None
+    inside = None
+    if labels.header.top_k:
+        soft = (labels.topk_ids >= 0).any(1)
+        inside = (1.0 - labels.log_tail_mass[soft].exp()).mean().item()
     dropped = [row for row in rows if not row["kept"]]
     result = {
         "prompts": prompts,
@@ -463,6 +600,17 @@ def _result(
     }
     note = verify.note(settings.verify)
     return result if note is None else {**result, "note": note}
+
+
+def _bill(generated: list[list[dict[str, Any]]], api: ApiGenerator) -> dict[str, Any]:
+    """What the API has cost, by its own counts; and how many of the kept answers have soft labels."""
+    kept = [row for shard in generated for row in shard if row["kept"]]
+    spent = api.purse.spent
+    return {
+        "calls": spent.calls, "input_tokens": spent.input_tokens, "output_tokens": spent.output_tokens,
+        "cost_micros": spent.micros, "limit_micros": api.purse.limit_micros,
+        "soft": sum(bool(row.get("top")) for row in kept),
+    }  # fmt: skip
 
 
 def _dropped_words(rows: list[dict[str, Any]]) -> str:
