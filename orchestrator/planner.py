@@ -19,7 +19,7 @@ from orchestrator.errors import NothingFits, UsageError
 from orchestrator.offers import known_price
 from orchestrator.plan import Micros, Overhead, Plan, Range, Rejected, StagePlan, digest_of
 from orchestrator.provision import Need, Offer
-from orchestrator.recipe import LabelStage, Recipe, Stage, TrainStage
+from orchestrator.recipe import EvaluateStage, LabelStage, Recipe, Stage, TrainStage
 from orchestrator.sizing import Machine, Measured, choices, left_open, measure
 from orchestrator.workload import LONGEST_PROMPT_TOKENS, World
 from tasks.contract import Settings
@@ -298,6 +298,11 @@ def _stage_notes(stage: Stage, world: World) -> Iterator[str]:
             )
         if stage.verify is None and world.recipe.data.verify == "none" and stage.keep == "correct":
             yield "answers are not checked: give data.verify to keep right ones only"
+    if isinstance(stage, EvaluateStage) and stage.lm_eval:
+        yield (
+            f"lm_eval ({', '.join(stage.lm_eval)}) is not in these hours, and needs lm-evaluation-harness on the "
+            "machine: rented ones have none"
+        )
     if isinstance(stage, TrainStage):
         if stage.loss.temperature > 5:
             yield f"temperature {stage.loss.temperature:g} is nearly flat: 1 to 4 teaches more"

@@ -252,6 +252,10 @@ class EvaluateStage(_Working):
     max_new_tokens: Count | None = None
     batch_size: Count | None = None
     limit: Count | None = Field(None, description="at most so many prompts")
+    seeds: Count = Field(1, description="answers to each prompt: 1 is greedy, more are sampled")
+    temperature: Positive = Field(0.6, description="of sampled answers")
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
+    lm_eval: tuple[Name, ...] = Field((), description="tasks of lm-evaluation-harness, where that is installed")
 
 
 class ExportStage(_Working):

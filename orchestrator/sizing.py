@@ -42,6 +42,7 @@ from tasks.contract import (
 )
 
 ARMS = 3  # of a comparison: soft labels, hard labels, hard labels with twice the steps
+KL_TOKENS = 20_000  # of prompts and answers at most (tasks/evaluate.py: KL_TOKENS)
 ARMS_STEPS = 4  # their optimizer steps together, in those of one
 
 
@@ -188,6 +189,10 @@ def _evaluate_settings(stage: EvaluateStage, world: World, batch_size: int) -> E
         batch_size=batch_size,
         limit=stage.limit,
         threads=stage.threads,
+        seeds=stage.seeds,
+        temperature=stage.temperature,
+        top_p=stage.top_p,
+        lm_eval=stage.lm_eval,
     )
 
 
@@ -399,7 +404,11 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
             longest=lengths.limit,
             batch_size=settings.batch_size,
             engine=False,
-        ).times(times)
+        ).times(times * settings.seeds)
+        if stage.teacher:  # how far from the teacher: each model reads the teacher's answers once
+            tokens = min(rows * (lengths.prompt + lengths.answer), KL_TOKENS)
+            mean_len = lengths.prompt + lengths.answer
+            seconds += duration.scoring_s(speed, shape, tokens=tokens, mean_len=mean_len).times(times)
     return Measured(
         need, seconds, {"prompts": rows, "models": students + len(shapes) - 1, "expected_answer_tokens": lengths.answer}
     )

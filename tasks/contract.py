@@ -205,6 +205,10 @@ class EvaluateSettings:
     batch_size: int = 64
     limit: int | None = None
     threads: int | None = None
+    seeds: int = 1  # answers to a problem; 1 = greedy, more are sampled
+    temperature: float = 0.6  # of sampled answers
+    top_p: float = 0.95
+    lm_eval: tuple[str, ...] = ()  # tasks of lm-evaluation-harness, where it is installed
 
 
 @dataclass(frozen=True)

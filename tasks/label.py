@@ -487,7 +487,7 @@ def _score(
             c = len(row["completion_ids"])
             yield _sample(row, torch.zeros(c, 0), torch.zeros(c, 0), empty.new_zeros(c), empty.new_zeros(c))
         return
-    for batch in _batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows], SCORE_TOKENS):
+    for batch in batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows], SCORE_TOKENS):
         pairs = [(rows[i]["prompt_ids"], rows[i]["completion_ids"]) for i in batch]
         for i, parts in zip(batch, score(teacher.model, pairs, k, settings.label_temperature,
                                          real_vocabulary=len(teacher.tokenizer)), strict=True):  # fmt: skip
@@ -514,7 +514,7 @@ def _sample(row: dict[str, Any], ids: Tensor, logprobs: Tensor, tail: Tensor, ma
     )
 
 
-def _batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of alike lengths, each with at most `most_tokens` padded tokens (or one sample)."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):

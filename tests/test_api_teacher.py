@@ -159,7 +159,8 @@ def test_an_attempt_that_fails_is_tried_again_and_counts_as_paid_unless_it_was_r
 ) -> None:
     server.reply = lambda body, call: bad if call < 2 else chat("four")
     made, purse = client(server, timeout_s=0.4)
-    assert answers(made, "2+2") == ["four"]
+    started = time.monotonic()
+    assert answers(made, "2+2") == ["four"] and time.monotonic() - started < 10
     worst = (3 + 256) * 1 + 100 * 2
     assert (purse.spent.micros, purse.spent.calls) == (20 + 2 * worst * billed, 3)
 
@@ -317,7 +318,7 @@ def settings(server: Server, **changes: Any) -> LabelSettings:
     api_changes = changes.pop("api", {})
     made = LabelSettings(
         teacher=ModelSource(stage="pretrain"), prompts=DataSource("builtin:addition/train"), verify="exact",
-        samples=12, max_new_tokens=100, top_k=3, batch_size=4, shard_size=8, max_cut_share=1.0,
+        samples=12, max_new_tokens=100, top_k=3, label_temperature=2.0, batch_size=4, shard_size=8, max_cut_share=1.0,
         api=api(server, **{"max_parallel": 2, **api_changes}),
     )  # fmt: skip
     return replace(made, **changes)

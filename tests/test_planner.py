@@ -250,6 +250,21 @@ def test_control_arms_and_the_search_are_priced() -> None:
     assert alone.stages[2].settings.compare_hard is False  # type: ignore[union-attr]
 
 
+def test_answers_of_several_seeds_and_the_distance_from_the_teacher_are_priced() -> None:
+    line = next(line for line in SMALL.splitlines() if "kind: evaluate" in line)
+
+    def hours(changed: str) -> float:
+        return plan(SMALL.replace(line, changed)).stages[3].hours.expected
+
+    three = line.replace("kind: evaluate", "kind: evaluate, seeds: 3, temperature: 1.0, lm_eval: [gsm8k]")
+    made = plan(SMALL.replace(line, three)).stages[3]
+    settings = made.settings
+    assert isinstance(settings, EvaluateSettings)
+    assert (settings.seeds, settings.temperature, settings.top_p, settings.lm_eval) == (3, 1.0, 0.95, ("gsm8k",))
+    assert made.hours.expected > 1.5 * hours(line)
+    assert any("gsm8k" in note and "not in these hours" in note for note in made.notes)
+
+
 def test_only_the_last_student_is_compared() -> None:
     text = SMALL + (
         "  - {name: again, kind: label, teacher: train, samples: 100}\n"
