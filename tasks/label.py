@@ -83,8 +83,7 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
     generation_s = time.monotonic() - started
     teacher.end_generation()
 
-    top_k = max((len(row) for shard in generated for one in shard for row in one.get("top") or ()), default=0)
-    header = teacher.header() if settings.api is None else teacher.api_header(top_k)
+    header = teacher.header() if settings.api is None else teacher.api_header(generated)
     teacher.tokenizer.save_pretrained(ctx.out / TOKENIZER_FOLDER)
     for index, found in enumerate(generated):
         _stop_if_asked(ctx)
@@ -95,7 +94,13 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
         ctx.progress("score", index + 1, len(generated), "shards")
     speed = new_tokens / max(generation_s, 1e-9) if new_tokens else None
     result = _result(ctx, settings, generated, len(rows), speed)
-    return result if api is None else {**result, "api": _bill(generated, api)}
+    if api is not None:
+        result["api"] = _bill(generated, api)
+        if settings.top_k and not result["api"]["soft"]:
+            result["note"] = (
+                "the API told no log-probabilities, or of tokens that are not this tokenizer's: the labels are hard"
+            )
+    return result
 
 
 def _check(settings: LabelSettings) -> None:
@@ -312,9 +317,12 @@ class _Teacher:
             temperature=self._settings.label_temperature,
         )  # fmt: skip
 
-    def api_header(self, top_k: int) -> Header:
-        """Of what an API answered: its log-probabilities are at T = 1."""
+    def api_header(self, generated: list[list[dict[str, Any]]]) -> Header:
+        """Of what an API answered: its log-probabilities are at T = 1, and as many as it told. Where soft labels were
+        wanted and it told none there is place for one, so that training for soft labels goes on without."""
         assert self._settings.api is not None
+        told = max((len(row) for shard in generated for one in shard for row in one.get("top") or ()), default=0)
+        top_k = max(told, min(1, self._settings.top_k))
         return replace(self.header(), teacher=f"api:{self._settings.api.model}", top_k=top_k, temperature=1.0)
 
 
@@ -582,7 +590,7 @@ def _result(
     inside = None
     if labels.header.top_k:
         soft = (labels.topk_ids >= 0).any(1)
-        inside = (1.0 - labels.log_tail_mass[soft].exp()).mean().item()
+        inside = (1.0 - labels.log_tail_mass[soft].exp()).mean().item() if soft.any() else None
     dropped = [row for row in rows if not row["kept"]]
     result = {
         "prompts": prompts,
