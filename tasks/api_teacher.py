@@ -146,32 +146,31 @@ class Client:
     def answers(self, prompts: Sequence[str], stopping: Callable[[], bool]) -> Iterator[tuple[int, Answer]]:
         """(place in `prompts`, answer) as they come. On trouble what is on its way is still waited for, then raised.
 
+        No more than max_parallel are asked ahead of what was taken: so many are lost when the process is killed.
         Raises Stopped, and TaskError when an answer cannot be had.
         """
         trouble: BaseException | None = None
         until, closing = math.inf, threading.Event()
         pool = ThreadPoolExecutor(self._api.max_parallel)
-        places: dict[Future[Answer], int] = {
-            pool.submit(self._answer, text, closing): at for at, text in enumerate(prompts)
-        }
-        open_ = set(places)
+        ahead = iter(enumerate(prompts))
+        places: dict[Future[Answer], int] = {}
         try:
-            while open_ and time.monotonic() < until:
-                done, open_ = wait(open_, timeout=0.2, return_when=FIRST_COMPLETED)
+            while time.monotonic() < until:
+                while trouble is None and len(places) < self._api.max_parallel and (following := next(ahead, None)):
+                    places[pool.submit(self._answer, following[1], closing)] = following[0]
+                if not places:
+                    break
+                done, _ = wait(places, timeout=0.2, return_when=FIRST_COMPLETED)
                 for future in done:
-                    if future.cancelled() or isinstance(future.exception(), Stopped):
-                        continue
-                    error = future.exception()
+                    place, error = places.pop(future), future.exception()
                     if error is None:
-                        yield places[future], future.result()
-                    else:
+                        yield place, future.result()
+                    elif not isinstance(error, Stopped):
                         trouble = trouble or error
-                if trouble is None and stopping():
-                    trouble, until = Stopped(), time.monotonic() + GRACE_S
+                if stopping():
+                    trouble, until = trouble or Stopped(), min(until, time.monotonic() + GRACE_S)
                 if trouble is not None:
                     closing.set()
-                    for future in open_:
-                        future.cancel()
         finally:
             closing.set()
             pool.shutdown(wait=False, cancel_futures=True)

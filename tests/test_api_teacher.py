@@ -25,6 +25,7 @@ from tasks.contract import ApiTeacher, Architecture, DataSource, LabelSettings, 
 from tasks.labels import read_labels
 from tasks.losses import distillation_loss
 from tasks.stage import Stopped
+from tests.whole_runs import make_home
 
 KEY = "sk-very-secret"
 Reply = tuple[int, dict[str, str], bytes] | str  # status, headers, body; or hang, drop, drip
@@ -504,3 +505,52 @@ def test_a_vocabulary_that_is_not_byte_level_spells_nothing() -> None:
             return {"▁the": 0, "a": 1}
 
     assert models.byte_vocabulary(Pieces()) == {}  # type: ignore[arg-type]
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+name: api
+budget: 10 USD
+infra: local
+local: {price: 0.10 USD/h}
+data: {prompts: "builtin:addition/train", held_out: "builtin:addition/held_out", verify: exact}
+stages:
+  - {name: base, kind: pretrain, model: {hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
+     num_attention_heads: 2}, corpus: "builtin:addition/corpus", examples: 200, steps: 5, batch_size: 16,
+     learning_rate: 1e-2, threads: 1}
+  - {name: label, kind: label, teacher: base, samples: 40, batch_size: 4, max_new_tokens: 16, threads: 1,
+     soft_labels: {top_k: 3}, api: {base_url: "URL", model: big, key_env: TEST_API_KEY, input_price: 1 USD,
+     output_price: 2 USD, max_parallel: 2}}
+  - {name: train, kind: train, student: base, labels: label, method: full, steps: 3, threads: 1}
+"""
+
+
+@pytest.mark.slow
+def test_a_run_with_an_api_teacher_is_resumed_after_a_kill_stays_in_its_budget_and_tells_no_key(
+    tmp_path: Path, server: Server
+) -> None:
+    def reply(body: dict[str, Any], call: int) -> Reply:
+        if call == 30:
+            for process in home.machine_processes():  # supervisor and stage at once, as a lost machine would have it
+                process.kill()
+        return soft(body, call)
+
+    server.reply = reply
+    home = make_home(tmp_path, RECIPE.replace("URL", server.url))
+    made = home.json("plan", str(home.recipe))
+    (overhead,) = made["overhead"]
+    worst = 40 * ((16 + 256) * 1 + 16 * 2)
+    assert set(overhead["cost_micros"].values()) == {worst}
+    done = home.call("run", str(home.recipe), "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(server.asked) <= 40 + 4 + 2 * 2  # a batch, and what was on its way, is asked again at most
+    report = home.check_over()
+    assert report["labels"]["api"]["soft"] == 40 and report["labels"]["kept"] == 40
+    machines = sum(stage["actual"]["cost_micros"] for stage in report["stages"])
+    api = report["labels"]["api"]["cost_micros"]
+    assert 40 * 20 <= api <= worst and report["api_micros"] == api
+    assert report["spend_micros"] == machines + api <= report["cap_micros"]
+    texts = [done.stdout, done.stderr, *(home.call(*w).stdout for w in (("report",), ("status", "--json"), ("logs",)))]
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 20 and not any(KEY.encode() in text for text in [*files, *(text.encode() for text in texts)])
