@@ -156,9 +156,10 @@ def _order(option: _Option) -> tuple[Any, ...]:
 
 def _need(stage: Stage, recipe: Recipe) -> Need:
     spot = recipe.spot if stage.spot is None else stage.spot
+    asks = isinstance(stage, LabelStage) and stage.api is not None  # an API, and any machine will do
     return Need(
         infra=stage.infra or recipe.infra or (),
-        gpus=stage.gpus or recipe.gpus or (),
+        gpus=stage.gpus or (() if asks else recipe.gpus) or (),
         spot=None if spot else False,
     )
 
@@ -329,8 +330,9 @@ def _stage_notes(stage: Stage, world: World) -> Iterator[str]:
         if stage.loss.temperature < 1:
             yield f"temperature {stage.loss.temperature:g} is nearly one-hot: 1 to 4 teaches more"
         stored = world.label_temperature(world.label(stage.labels))
-        if stage.loss.temperature not in (1.0, stored):
-            yield f"the labels hold masses at T 1 and {stored:g}: at {stage.loss.temperature:g} the tail is not learned"
+        if stage.loss.alpha > 0 and stage.loss.temperature not in (1.0, stored):
+            held = "1" if stored == 1 else f"1 and {stored:g}"
+            yield f"the labels hold masses at T {held}: at {stage.loss.temperature:g} the tail is not learned"
 
 
 def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:

@@ -363,8 +363,24 @@ def test_a_stage_that_asks_an_api_needs_no_gpu_and_tells_soft_labels_at_t_1() ->
     assert isinstance(settings, LabelSettings)
     assert (settings.top_k, settings.label_temperature, settings.batch_size) == (20, 1.0, 32)
     assert settings.teacher == ModelSource(path="Qwen/Qwen2.5-1.5B")
+    asked: list[Need] = []
+
+    def noting(need: Need) -> list[Offer]:
+        asked.append(need)
+        return [ROOMY]
+
+    cards = API.replace("infra: local\n", "infra: local\ngpus: [A10G]\n", 1)
+    make_plan(recipe(cards), config=CONFIG, offers_for=noting, now=NOW)
+    assert [need.gpus for need in asked] == [(), ("A10G",), ("A10G",)]  # which cards learn is not its business
     slow = plan(API.replace("key_env:", "requests_per_minute: 1\n      key_env:"), ROOMY).stages[0]
     assert slow.hours.low >= 300 / 60  # a minute each
+
+
+def test_what_labels_of_an_api_cannot_teach_is_said_where_it_is_learned() -> None:
+    said = [note for note in plan(API, ROOMY).stages[1].notes if "the tail is not learned" in note]
+    assert said == ["the labels hold masses at T 1: at 3 the tail is not learned"]
+    hard = API.replace("loss: {temperature: 3}", "loss: {temperature: 3, alpha: 0}")
+    assert not any("tail" in note for note in plan(hard, ROOMY).stages[1].notes)
 
 
 def test_older_plans_hold_overheads_of_storage() -> None:
