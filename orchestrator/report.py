@@ -202,8 +202,10 @@ def _quality_table(quality: Mapping[str, Any]) -> Table:
         table.add_row(QUALITY_NAMES[key], *cells, style="bold" if key == "student" else "")
     count = ", ".join(sorted({str(row["accuracy"]["n"]) for row in rows.values()}))
     many = f", mean of {seeds} seeds" if seeds > 1 else ""
-    kl = "\nKL: from the teacher, nats a token" if "KL" in told else ""
-    table.caption = f"{count} held-out problems{many}; same labels and steps unless named{kl}"
+    notes = ["95 %: over problems, not over trainings"] if seeds > 1 else []
+    notes += ["KL: from the teacher, nats a token"] if "KL" in told else []
+    below = "\n" + "; ".join(notes) if notes else ""
+    table.caption = f"{count} held-out problems{many}; same labels and steps unless named{below}"
     return table
 
 

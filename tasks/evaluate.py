@@ -125,34 +125,38 @@ def _measure(
     device = models.pick_device()
     model, tokenizer = loaded.model.to(device).eval(), loaded.tokenizer
     models.reset_peak(device)
-    thinking = models.opens_thinking(tokenizer)
     prompts = [models.prompt_ids(tokenizer, row["input"]) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    by_seed: list[dict[int, Completion]] = []
+    answers: dict[int, Completion] = {}
+
+    def moved(share: float) -> None:
+        """`share` of a batch is written: minutes, where answers are long."""
+        part = len(answers) + share * min(settings.batch_size, len(rows) - len(answers))
+        ctx.progress("evaluate", index + (len(by_seed) + part / len(rows)) / settings.seeds, total, "models")
+        if ctx.stopping:
+            raise Stopped
+
     generator = TransformersGenerator(
         model, tokenizer, settings.max_new_tokens, temperature=settings.temperature if settings.seeds > 1 else 0.0,
-        top_p=settings.top_p,
+        top_p=settings.top_p, moved=moved,
     )  # fmt: skip
     generator.generate(prompts[:1], seed=0)  # warm-up, not counted
-    by_seed: list[dict[int, Completion]] = []
     seconds = 0.0
     for seed in range(settings.seeds):
-        answers: dict[int, Completion] = {}
+        answers = {}
         for at in range(0, len(order), settings.batch_size):
-            if ctx.stopping:
-                raise Stopped
             batch = order[at : at + settings.batch_size]
             started = time.monotonic()
             found = generator.generate([prompts[i] for i in batch], seed=seed * 1_000_003 + at)
             seconds += time.monotonic() - started
             answers.update(zip(batch, found, strict=True))
-            ctx.progress("evaluate", index + (seed + len(answers) / len(rows)) / settings.seeds, total, "models")
+            moved(0.0)
         by_seed.append(answers)
     texts = [[tokenizer.decode(each[i].ids, skip_special_tokens=True) for i in range(len(rows))] for each in by_seed]
     measured = Measured(
         right=[
-            [verify.check(settings.verify, text, row["answer"], thinking=thinking).ok
-             for row, text in zip(rows, said, strict=True)]
-            for said in texts
+            _judged(ctx, settings, rows, said, thinking=models.opens_thinking(tokenizer)) for said in texts
         ],
         texts=texts[0],
         tokens_per_s=sum(len(answer.ids) for each in by_seed for answer in each.values()) / seconds,
@@ -160,6 +164,16 @@ def _measure(
         peak_gib=models.peak_gib(device),
     )  # fmt: skip
     return measured, [by_seed[0][i] for i in range(len(rows))]
+
+
+def _judged(
+    ctx: Context, settings: EvaluateSettings, rows: list[dict[str, Any]], texts: list[str], *, thinking: bool
+) -> list[bool]:
+    right = []
+    for row, text in zip(rows, texts, strict=True):
+        right.append(verify.check(settings.verify, text, row["answer"], thinking=thinking).ok)
+        ctx.progress("verify", len(right), len(rows), "answers")
+    return right
 
 
 def _first_token_s(model: Any, tokenizer: Any, prompts: list[list[int]]) -> float:

@@ -11,7 +11,8 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,10 +53,18 @@ class Question:
     ids: list[int]  # the generation prompt
 
 
-class Answerer(Protocol):
-    """Something that answers questions: (place in `questions`, completion), in the order they come."""
+Moved = Callable[[float], None]  # told the share of the answers at hand that is written; may raise Stopped
 
-    def answers(self, questions: Sequence[Question], *, seed: int) -> Iterator[tuple[int, Completion]]: ...
+
+class Answerer(Protocol):
+    """Something that answers questions: (place in `questions`, completion), in the order they come.
+
+    `moved` is called all the while: answers take minutes, and what does not move counts as stalled.
+    """
+
+    def answers(
+        self, questions: Sequence[Question], *, seed: int, moved: Moved
+    ) -> Iterator[tuple[int, Completion]]: ...
 
 
 def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
@@ -67,6 +76,7 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
     device = models.pick_device()
     teacher = _Teacher(ctx, settings, device)
     api = None if settings.api is None else ApiGenerator(ctx, settings, settings.api, teacher.tokenizer)
+    teacher.longest_prompt = max(len(models.prompt_ids(teacher.tokenizer, row["input"])) for row in rows)
     shards = [rows[at : at + settings.shard_size] for at in range(0, len(rows), settings.shard_size)]
 
     generated: list[list[dict[str, Any]]] = []
@@ -158,22 +168,31 @@ def _generated(
     open_ = [(i, copy) for i, copy in asked if (shard[i]["key"], copy) not in there]
 
     def save() -> None:
-        if saved < len(found) < len(asked):
+        if saved < len(found):
             ctx.checkpoint(had + len(found), lambda folder: _write_rows(folder / name, found))
+
+    highest = float(index)
+
+    def moved(share: float) -> None:
+        nonlocal highest
+        part = share * min(settings.batch_size, len(asked) - len(found))
+        # Checking answers is work as well, although the tokens are there: it moves by a little.
+        highest = max(highest + 1e-9, index + (len(found) + part) / len(asked))
+        ctx.progress("generate", highest, None, "shards")
+        _stop_if_asked(ctx)
 
     seed = settings.seed * 1_000_003 + index * 10_007 + len(found)
     questions = [Question(shard[i]["input"], prompts[i]) for i, _ in open_]
     try:
-        for place, completion in answerer.answers(questions, seed=seed):
+        for place, completion in answerer.answers(questions, seed=seed, moved=moved):
             i, copy = open_[place]
             found.append(_judged(settings, teacher, shard[i], copy, prompts[i], completion))
             fresh += len(completion.ids)
-            ctx.progress("generate", index + len(found) / len(asked), None, "shards")
-            if len(found) - saved >= settings.batch_size:
+            moved(0.0)
+            if settings.batch_size <= len(found) - saved and len(found) < len(asked):
                 save()
                 saved = len(found)
                 _pause_when_surely_cut(settings, [*before, found])
-                _stop_if_asked(ctx)
     except (Stopped, TaskError):  # what came before it was paid for
         save()
         raise
@@ -266,6 +285,8 @@ class _Teacher:
         self.device = device
         self._loaded: models.Loaded | None = None
         self._generator: Generator | None = None
+        self.moved: Moved = _still
+        self.longest_prompt = 0
         self.place = self._place(settings.teacher)
         self.tokenizer = models.load_tokenizer(self.place)
         self.opens_thinking = models.opens_thinking(self.tokenizer)
@@ -288,16 +309,20 @@ class _Teacher:
     def generator(self) -> Generator:
         if self._generator is None:
             if _wants_vllm(self._settings, self.device):
-                self._generator = VllmGenerator(self.place, self.tokenizer, self._settings)
+                self._generator = VllmGenerator(
+                    self.place, self.tokenizer, self._settings, self.longest_prompt, lambda share: self.moved(share)
+                )
             else:
                 self._generator = TransformersGenerator(
                     models.causal(self.model), self.tokenizer, self._settings.max_new_tokens,
                     temperature=self._settings.temperature, top_p=self._settings.top_p,
+                    moved=lambda share: self.moved(share),
                 )  # fmt: skip
         return self._generator
 
-    def answers(self, questions: Sequence[Question], *, seed: int) -> Iterator[tuple[int, Completion]]:
+    def answers(self, questions: Sequence[Question], *, seed: int, moved: Moved) -> Iterator[tuple[int, Completion]]:
         """In batches, each with a seed of its own that follows from its place."""
+        self.moved = moved
         for at in range(0, len(questions), self._settings.batch_size):
             batch = questions[at : at + self._settings.batch_size]
             yield from enumerate(self.generator().generate([one.ids for one in batch], seed=seed + at), at)
@@ -326,6 +351,10 @@ class _Teacher:
         return replace(self.header(), teacher=f"api:{self._settings.api.model}", top_k=top_k, temperature=1.0)
 
 
+def _still(share: float) -> None:
+    """Nobody wants to know."""
+
+
 def _wants_vllm(settings: LabelSettings, device: torch.device) -> bool:
     from importlib.util import find_spec
 
@@ -339,9 +368,11 @@ class TransformersGenerator:
     """Batched generation with a key-value cache, prompts padded on the left. Greedy at temperature 0."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0
-    ) -> None:
+        self, model: Any, tokenizer: Any, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
+        moved: Moved | None = None,
+    ) -> None:  # fmt: skip
         self._model = model
+        self._moved = moved or _still
         self._pad = tokenizer.pad_token_id
         self._ends = {tokenizer.eos_token_id}
         from transformers import GenerationConfig
@@ -359,8 +390,16 @@ class TransformersGenerator:
         ids = torch.tensor([[self._pad] * (longest - len(p)) + p for p in prompts], device=self._model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._model.device)
         torch.manual_seed(seed)
+        going_on = torch.zeros(len(prompts), dtype=torch.bool, device=ids.device)
+
+        def token(written: Tensor, *_: Any, **__: Any) -> Tensor:
+            self._moved((written.shape[1] - longest) / self._config.max_new_tokens)
+            return going_on
+
         with torch.inference_mode():
-            out = self._model.generate(input_ids=ids, attention_mask=mask, generation_config=self._config)
+            out = self._model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=self._config, stopping_criteria=[token]
+            )
         return [self._until_end(row) for row in out[:, longest:].tolist()]
 
     def _until_end(self, ids: list[int]) -> Completion:
@@ -373,7 +412,9 @@ class TransformersGenerator:
 class VllmGenerator:
     """vLLM, without log-probabilities: those come from our own pass and would slow generation to a quarter."""
 
-    def __init__(self, place: ModelSource, tokenizer: Any, settings: LabelSettings) -> None:
+    def __init__(
+        self, place: ModelSource, tokenizer: Any, settings: LabelSettings, longest_prompt: int, moved: Moved
+    ) -> None:
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
         self._settings = settings
@@ -382,7 +423,18 @@ class VllmGenerator:
         self._llm = LLM(
             model=hub.local_path(place), revision=place.revision, trust_remote_code=place.trust_remote_code,
             load_format="safetensors", seed=settings.seed,
+            # By default the model's whole context, 131,072 tokens for R1-Distill: no small card's cache holds that.
+            max_model_len=longest_prompt + settings.max_new_tokens,
         )  # fmt: skip
+        self._moved, self._steps = moved, 0
+        engine = self._llm.llm_engine
+        self._step, engine.step = engine.step, self._counted_step
+
+    def _counted_step(self) -> Any:
+        """A token of every answer in flight; longer prompts and a full cache make it a few more steps than tokens."""
+        self._steps += 1
+        self._moved(self._steps / (self._steps + self._settings.max_new_tokens))
+        return self._step()
 
     def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]:
         params = [
@@ -392,6 +444,7 @@ class VllmGenerator:
             )
             for i in range(len(prompts))
         ]
+        self._steps = 0
         outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         done = []
         for output in outputs:
@@ -427,11 +480,21 @@ class ApiGenerator:
         (self._ctx.out / SPENT_FILE).write_text(json.dumps(asdict(spent)))
         self._ctx.keep(SPENT_FILE)
 
-    def answers(self, questions: Sequence[Question], *, seed: int) -> Iterator[tuple[int, Completion]]:
+    def answers(self, questions: Sequence[Question], *, seed: int, moved: Moved) -> Iterator[tuple[int, Completion]]:
         """No seed is sent: few APIs know one."""
+        began = time.monotonic()
+
+        def stopping() -> bool:
+            waited = time.monotonic() - began
+            # Every attempt has a limit of its own, so waiting is no stall; a stop is answered below.
+            with suppress(Stopped):
+                moved(waited / (waited + 60.0))
+            return self._ctx.stopping
+
         try:
-            for place, answer in self._client.answers([one.text for one in questions], lambda: self._ctx.stopping):
+            for place, answer in self._client.answers([one.text for one in questions], stopping):
                 yield place, self._completion(answer)
+                began = time.monotonic()
         finally:
             self.purse.close()
 

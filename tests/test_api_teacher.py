@@ -11,13 +11,14 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
-from ml_support import run_stage
+from ml_support import context, run_stage
 
 from tasks import api_teacher, label, models
 from tasks.api_teacher import Client, Purse, Spent
@@ -481,6 +482,16 @@ def test_a_killed_stage_counts_what_it_may_have_spent_and_stops_before_the_limit
     server.asked.clear()
     result = run_stage(root, "label", "label", given, attempt=2)
     assert result is not None and result["api"]["cost_micros"] == granted + 12 * 20
+
+
+def test_waiting_for_an_answer_is_no_stall(root: Path, server: Server) -> None:
+    """Each attempt has a limit of its own, and answers of a reasoning model take minutes."""
+    server.reply = lambda body, call: (time.sleep(1.0), right(body, call))[1]
+    given = settings(server, samples=1)
+    ctx = context(root, "label", "label", given)
+    label.run(ctx, given)
+    places = [done for phase, done in ctx.phases if phase == "generate"]
+    assert len(set(places)) >= 4 and all(b >= a - 1e-6 for a, b in pairwise(places))
 
 
 def test_the_settings_travel_as_data_and_hold_no_key(server: Server) -> None:

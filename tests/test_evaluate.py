@@ -113,6 +113,14 @@ def test_seeds_are_sampled_each_in_its_own_way(trained: Path, monkeypatch: pytes
     assert (accuracy["n"], accuracy["answers"]) == (20, 3)
 
 
+def test_every_token_counts_as_progress(trained: Path) -> None:
+    ctx = context(trained, "tokens", "evaluate", EVALUATE)
+    evaluate.run(ctx, replace(EVALUATE, student="single", teacher=None, seeds=2))
+    places = [done for phase, done in ctx.phases if phase == "evaluate"]
+    assert len(set(places)) > 2 * 2 * 3 * 2  # two models, two seeds, three batches, a few tokens each
+    assert max(places) <= 2
+
+
 def test_one_seed_is_greedy_and_several_are_sampled(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[float] = []
     real = TransformersGenerator.__init__
