@@ -72,6 +72,7 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
     _check(settings)
     models.quiet()
     models.set_threads(settings.threads)
+    ctx.progress("prepare", declared=True)
     rows = _choose(ctx.data(settings.prompts), settings)
     device = models.pick_device()
     teacher = _Teacher(ctx, settings, device)
@@ -99,7 +100,7 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
         _stop_if_asked(ctx)
         if not ctx.kept(shard_name(index)):
             kept = [row for row in found if row["kept"]]
-            write_shard(ctx.out / shard_name(index), header, list(_score(teacher, kept, settings, header)))
+            write_shard(ctx.out / shard_name(index), header, list(_score(ctx, teacher, kept, settings, header, index)))
             ctx.keep(shard_name(index))
         ctx.progress("score", index + 1, len(generated), "shards")
     speed = new_tokens / max(generation_s, 1e-9) if new_tokens else None
@@ -299,6 +300,7 @@ class _Teacher:
     @property
     def model(self) -> torch.nn.Module:
         if self._loaded is None:
+            self._ctx.progress("load", declared=True)
             self._loaded = models.load(
                 self._ctx, self._settings.teacher, dtype=models.working_dtype(self.device)
             )
@@ -309,6 +311,7 @@ class _Teacher:
     def generator(self) -> Generator:
         if self._generator is None:
             if _wants_vllm(self._settings, self.device):
+                self._ctx.progress("load", declared=True)  # weights, compiling, room for the cache: minutes
                 self._generator = VllmGenerator(
                     self.place, self.tokenizer, self._settings, self.longest_prompt, lambda share: self.moved(share)
                 )
@@ -544,7 +547,7 @@ class ApiGenerator:
 
 
 def _score(
-    teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSettings, header: Header
+    ctx: Context, teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSettings, header: Header, index: int
 ) -> Iterator[Sample]:
     """Soft labels of the kept completions, in the order of `rows`."""
     k = header.top_k
@@ -563,6 +566,8 @@ def _score(
         for i, parts in zip(batch, score(teacher.model, pairs, k, settings.label_temperature,
                                          real_vocabulary=len(teacher.tokenizer)), strict=True):  # fmt: skip
             scored[i] = _sample(rows[i], *parts)
+        ctx.progress("score", index + len(scored) / len(rows), None, "shards")
+        _stop_if_asked(ctx)
     for i in range(len(rows)):
         yield scored[i]
 

@@ -325,6 +325,24 @@ def test_every_token_of_a_batch_counts_as_progress_and_a_stop_is_answered_at_the
     assert result is not None and result["generated"] == 8 and asked == []
 
 
+def test_loading_is_a_phase_in_which_the_network_counts_and_every_scored_batch_moves(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def progress(self: Any, phase: str, *args: Any, declared: bool = False, **more: Any) -> None:
+        told.append(phase if declared else f"{phase} {args[0]:.2f}")
+
+    ctx = context(pretrained, "loading", "label", LABEL)
+    monkeypatch.setattr(type(ctx), "progress", progress)
+    monkeypatch.setattr(label, "SCORE_TOKENS", 20)
+    done = Completion([9], "stop")
+    monkeypatch.setattr(TransformersGenerator, "generate", lambda self, prompts, *, seed: [done] * len(prompts))
+    label.run(ctx, replace(LABEL, samples=8))
+    assert told[:2] == ["prepare", "load"] and told.count("load") == 1
+    assert len({one for one in told if one.startswith("score 0.")}) >= 2
+
+
 class FakeEngine:
     def __init__(self) -> None:
         self.open: list[tuple[list[int], Any]] = []
