@@ -136,6 +136,8 @@ def render_report(report: Mapping[str, Any], plan: Plan, console: Console) -> No
     if any(report["quality"].values()):
         console.print()
         console.print(_quality_table(report["quality"]))
+        for line in _harness_lines(report["quality"]):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     if report["message"]:
         console.print(Text.assemble((f"{state}: ", "bold"), report["message"]), soft_wrap=True)
     if report["hint"]:
@@ -207,6 +209,17 @@ def _quality_table(quality: Mapping[str, Any]) -> Table:
     below = "\n" + "; ".join(notes) if notes else ""
     table.caption = f"{count} held-out problems{many}; same labels and steps unless named{below}"
     return table
+
+
+def _harness_lines(quality: Mapping[str, Any]) -> list[str]:
+    """A line a number of lm-evaluation-harness: what it is, and how much of which model. Standard errors stay away."""
+    told: dict[str, list[str]] = {}
+    for key in QUALITY:
+        for task, numbers in ((quality.get(key) or {}).get("lm_eval") or {}).items():
+            for name, value in numbers.items():
+                if "stderr" not in name:
+                    told.setdefault(f"{task} {name}", []).append(f"{QUALITY_NAMES[key]} {value:.3f}")
+    return [f"{what}: {', '.join(values)}" for what, values in told.items()]
 
 
 def _accuracy(accuracy: Mapping[str, Any]) -> str:

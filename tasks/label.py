@@ -339,8 +339,9 @@ class _Teacher:
     def header(self) -> Header:
         source = self._settings.teacher
         hashes = models.vocabulary_hashes(self.tokenizer)
+        name = source.path or f"stage:{source.stage}"
         return Header(
-            teacher=source.path or f"stage:{source.stage}", ordinary_sha256=hashes.ordinary,
+            teacher=f"{name}@{source.revision}" if source.revision else name, ordinary_sha256=hashes.ordinary,
             special_sha256=hashes.special, top_k=min(self._settings.top_k, len(self.tokenizer)),
             temperature=self._settings.label_temperature,
         )  # fmt: skip

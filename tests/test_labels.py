@@ -157,6 +157,18 @@ def test_the_teacher_itself_as_student_has_no_loss_on_its_own_stored_labels(pret
         assert (total / count < 1e-4) is small
 
 
+def test_the_header_names_the_teacher_with_its_revision(pretrained: Path) -> None:
+    folder = str(pretrained / "pretrain" / "done" / models.MODEL_FOLDER)
+    for source, name in (
+        (ModelSource(stage="pretrain"), "stage:pretrain"),
+        (ModelSource(path=folder), folder),
+        (ModelSource(path=folder, revision="abc123"), f"{folder}@abc123"),
+    ):
+        settings = replace(LABEL, teacher=source)
+        made = label._Teacher(context(pretrained, "x", "label", settings), settings, torch.device("cpu"))
+        assert made.header().teacher == name
+
+
 def test_the_thinking_is_opened_in_the_prompt_and_stays_in_the_labels(pretrained: Path) -> None:
     run_stage(pretrained, "label", "label", LABEL)
     labels = read_labels(pretrained / "label" / "done")
