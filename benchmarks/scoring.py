@@ -58,7 +58,7 @@ def plain(model: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> list[Te
 
 
 def ours(model: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> None:
-    for batch in label._batches([len(p) + len(c) for p, c in pairs], label.SCORE_TOKENS):
+    for batch in label.batches([len(p) + len(c) for p, c in pairs], label.SCORE_TOKENS):
         label.score(model, [pairs[i] for i in batch], K, T, real_vocabulary=REAL)
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from orchestrator import spend
 from orchestrator.errors import UsageError
 from orchestrator.plan import Plan, StagePlan
-from tasks.contract import ModelSource
+from tasks.contract import ApiTeacher, ModelSource
 
 INSTANCE_PROFILE = "KDCLOUD_AWS_INSTANCE_PROFILE"  # name of an IAM instance profile with no more than own_tag_policy()
 BUCKET_ROLE = "KDCLOUD_BUCKET_ROLE"  # ARN of an IAM role that is taken, narrowed to a run, for machines
@@ -245,6 +245,12 @@ def hub_models(settings: object) -> list[str]:
     return [source.path for source in sources if source.path and not source.path.startswith(("/", ".", "~"))]
 
 
+def api_key_env(settings: object) -> str | None:
+    """Name of the variable whose key a stage sends to an API."""
+    api = getattr(settings, "api", None)
+    return api.key_env if isinstance(api, ApiTeacher) else None
+
+
 def notes(plan: Plan, allowed: bool, env: Mapping[str, str] | None = None) -> Iterator[str]:
     """What the plan says about rights on rented machines; asks nobody. `allowed`: the recipe's allow_account_key."""
     env = os.environ if env is None else env
@@ -277,7 +283,14 @@ def _bucket_notes(plan: Plan, then: str, env: Mapping[str, str]) -> Iterator[str
 
 
 def check(plan: Plan, *, allow_account_key: bool, env: Mapping[str, str] | None = None) -> None:
-    """Raises UsageError for machines that cannot end themselves, or that would carry rights nobody allowed."""
+    """Raises UsageError for machines that cannot end themselves, or that would carry rights nobody allowed, and for
+    a key of an API that is not there."""
+    for stage in plan.stages:
+        name = api_key_env(stage.settings)
+        if name is not None and not (os.environ if env is None else env).get(name, "").strip():
+            raise UsageError(
+                f"stage {stage.name} sends the key in {name}, which is not set", hint=f"export {name}=... and try again"
+            )
     if any(True for _ in rented(plan)) and plan.bucket.startswith("file:") and infras_of(plan) != ["slurm"]:
         raise UsageError("a rented machine cannot reach a folder of yours", hint="set `bucket: s3://...` in the recipe")
     for infra in infras_of(plan):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tasks
-from orchestrator import grants
+from orchestrator import access, grants
 from orchestrator.access import head, hub_models
 from orchestrator.errors import UsageError
 from tasks.bucket import Bucket
@@ -140,12 +140,18 @@ def machine_env(
         env[CODE_URL] = link
     env[PACKAGES] = json.dumps(packages(kind, s3=bool(keys), quantized=_quantized(settings)))
     env[CONSTRAINTS] = json.dumps(lock())  # no line ends: it may pass through a shell's export
-    return {**env, **keys, **hub_env(settings, os.environ)}
+    return {**env, **keys, **hub_env(settings, os.environ), **api_env(settings, os.environ)}
 
 
 def hub_env(settings: object, env: Mapping[str, str]) -> dict[str, str]:
     """What leads to the hub, for a stage that fetches a model from one: others get no token."""
     return {name: env[name] for name in HUB if env.get(name)} if hub_models(settings) else {}
+
+
+def api_env(settings: object, env: Mapping[str, str]) -> dict[str, str]:
+    """The key of a teacher behind an API, for the stage that asks it: others get none."""
+    name = access.api_key_env(settings)
+    return {name: env[name]} if name is not None and env.get(name) else {}
 
 
 def _quantized(settings: object) -> bool:

@@ -106,6 +106,11 @@ def bare_memory() -> Memory:
     return Memory(BARE_PROCESS_GIB, {"process": BARE_PROCESS_GIB.expected})
 
 
+def process_memory() -> Memory:
+    """A stage that imports torch and loads no model."""
+    return Memory(CPU_PROCESS_GIB, {"process": CPU_PROCESS_GIB.expected})
+
+
 def largest(memories: list[Memory]) -> Memory:
     """Of models that are loaded one after the other, the one that needs most."""
     return max(memories, key=lambda memory: memory.total_gib.high)

@@ -84,10 +84,12 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Overhead:
-    """A cost beside the machines: storage, traffic."""
+    """A cost beside the machines: storage, traffic, an API."""
 
     what: str
     cost_micros: Micros
+    row: str = "bucket"  # what the table calls it
+    by: str = "storage"  # who or what is paid
 
 
 @dataclass(frozen=True)
@@ -256,10 +258,14 @@ def plan_from_dict(raw: Mapping[str, Any]) -> Plan:
     values["rate"] = Rate(Decimal(raw["rate"]["usd_to_cny"]), date.fromisoformat(raw["rate"]["as_of"]))
     values["made_at"] = datetime.fromisoformat(raw["made_at"])
     values["stages"] = tuple(_stage_from_dict(stage) for stage in raw["stages"])
-    values["overhead"] = tuple(Overhead(item["what"], Micros(**item["cost_micros"])) for item in raw["overhead"])
+    values["overhead"] = tuple(_overhead_from_dict(item) for item in raw["overhead"])
     values["infra"] = tuple(raw["infra"])
     values["notes"] = tuple(raw["notes"])
     return Plan(**values)
+
+
+def _overhead_from_dict(raw: Mapping[str, Any]) -> Overhead:
+    return Overhead(**{**raw, "cost_micros": Micros(**raw["cost_micros"])})
 
 
 def _stage_from_dict(raw: Mapping[str, Any]) -> StagePlan:
@@ -333,7 +339,7 @@ def _table(plan: Plan, width: int) -> RenderableType:
         table.add_row(stage.name, *memory, time, machine, _price(stage.offer, plan), *costs)
     for item in plan.overhead:
         costs = [shown(value, plan.rate, plan.currency) for value in _costs(item.cost_micros, slim).values()]
-        table.add_row("bucket", *([] if slim else [""]), "", "storage", "", *costs)
+        table.add_row(item.row, *([] if slim else [""]), "", item.by, "", *costs)
     return table
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from orchestrator import access, duration, money, spend
 from orchestrator.catalog import GPUS, MODELS
@@ -19,7 +20,7 @@ from orchestrator.errors import NothingFits, UsageError
 from orchestrator.offers import known_price
 from orchestrator.plan import Micros, Overhead, Plan, Range, Rejected, StagePlan, digest_of
 from orchestrator.provision import Need, Offer
-from orchestrator.recipe import LabelStage, Recipe, Stage, TrainStage
+from orchestrator.recipe import EvaluateStage, LabelStage, Recipe, Stage, TrainStage
 from orchestrator.sizing import Machine, Measured, choices, left_open, measure
 from orchestrator.workload import LONGEST_PROMPT_TOKENS, World
 from tasks.contract import Settings
@@ -89,7 +90,7 @@ def _assemble(
     deadline: float | None,
     calibration: Calibration,
 ) -> Plan:
-    world = World(recipe)
+    world = World(recipe, config.rate)
     ranked = [_rank(stage, world, offers_for, calibration) for stage in recipe.stages]
     picked = _in_time([options for options, _ in ranked], deadline)
     stages = tuple(
@@ -97,7 +98,7 @@ def _assemble(
         for stage, options, (_, rejected) in zip(recipe.stages, picked, ranked, strict=True)
     )
     bucket = recipe.bucket_url or config.bucket
-    overhead = tuple(_storage(stages, world, bucket))
+    overhead = (*_apis(stages), *_storage(stages, world, bucket))
     plan = Plan(
         name=recipe.name,
         recipe=recipe.path,
@@ -155,9 +156,10 @@ def _order(option: _Option) -> tuple[Any, ...]:
 
 def _need(stage: Stage, recipe: Recipe) -> Need:
     spot = recipe.spot if stage.spot is None else stage.spot
+    asks = isinstance(stage, LabelStage) and stage.api is not None  # an API, and any machine will do
     return Need(
         infra=stage.infra or recipe.infra or (),
-        gpus=stage.gpus or recipe.gpus or (),
+        gpus=stage.gpus or (() if asks else recipe.gpus) or (),
         spot=None if spot else False,
     )
 
@@ -250,7 +252,8 @@ def _stage_plan(
             )
     uses = dict(best.measured.uses)
     if uses.get("kept_samples"):
-        uses["cost_micros_per_kept_sample"] = round(best.cost.expected / uses["kept_samples"])
+        cost = best.cost.expected + uses.get("api_expected_micros", 0)
+        uses["cost_micros_per_kept_sample"] = round(cost / uses["kept_samples"])
     return StagePlan(
         name=stage.name,
         kind=stage.kind,
@@ -274,6 +277,21 @@ def _stage_plan(
 # --- beside the machines
 
 
+def _apis(stages: tuple[StagePlan, ...]) -> Iterator[Overhead]:
+    """What APIs may cost, whole: it counts as spent from the beginning, so that no machine can use it up."""
+    for stage in stages:
+        api = getattr(stage.settings, "api", None)
+        if api is not None:
+            most = api.max_cost_micros
+            answers, limit = stage.uses["answers"], getattr(stage.settings, "max_new_tokens", 0)
+            yield Overhead(
+                f"{stage.name}: {answers:.0f} answers of {api.model}, reserved as if each had {limit} tokens",
+                Micros(most, most, most),
+                row=stage.name,
+                by=f"API, {api.model}",
+            )
+
+
 def _storage(stages: tuple[StagePlan, ...], world: World, bucket: str) -> Iterator[Overhead]:
     """A month of what the run leaves in a bucket that is billed, and traffic out of it at worst."""
     if not bucket.startswith("s3:"):
@@ -290,6 +308,9 @@ def _storage(stages: tuple[StagePlan, ...], world: World, bucket: str) -> Iterat
 
 def _stage_notes(stage: Stage, world: World) -> Iterator[str]:
     if isinstance(stage, LabelStage):
+        if stage.api is not None:
+            key = f", and the key in {stage.api.key_env} goes to the machine that asks" if stage.api.key_env else ""
+            yield f"your prompts go to {urlsplit(stage.api.base_url).hostname}{key}"
         cut = world.label_lengths(stage).cut_share
         if cut > stage.max_cut_share:
             yield (
@@ -298,14 +319,20 @@ def _stage_notes(stage: Stage, world: World) -> Iterator[str]:
             )
         if stage.verify is None and world.recipe.data.verify == "none" and stage.keep == "correct":
             yield "answers are not checked: give data.verify to keep right ones only"
+    if isinstance(stage, EvaluateStage) and stage.lm_eval:
+        yield (
+            f"lm_eval ({', '.join(stage.lm_eval)}) is not in these hours, and needs lm-evaluation-harness on the "
+            "machine: rented ones have none"
+        )
     if isinstance(stage, TrainStage):
         if stage.loss.temperature > 5:
             yield f"temperature {stage.loss.temperature:g} is nearly flat: 1 to 4 teaches more"
         if stage.loss.temperature < 1:
             yield f"temperature {stage.loss.temperature:g} is nearly one-hot: 1 to 4 teaches more"
         stored = world.label_temperature(world.label(stage.labels))
-        if stage.loss.temperature not in (1.0, stored):
-            yield f"the labels hold masses at T 1 and {stored:g}: at {stage.loss.temperature:g} the tail is not learned"
+        if stage.loss.alpha > 0 and stage.loss.temperature not in (1.0, stored):
+            held = "1" if stored == 1 else f"1 and {stored:g}"
+            yield f"the labels hold masses at T {held}: at {stage.loss.temperature:g} the tail is not learned"
 
 
 def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
@@ -402,7 +429,7 @@ def _widen(stage: Stage, world: World, offers_for: OffersFor, calibration: Calib
             length //= 2
             if fits(need, stage.model_copy(update={"max_seq_len": length})):
                 return f"max_seq_len: {length} would fit"
-    if isinstance(stage, LabelStage) and stage.teacher in world.recipe.models:
+    if isinstance(stage, LabelStage) and stage.api is None and stage.teacher in world.recipe.models:
         smaller = _smaller_teacher(stage, world, need, fits)
         if smaller is not None:
             return f"teacher: {smaller} would fit"
@@ -427,7 +454,8 @@ def _smaller_teacher(
         changed = stage.model_copy(update={"teacher": shape.name})
         stages = tuple(changed if one.name == stage.name else one for one in world.recipe.stages)
         other = World(
-            world.recipe.model_copy(update={"stages": stages, "models": {**world.recipe.models, shape.name: shape}})
+            world.recipe.model_copy(update={"stages": stages, "models": {**world.recipe.models, shape.name: shape}}),
+            world.rate,
         )
         if fits(need, changed, other):
             return shape.name

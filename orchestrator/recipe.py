@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -39,6 +40,29 @@ def _price(value: object) -> Amount:
     return amount
 
 
+def _amount(value: object) -> Amount:
+    amount = parse_amount(value)
+    if amount.hourly or amount.value < 0:
+        raise ValueError(f"{value!r} is not the price of a million tokens; write it like 0.55 USD")
+    return amount
+
+
+def _key_env(value: object) -> str:
+    """A recipe of somebody else must not send any secret it likes to a server it names."""
+    name = str(value)
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]*_API_KEY", name) or name.startswith(_CLOUDS):
+        raise ValueError(f"{name!r} is not the variable of a model API's key; name one like OPENAI_API_KEY")
+    return name
+
+
+def _base_url(value: object) -> str:
+    parts = urlsplit(str(value))
+    here = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    if not parts.hostname or parts.username or not (parts.scheme == "https" or (parts.scheme == "http" and here)):
+        raise ValueError(f"{value!r} is not an address of an API; write it like https://api.example.com/v1")
+    return str(value)
+
+
 def _duration(value: object) -> float:
     seconds = parse_duration(value)
     if seconds <= 0:
@@ -50,6 +74,7 @@ def _many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+_CLOUDS = ("AWS", "RUNPOD", "LAMBDA", "VAST", "NEBIUS", "OCI", "GCP", "AZURE", "HF_", "KDCLOUD", "SKYPILOT")
 _INFRA = re.compile(r"[a-z0-9][a-z0-9._-]*(/[A-Za-z0-9._-]+)*")
 
 
@@ -75,6 +100,9 @@ def _as_text(example: str) -> WithJsonSchema:
 
 Budget = Annotated[Amount, BeforeValidator(parse_budget), _as_text("50 CNY")]
 Price = Annotated[Amount, BeforeValidator(_price), _as_text("0.10 USD/h")]
+TokenPrice = Annotated[Amount, BeforeValidator(_amount), _as_text("0.55 USD")]
+KeyEnv = Annotated[str, BeforeValidator(_key_env), _as_text("OPENAI_API_KEY")]
+BaseUrl = Annotated[str, BeforeValidator(_base_url), _as_text("https://api.example.com/v1")]
 Duration = Annotated[float, BeforeValidator(_duration), _as_text("8h")]
 Infra = Annotated[
     tuple[Annotated[str, BeforeValidator(_infra), _as_text("aws")], ...],
@@ -146,6 +174,20 @@ class SoftLabelsPart(_Part):
     temperature: Positive | None = Field(None, description="default: the temperature of the training that uses them")
 
 
+class ApiPart(_Part):
+    """A teacher behind an OpenAI-compatible API, with what a million tokens cost there."""
+
+    base_url: BaseUrl = Field(description="what stands before /chat/completions")
+    model: Name = Field(description="as the API calls it")
+    key_env: KeyEnv | None = Field(None, description="environment variable that holds the key; default: no key")
+    input_price: TokenPrice = Field(description="of 1e6 tokens of prompts")
+    output_price: TokenPrice = Field(description="of 1e6 tokens of answers, thinking included")
+    requests_per_minute: Positive | None = None
+    max_parallel: Annotated[int, Field(strict=True, ge=1, le=256)] = 8
+    timeout: Duration = Field(600.0, description="for one answer")
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+
 class LoraPart(_Part):
     """Low-rank adapters on frozen weights."""
 
@@ -194,6 +236,9 @@ class LabelStage(_Working):
 
     kind: Literal["label"]
     teacher: Name = Field(description="an earlier pretrain or train stage, a model as owner/name, or a folder")
+    api: ApiPart | None = Field(
+        None, description="answers come from there; `teacher` is then the model whose tokenizer the labels are for"
+    )
     revision: Name | None = Field(None, description="commit of a hub model")
     prompts: Name | None = Field(None, description="default: data.prompts")
     verify: Verify | None = Field(None, description="default: data.verify")
@@ -257,6 +302,10 @@ class EvaluateStage(_Working):
     max_new_tokens: Count | None = None
     batch_size: Count | None = None
     limit: Count | None = Field(None, description="at most so many prompts")
+    seeds: Count = Field(1, description="answers to each prompt: 1 is greedy, more are sampled")
+    temperature: Positive = Field(0.6, description="of sampled answers")
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
+    lm_eval: tuple[Name, ...] = Field((), description="tasks of lm-evaluation-harness, where that is installed")
 
 
 class ExportStage(_Working):
@@ -316,6 +365,7 @@ class DataFile:
     key: str
     sha256: str
     rows: int
+    longest_bytes: int  # of a line
 
 
 class Recipe(RecipeSpec):
@@ -542,6 +592,7 @@ _PARTS: dict[str, type[BaseModel]] = {
     "data": DataPart,
     "compare": ComparePart,
     "soft_labels": SoftLabelsPart,
+    "api": ApiPart,
     "lora": LoraPart,
     "loss": LossPart,
 }
@@ -622,11 +673,11 @@ class _Beside:
             content = path.read_bytes()
         except OSError as error:
             return f"cannot read {path}: {error.strerror}; name a jsonl file, relative to the recipe, or builtin:NAME"
-        rows = sum(1 for line in content.splitlines() if line.strip())
+        rows = [len(line) for line in content.splitlines() if line.strip()]
         if not rows:
             return f"{path} is empty"
         digest = hashlib.sha256(content).hexdigest()
-        self.files[text] = DataFile(str(path), f"data/{digest[:12]}.jsonl", digest, rows)
+        self.files[text] = DataFile(str(path), f"data/{digest[:12]}.jsonl", digest, len(rows), max(rows))
         return None
 
     def model(self, text: str) -> str | None:
@@ -714,6 +765,8 @@ def _stage_problems(
         case "label":
             yield from refer("teacher", MODEL_STAGES, model=True)
             yield from source("prompts")
+            if stage.get("samples_per_prompt", 1) != 1 and stage.get("temperature") == 0:
+                yield "temperature", "0 gives the same answer every time: several samples a prompt need more"
         case "train":
             yield from refer("student", MODEL_STAGES, model=True)
             yield from refer("labels", ("label",), model=False)
@@ -736,6 +789,9 @@ def _stage_problems(
             yield from refer("student", ("train",), model=False)
             yield from refer("teacher", (*MODEL_STAGES, "label"), model=True)
             yield from source("held_out")
+            _, named = names.get(str(stage.get("teacher")), (0, {}))
+            if named.get("kind") == "label" and named.get("api") is not None:
+                yield "teacher", "a teacher behind an API cannot be evaluated: leave it out"
             if stage.get("verify", data.get("verify", "none")) in ("text", "none"):
                 yield "verify", "an evaluation needs right answers: give data.verify or verify here, math or exact"
         case "export":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.ledger import Run
@@ -20,7 +20,7 @@ QUALITY_NAMES = {
     "teacher": "teacher",
     "student_before": "student before",
     "student_hard": "hard labels",
-    "student_hard_2x": "hard labels, 2x steps",
+    "student_hard_2x": "hard, 2x steps",
     "student": "distilled",
 }
 
@@ -36,7 +36,8 @@ def build_report(run: Run, plan: Plan, live: list[dict[str, Any]]) -> dict[str, 
         "currency": plan.currency,
         "bucket": run.bucket,
         "cap_micros": run.cap_micros,
-        "spend_micros": run.spent_micros,
+        "spend_micros": run.spent_micros + _api_micros(run, plan),
+        "api_micros": _api_micros(run, plan),
         "reserved_micros": run.open_micros,
         "live": live,
         "stages": [_stage(run, stage) for stage in plan.stages],
@@ -50,6 +51,20 @@ def build_report(run: Run, plan: Plan, live: list[dict[str, Any]]) -> dict[str, 
         "message": run.ends[-1].data["message"] if run.ends else "",
         "hint": run.ends[-1].data["hint"] if run.ends else "",
     }
+
+
+def _api_micros(run: Run, plan: Plan) -> int:
+    """What APIs have cost, by their own counts; of a stage that was begun and is not done, all it may have spent."""
+    total = 0
+    for stage in plan.stages:
+        api = getattr(stage.settings, "api", None)
+        if api is None:
+            continue
+        if stage.name in run.done:
+            total += int(run.done[stage.name]["result"]["api"]["cost_micros"])
+        elif any(m.stage == stage.name for m in run.machines):
+            total += api.max_cost_micros
+    return total
 
 
 def _stage(run: Run, stage: Any) -> dict[str, Any]:
@@ -121,6 +136,8 @@ def render_report(report: Mapping[str, Any], plan: Plan, console: Console) -> No
     if any(report["quality"].values()):
         console.print()
         console.print(_quality_table(report["quality"]))
+        for line in _harness_lines(report["quality"]):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     if report["message"]:
         console.print(Text.assemble((f"{state}: ", "bold"), report["message"]), soft_wrap=True)
     if report["hint"]:
@@ -164,30 +181,55 @@ def _stage_table(stages: Sequence[Mapping[str, Any]], plan: Plan) -> Table:
 
 
 def _quality_table(quality: Mapping[str, Any]) -> Table:
+    """A row a model. Columns that no row has a number for are left out; it fits 80 columns."""
+    rows = {key: quality[key] for key in QUALITY if quality.get(key) is not None}
+    seeds = max(len(row["accuracy"]["seeds"]) for row in rows.values())
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "accuracy, 95 %": lambda row: _accuracy(row["accuracy"]),
+        "seeds": lambda row: _span(row["accuracy"]["min"], row["accuracy"]["max"]) if seeds > 1 else "",
+        "KL": lambda row: _number(row.get("kl_to_teacher"), "{:.3g}", none=""),
+        "tokens/s": lambda row: _number(row.get("tokens_per_s"), "{:,.0f}"),
+        "1st, ms": lambda row: _number(row.get("first_token_s"), "{:,.1f}", times=1000),
+        "GiB": lambda row: _number(row.get("peak_gib"), "{:.2f}"),
+    }
+    told = {name: [said(row) for row in rows.values()] for name, said in columns.items()}
+    told = {name: cells for name, cells in told.items() if any(cells)}
     table = _table("quality on the held-out set")
+    table.collapse_padding, table.show_edge = True, False
     table.add_column("model", no_wrap=True)
-    for name in ("accuracy", "min - max", "tokens/s", "1st token", "GiB"):
+    for name in told:
         table.add_column(name, justify="right", no_wrap=True)
-    for key in QUALITY:
-        row = quality.get(key)
-        if row is None:
-            continue
-        accuracy, seeds = row["accuracy"], len(row["accuracy"]["seeds"])
-        first_ms = None if row.get("first_token_s") is None else row["first_token_s"] * 1000
-        table.add_row(
-            QUALITY_NAMES[key],
-            f"{accuracy['mean']:.3f}",
-            f"{accuracy['min']:.2f} - {accuracy['max']:.2f}" if seeds > 1 else "",
-            _number(row.get("tokens_per_s"), "{:,.0f}"),
-            _number(first_ms, "{:,.1f} ms"),
-            _number(row.get("peak_gib"), "{:.2f}"),
-            style="bold" if key == "student" else "",
-        )
-    count = ", ".join(sorted({str(row["accuracy"]["n"]) for row in quality.values() if row}))
-    seeds = max(len(row["accuracy"]["seeds"]) for row in quality.values() if row)
+    for at, key in enumerate(rows):
+        cells = [told[name][at] for name in told]
+        table.add_row(QUALITY_NAMES[key], *cells, style="bold" if key == "student" else "")
+    count = ", ".join(sorted({str(row["accuracy"]["n"]) for row in rows.values()}))
     many = f", mean of {seeds} seeds" if seeds > 1 else ""
-    table.caption = f"{count} held-out problems{many}; same labels and steps unless named"
+    notes = ["95 %: over problems, not over trainings"] if seeds > 1 else []
+    notes += ["KL: from the teacher, nats a token"] if "KL" in told else []
+    below = "\n" + "; ".join(notes) if notes else ""
+    table.caption = f"{count} held-out problems{many}; same labels and steps unless named{below}"
     return table
+
+
+def _harness_lines(quality: Mapping[str, Any]) -> list[str]:
+    """A line a number of lm-evaluation-harness: what it is, and how much of which model. Standard errors stay away."""
+    told: dict[str, list[str]] = {}
+    for key in QUALITY:
+        for task, numbers in ((quality.get(key) or {}).get("lm_eval") or {}).items():
+            for name, value in numbers.items():
+                if "stderr" not in name:
+                    told.setdefault(f"{task} {name}", []).append(f"{QUALITY_NAMES[key]} {value:.3f}")
+    return [f"{what}: {', '.join(values)}" for what, values in told.items()]
+
+
+def _accuracy(accuracy: Mapping[str, Any]) -> str:
+    """The mean with its interval over problems, where there is one: older runs have none."""
+    interval = accuracy.get("interval")
+    return f"{accuracy['mean']:.3f}" + (f" ({_span(*interval)})" if interval else "")
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:.2f}-{high:.2f}"
 
 
 def _table(title: str) -> Table:
@@ -205,5 +247,5 @@ def _table(title: str) -> Table:
     )
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _number(value: float | None, form: str, *, times: float = 1, none: str = "-") -> str:
+    return none if value is None else form.format(value * times)

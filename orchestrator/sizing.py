@@ -30,6 +30,7 @@ from orchestrator.workload import (
     made_shape,
 )
 from tasks.contract import (
+    ApiTeacher,
     EvaluateSettings,
     ExportSettings,
     LabelSettings,
@@ -41,7 +42,10 @@ from tasks.contract import (
     TrainSettings,
 )
 
+API_TOP_K = 20  # most candidates a token that such APIs tell
+API_TOKENS_S = Range(20.0, 50.0, 150.0)  # of one answer; assumed: what public APIs of large models are seen to do
 ARMS = 3  # of a comparison: soft labels, hard labels, hard labels with twice the steps
+KL_TOKENS = 20_000  # of prompts and answers at most (tasks/evaluate.py: KL_TOKENS)
 ARMS_STEPS = 4  # their optimizer steps together, in those of one
 
 
@@ -81,6 +85,8 @@ def choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
                 threads=stage.threads,
                 checkpoint_every_s=stage.checkpoint_every or _checkpoint_s(machine),
             )
+        case LabelStage() if stage.api is not None:
+            yield _label_settings(stage, world, stage.batch_size or 4 * stage.api.max_parallel)
         case LabelStage():
             paged = machine.speed.gpu and stage.engine != "transformers"  # the engine packs its own batches
             free = [LabelSettings.shard_size] if paged else _batches(world.shape(stage.teacher))
@@ -124,7 +130,7 @@ def _label_settings(stage: LabelStage, world: World, batch_size: int) -> LabelSe
         max_new_tokens=lengths.limit,
         temperature=stage.temperature,
         top_p=stage.top_p,
-        top_k=stage.soft_labels.top_k,
+        top_k=stage.soft_labels.top_k if stage.api is None else min(stage.soft_labels.top_k, API_TOP_K),
         label_temperature=world.label_temperature(stage),
         engine=stage.engine,
         batch_size=batch_size,
@@ -132,6 +138,7 @@ def _label_settings(stage: LabelStage, world: World, batch_size: int) -> LabelSe
         max_cut_share=stage.max_cut_share,
         seed=stage.seed,
         threads=stage.threads,
+        api=world.api(stage),
     )
 
 
@@ -191,6 +198,10 @@ def _evaluate_settings(stage: EvaluateStage, world: World, batch_size: int) -> E
         batch_size=batch_size,
         limit=stage.limit,
         threads=stage.threads,
+        seeds=stage.seeds,
+        temperature=stage.temperature,
+        top_p=stage.top_p,
+        lm_eval=stage.lm_eval,
     )
 
 
@@ -266,6 +277,8 @@ def _measure_pretrain(settings: PretrainSettings, machine: Machine) -> Measured:
 
 
 def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, machine: Machine) -> Measured:
+    if settings.api is not None:
+        return _measure_api(stage, settings, settings.api, world)
     shape, lengths, speed = world.shape(stage.teacher), world.label_lengths(stage), machine.speed
     engine = speed.gpu and settings.engine != "transformers"
     answers, kept = stage.samples * stage.samples_per_prompt, world.kept(stage)
@@ -298,6 +311,29 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
             "cut_share": lengths.cut_share,
             "kept_share": world.kept_share(stage),
             "kept_samples": kept,
+            "label_gib": kept * lengths.answer * LABEL_BYTES_PER_TOKEN / 2**30 if settings.top_k else 0.0,
+        },
+    )
+
+
+def _measure_api(stage: LabelStage, settings: LabelSettings, api: ApiTeacher, world: World) -> Measured:
+    """Needs a tokenizer and the network, whatever the machine has."""
+    lengths, kept = world.label_lengths(stage), world.kept(stage)
+    answers = stage.samples * stage.samples_per_prompt
+    least = answers * 60.0 / api.requests_per_minute if api.requests_per_minute else 0.0
+    tokens = answers * lengths.answer / api.max_parallel
+    rates = (API_TOKENS_S.high, API_TOKENS_S.expected, API_TOKENS_S.low)
+    waiting = Range(*(max(least, tokens / rate) for rate in rates))
+    return Measured(
+        memory.process_memory(),
+        duration.stage_s(duration.cpu_speed(None), downloads_gb=0.0) + waiting,
+        {
+            "answers": answers,
+            "expected_answer_tokens": lengths.answer,
+            "cut_share": lengths.cut_share,
+            "kept_share": world.kept_share(stage),
+            "kept_samples": kept,
+            "api_expected_micros": answers * api.cost_micros(round(lengths.prompt), round(lengths.answer)),
             "label_gib": kept * lengths.answer * LABEL_BYTES_PER_TOKEN / 2**30 if settings.top_k else 0.0,
         },
     )
@@ -406,7 +442,11 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
             longest=lengths.limit,
             batch_size=settings.batch_size,
             engine=False,
-        ).times(times)
+        ).times(times * settings.seeds)
+        if stage.teacher:  # how far from the teacher: each model reads the teacher's answers once
+            tokens = min(rows * (lengths.prompt + lengths.answer), KL_TOKENS)
+            mean_len = lengths.prompt + lengths.answer
+            seconds += duration.scoring_s(speed, shape, tokens=tokens, mean_len=mean_len).times(times)
     return Measured(
         need, seconds, {"prompts": rows, "models": students + len(shapes) - 1, "expected_answer_tokens": lengths.answer}
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from orchestrator.catalog import ModelShape
+from orchestrator.money import Rate, price_micros
 from orchestrator.recipe import (
     ArchitecturePart,
     EvaluateStage,
@@ -16,7 +17,7 @@ from orchestrator.recipe import (
     Stage,
     TrainStage,
 )
-from tasks.contract import Architecture, DataSource, LabelSettings, ModelSource
+from tasks.contract import ApiTeacher, Architecture, DataSource, LabelSettings, ModelSource
 
 # --- what text is like. Assumed until a run has measured it; the first shards of a label stage tell.
 BUILTIN_VOCAB = 64  # symbols of the tokenizer that comes with the generated sets, rounded up
@@ -45,8 +46,9 @@ class Lengths:
 class World:
     """The recipe with its references followed."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, rate: Rate) -> None:
         self.recipe = recipe
+        self.rate = rate
         self._stages = {stage.name: stage for stage in recipe.stages}
         trains = [stage for stage in recipe.stages if isinstance(stage, TrainStage)]
         self._compared = trains[-1].name if trains else None
@@ -102,6 +104,30 @@ class World:
         file = self.recipe.files.get(word)
         return DataSource(word if file is None else file.path)
 
+    def api(self, stage: LabelStage) -> ApiTeacher | None:
+        """The API with the most that the stage may cost there: every answer as long as it may get, to the longest
+        prompt. One that fails on its way may be billed and is asked again: it draws on the same sum."""
+        part = stage.api
+        if part is None:
+            return None
+        made = ApiTeacher(
+            base_url=part.base_url,
+            model=part.model,
+            key_env=part.key_env,
+            input_micros=price_micros(part.input_price, self.rate),
+            output_micros=price_micros(part.output_price, self.rate),
+            max_cost_micros=0,
+            requests_per_minute=part.requests_per_minute,
+            max_parallel=part.max_parallel,
+            timeout_s=part.timeout,
+            limit_name=part.limit_name,
+        )
+        file = self.recipe.files.get(stage.prompts or self.recipe.data.prompts or "")
+        longest = BUILTIN_PROMPT_TOKENS if file is None else file.longest_bytes  # of bytes: no text is longer
+        prompts = stage.samples if file is None else min(stage.samples, file.rows)
+        most = made.most_micros(longest, self.label_lengths(stage).limit)
+        return replace(made, max_cost_micros=prompts * stage.samples_per_prompt * most)
+
     def rows(self, word: str | None) -> int:
         """Prompts there are."""
         if word is not None and word in self.recipe.files:
@@ -121,13 +147,15 @@ class World:
         return Lengths(PROMPT_TOKENS, LONGEST_PROMPT_TOKENS, min(PLAIN_ANSWER_TOKENS, 0.8 * top), top, 0.02)
 
     def label_lengths(self, stage: LabelStage) -> Lengths:
-        return self.lengths(stage.prompts or self.recipe.data.prompts, stage.teacher, stage.max_new_tokens)
+        model = stage.teacher if stage.api is None else stage.api.model
+        return self.lengths(stage.prompts or self.recipe.data.prompts, model, stage.max_new_tokens)
 
     def evaluate_lengths(self, stage: EvaluateStage) -> Lengths:
         """Answers at evaluation are as long as those the student learned from."""
         label = self.label(self.train(stage.student).labels)
         held_out = stage.held_out or self.recipe.data.held_out
-        return self.lengths(held_out, label.teacher, stage.max_new_tokens or self.label_lengths(label).limit)
+        model = label.teacher if label.api is None else label.api.model
+        return self.lengths(held_out, model, stage.max_new_tokens or self.label_lengths(label).limit)
 
     def kept_share(self, stage: LabelStage) -> float:
         """Share of the answers that become labels."""
@@ -159,7 +187,9 @@ class World:
         return tuple(dict.fromkeys(word for word in words if word in self._stages))
 
     def label_temperature(self, stage: LabelStage) -> float:
-        """The recipe's, else that of the first training that uses the labels."""
+        """The recipe's, else that of the first training that uses the labels. An API tells log-probabilities at 1."""
+        if stage.api is not None:
+            return 1.0
         if stage.soft_labels.temperature is not None:
             return stage.soft_labels.temperature
         users = (one for one in self.recipe.stages if isinstance(one, TrainStage) and one.labels == stage.name)
@@ -170,7 +200,7 @@ class World:
         stage = self._stages.get(model)
         if isinstance(stage, TrainStage):
             return self._reasons(self.label(stage.labels).teacher)
-        return any(mark in model for mark in ("R1", "Qwen3", "QwQ"))
+        return any(mark in model for mark in ("R1", "Qwen3", "QwQ", "reasoner"))
 
 
 def architecture(part: ArchitecturePart) -> Architecture:

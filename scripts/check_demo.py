@@ -53,6 +53,10 @@ def broken_promises(report: dict[str, Any]) -> list[str]:
     quality = report["quality"]
     for name, row in quality.items():
         print(f"{name:<18} {'-' if row is None else row['accuracy']}")
+        if row is not None and "interval" in row["accuracy"]:
+            low, high = row["accuracy"]["interval"]
+            if not 0 <= low <= row["accuracy"]["mean"] <= high <= 1:
+                broken.append(f"the interval of {name} ({low}, {high}) does not hold its mean")
     if not quality.get("student") or not quality.get("student_hard"):
         return [*broken, "no quality of the distilled and of the hard-label student"]
     soft, hard = (quality[name]["accuracy"]["seeds"] for name in ("student", "student_hard"))

@@ -22,6 +22,7 @@ LOG_FILE = "log.txt"
 ENDED_FILE = "ended.json"
 COMMIT_FILE = "COMMIT"
 STAGE_PREFIX = "stage:"
+PROMPT_OVERHEAD_TOKENS = 256  # an API's chat template, and what a provider puts before a prompt unasked
 
 
 class Exit(IntEnum):
@@ -97,8 +98,39 @@ class PretrainSettings:
 
 
 @dataclass(frozen=True)
+class ApiTeacher:
+    """A teacher behind an OpenAI-compatible API, and the most that it may cost.
+
+    The key itself is in the environment variable `key_env`, and nowhere else.
+    """
+
+    base_url: str  # up to what stands before /chat/completions
+    model: str
+    key_env: str | None  # None = the server asks for none
+    input_micros: int  # micro-USD for 1e6 tokens of prompts
+    output_micros: int  # micro-USD for 1e6 tokens of answers
+    max_cost_micros: int  # no request is sent that could pass it, whatever attempt of the stage sends it
+    requests_per_minute: float | None = None
+    max_parallel: int = 8
+    timeout_s: float = 600.0  # for the whole of one answer
+    attempts: int = 6  # at one answer
+    limit_name: str = "max_tokens"  # how the API calls the limit of new tokens; or max_completion_tokens
+
+    def cost_micros(self, input_tokens: int, output_tokens: int) -> int:
+        """Of one answer, integer micro-USD, rounded up."""
+        return -(-(input_tokens * self.input_micros + output_tokens * self.output_micros) // 1_000_000)
+
+    def most_micros(self, prompt_bytes: int, new_tokens: int) -> int:
+        """No answer to a prompt of so many bytes in UTF-8 costs more: no tokenizer makes more tokens than bytes."""
+        return self.cost_micros(prompt_bytes + PROMPT_OVERHEAD_TOKENS, new_tokens)
+
+
+@dataclass(frozen=True)
 class LabelSettings:
-    """Generate with the teacher, verify, keep, score what was kept with top-k soft labels."""
+    """Generate with the teacher, verify, keep, score what was kept with top-k soft labels.
+
+    With `api`, that teacher answers, and `teacher` names the tokenizer whose ids the labels hold.
+    """
 
     teacher: ModelSource
     prompts: DataSource
@@ -117,6 +149,7 @@ class LabelSettings:
     max_cut_share: float = 0.3
     seed: int = 0
     threads: int | None = None
+    api: ApiTeacher | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +208,10 @@ class EvaluateSettings:
     batch_size: int = 64
     limit: int | None = None
     threads: int | None = None
+    seeds: int = 1  # answers to a problem; 1 = greedy, more are sampled
+    temperature: float = 0.6  # of sampled answers
+    top_p: float = 0.95
+    lm_eval: tuple[str, ...] = ()  # tasks of lm-evaluation-harness, where it is installed
 
 
 @dataclass(frozen=True)
@@ -303,6 +340,7 @@ _NESTED: dict[tuple[str, str], type[Any]] = {
     ("ModelSource", "architecture"): Architecture,
     ("LabelSettings", "teacher"): ModelSource,
     ("LabelSettings", "prompts"): DataSource,
+    ("LabelSettings", "api"): ApiTeacher,
     ("TrainSettings", "student"): ModelSource,
     ("TrainSettings", "lora"): LoraSettings,
     ("EvaluateSettings", "teacher"): ModelSource,

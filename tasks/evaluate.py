@@ -1,19 +1,26 @@
-"""How good, how fast and how large are teacher and students on problems that none of them has seen?"""
+"""How good, how fast and how large are teacher and students on problems that none of them has seen?
+
+Right is what `verify` says of the part behind `</think>`. pass@1 is the share of right answers, over all problems and
+seeds; its interval treats problems as the independent unit (intervals.pass_interval). The divergence is that of the
+student from the teacher on the teacher's own answers, token by token, over the whole vocabulary, in nats.
+"""
 
 from __future__ import annotations
 
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tasks import models, verify
 from tasks.contract import EvaluateSettings, ModelSource, TaskError, build
-from tasks.label import Completion, TransformersGenerator
+from tasks.intervals import pass_interval
+from tasks.label import SCORE_TOKENS, Completion, TransformersGenerator, batches
 from tasks.labels import TOKENIZER_FOLDER
 from tasks.stage import Context, Stopped
 from tasks.train import STUDENTS_FILE
@@ -22,25 +29,35 @@ ROLES = ("teacher", "student_before", "student_hard", "student", "student_hard_2
 _ROLE_OF_KIND = {"soft": "student", "hard": "student_hard", "hard_2x": "student_hard_2x"}
 LATENCY_PROMPTS = 5
 SAMPLES_SHOWN = 12
+KL_TOKENS = 16384  # of the teacher's answers: the divergence is taken over so many
+KL_ELEMENTS = 1 << 25  # logits of one model held at once
 
 
 @dataclass(frozen=True)
 class Measured:
     """One model on the held-out prompts."""
 
-    right: list[bool]
-    texts: list[str]
+    right: list[list[bool]]  # by seed, then by problem
+    texts: list[str]  # of the first seed
     tokens_per_s: float  # new tokens a second, batched
     first_token_s: float  # median over a few prompts, batch 1
     peak_gib: float
+    kl_to_teacher: float | None = None  # nats a token
+    lm_eval: dict[str, dict[str, float]] | None = None  # number by metric, by task
 
     @property
-    def accuracy(self) -> float:
-        return sum(self.right) / len(self.right)
+    def accuracies(self) -> list[float]:
+        """By seed."""
+        return [sum(right) / len(right) for right in self.right]
+
+    @property
+    def shares(self) -> list[float]:
+        """By problem: right answers over the seeds."""
+        return [sum(problem) / len(self.right) for problem in zip(*self.right, strict=True)]
 
 
 def run(ctx: Context, settings: EvaluateSettings) -> dict[str, Any]:
-    """Quality by role; a role nobody trained is null. Answers are greedy and judged like the labels."""
+    """Quality by role; a role nobody trained is null. Answers are judged like the labels."""
     models.quiet()
     models.set_threads(settings.threads)
     ctx.progress("prepare", declared=True)
@@ -49,13 +66,24 @@ def run(ctx: Context, settings: EvaluateSettings) -> dict[str, Any]:
         raise TaskError("there are no held-out prompts", hint="set data.held_out in the recipe")
     if settings.verify not in ("exact", "math"):
         raise TaskError(f"verify: {settings.verify} cannot tell right answers", hint="use exact or math to evaluate")
+    if settings.lm_eval:
+        _harness()
     candidates = _candidates(ctx, settings)
+    reference: Reference | None = None
     measured: dict[str, list[Measured]] = {role: [] for role in ROLES}
     for index, (role, load) in enumerate(candidates):
         if ctx.stopping:
             raise Stopped
         ctx.progress("evaluate", index, len(candidates), "models")
-        measured[role].append(_measure(ctx, load(), rows, settings, index, len(candidates)))
+        loaded = load()
+        found, answers = _measure(ctx, loaded, rows, settings, index, len(candidates))
+        if role == "teacher":
+            reference = _reference(loaded, rows, answers)
+        elif reference is not None:
+            found = replace(found, kl_to_teacher=_kl(loaded, reference))
+        if settings.lm_eval:
+            found = replace(found, lm_eval=_lm_eval(ctx, loaded, settings))
+        measured[role].append(found)
     result = {
         "quality": {role: _quality(found) for role, found in measured.items()},
         "samples": _samples(rows, measured),
@@ -92,37 +120,60 @@ def _before(ctx: Context, folder: Path, before: dict[str, Any], dtype: torch.dty
 
 def _measure(
     ctx: Context, loaded: models.Loaded, rows: list[dict[str, Any]], settings: EvaluateSettings, index: int, total: int
-) -> Measured:
+) -> tuple[Measured, list[Completion]]:
+    """The figures, and the answers of the first seed."""
     device = models.pick_device()
     model, tokenizer = loaded.model.to(device).eval(), loaded.tokenizer
     models.reset_peak(device)
-    thinking = models.opens_thinking(tokenizer)
     prompts = [models.prompt_ids(tokenizer, row["input"]) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    generator = TransformersGenerator(model, tokenizer, settings.max_new_tokens)
-    generator.generate(prompts[:1], seed=0)  # warm-up, not counted
+    by_seed: list[dict[int, Completion]] = []
     answers: dict[int, Completion] = {}
-    seconds = 0.0
-    for at in range(0, len(order), settings.batch_size):
+
+    def moved(share: float) -> None:
+        """`share` of a batch is written: minutes, where answers are long."""
+        part = len(answers) + share * min(settings.batch_size, len(rows) - len(answers))
+        ctx.progress("evaluate", index + (len(by_seed) + part / len(rows)) / settings.seeds, total, "models")
         if ctx.stopping:
             raise Stopped
-        batch = order[at : at + settings.batch_size]
-        started = time.monotonic()
-        found = generator.generate([prompts[i] for i in batch], seed=0)
-        seconds += time.monotonic() - started
-        answers.update(zip(batch, found, strict=True))
-        ctx.progress("evaluate", index + len(answers) / len(rows), total, "models")
-    texts = [tokenizer.decode(answers[i].ids, skip_special_tokens=True) for i in range(len(rows))]
-    right = [
-        verify.check(settings.verify, text, row["answer"], thinking=thinking).ok
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    return Measured(
-        right=right, texts=texts,
-        tokens_per_s=sum(len(a.ids) for a in answers.values()) / seconds,
+
+    generator = TransformersGenerator(
+        model, tokenizer, settings.max_new_tokens, temperature=settings.temperature if settings.seeds > 1 else 0.0,
+        top_p=settings.top_p, moved=moved,
+    )  # fmt: skip
+    generator.generate(prompts[:1], seed=0)  # warm-up, not counted
+    seconds = 0.0
+    for seed in range(settings.seeds):
+        answers = {}
+        for at in range(0, len(order), settings.batch_size):
+            batch = order[at : at + settings.batch_size]
+            started = time.monotonic()
+            found = generator.generate([prompts[i] for i in batch], seed=seed * 1_000_003 + at)
+            seconds += time.monotonic() - started
+            answers.update(zip(batch, found, strict=True))
+            moved(0.0)
+        by_seed.append(answers)
+    texts = [[tokenizer.decode(each[i].ids, skip_special_tokens=True) for i in range(len(rows))] for each in by_seed]
+    measured = Measured(
+        right=[
+            _judged(ctx, settings, rows, said, thinking=models.opens_thinking(tokenizer)) for said in texts
+        ],
+        texts=texts[0],
+        tokens_per_s=sum(len(answer.ids) for each in by_seed for answer in each.values()) / seconds,
         first_token_s=_first_token_s(model, tokenizer, prompts[:LATENCY_PROMPTS]),
         peak_gib=models.peak_gib(device),
     )  # fmt: skip
+    return measured, [by_seed[0][i] for i in range(len(rows))]
+
+
+def _judged(
+    ctx: Context, settings: EvaluateSettings, rows: list[dict[str, Any]], texts: list[str], *, thinking: bool
+) -> list[bool]:
+    right = []
+    for row, text in zip(rows, texts, strict=True):
+        right.append(verify.check(settings.verify, text, row["answer"], thinking=thinking).ok)
+        ctx.progress("verify", len(right), len(rows), "answers")
+    return right
 
 
 def _first_token_s(model: Any, tokenizer: Any, prompts: list[list[int]]) -> float:
@@ -136,32 +187,147 @@ def _first_token_s(model: Any, tokenizer: Any, prompts: list[list[int]]) -> floa
     return statistics.median(seconds)
 
 
+# --- how far from the teacher --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the teacher thought at every token of its answers: hidden states and head stand for its distributions, so
+    that it need not be in memory beside a student."""
+
+    vocabulary: str
+    real: int  # ids of the vocabulary: a head may be wider
+    pairs: list[tuple[list[int], list[int]]]  # prompt, answer
+    hidden: list[Tensor]  # [C, H] a pair, on the CPU
+    head: Tensor  # [V, H], on the CPU
+
+
+def _reference(teacher: models.Loaded, rows: list[dict[str, Any]], answers: list[Completion]) -> Reference:
+    """The first KL_TOKENS tokens of the answers, in the order of the rows; at least one answer."""
+    pairs: list[tuple[list[int], list[int]]] = []
+    count = 0
+    for row, answer in zip(rows, answers, strict=True):
+        if not pairs or count + len(answer.ids) <= KL_TOKENS:
+            pairs.append((models.prompt_ids(teacher.tokenizer, row["input"]), answer.ids))
+            count += len(answer.ids)
+    hashes, real = models.vocabulary_hashes(teacher.tokenizer), len(teacher.tokenizer)
+    head = models.head_weight(teacher.model).detach().cpu()
+    return Reference(hashes.ordinary, real, pairs, _hidden(teacher, pairs), head)
+
+
+@torch.inference_mode()
+def _hidden(loaded: models.Loaded, pairs: list[tuple[list[int], list[int]]]) -> list[Tensor]:
+    """[C, H] for each (prompt, answer), on the CPU: row j is what answer[j] is predicted from."""
+    device = next(loaded.model.parameters()).device
+    lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+    found: dict[int, Tensor] = {}
+    for batch in batches(lengths, SCORE_TOKENS):
+        ids = torch.zeros(len(batch), max(lengths[i] for i in batch), dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, : lengths[i]] = torch.tensor(pairs[i][0] + pairs[i][1])
+        hidden = models.hidden_states(loaded.model, ids.to(device))
+        for row, i in enumerate(batch):
+            found[i] = hidden[row, len(pairs[i][0]) - 1 : lengths[i] - 1].cpu()
+    return [found[i] for i in range(len(pairs))]
+
+
+@torch.inference_mode()
+def _kl(student: models.Loaded, reference: Reference) -> float | None:
+    """Mean over tokens of KL(teacher || student), nats; None when ids mean other tokens to the student."""
+    if models.vocabulary_hashes(student.tokenizer).ordinary != reference.vocabulary:
+        return None
+    head = models.head_weight(student.model)
+    if head.shape[0] < reference.real:
+        return None
+    theirs = reference.head.to(head.device)
+    ours, hidden = torch.cat(_hidden(student, reference.pairs)), torch.cat(reference.hidden)
+    total = 0.0
+    step = max(1, KL_ELEMENTS // max(head.shape[0], theirs.shape[0]))
+    for at in range(0, len(hidden), step):
+        p = _log_softmax(hidden[at : at + step].to(head.device), theirs, reference.real)
+        q = _log_softmax(ours[at : at + step].to(head.device), head, reference.real)
+        total += (p.exp() * (p - q)).sum().item()
+    return max(0.0, total / len(hidden))
+
+
+def _log_softmax(hidden: Tensor, head: Tensor, real: int) -> Tensor:
+    return torch.log_softmax((hidden @ head.T)[:, :real].float(), 1)
+
+
+# --- lm-evaluation-harness -----------------------------------------------------------------------------------------
+
+
+def _harness() -> Any:
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise TaskError(
+            "lm_eval names tasks of lm-evaluation-harness, which is not installed here",
+            hint="pip install 'lm-eval[hf]' on this machine, or leave lm_eval out",
+        ) from error
+    return lm_eval.simple_evaluate, HFLM
+
+
+def _lm_eval(ctx: Context, loaded: models.Loaded, settings: EvaluateSettings) -> dict[str, dict[str, float]]:
+    """Numbers of each task as the harness names them, such as exact_match,strict-match. Model-written code never runs:
+    the harness refuses tasks that would, unless it is told otherwise."""
+    from transformers import GenerationConfig
+
+    evaluate, wrap = _harness()
+    ctx.progress("lm_eval", declared=True)
+    # What was measured before left its own limit of new tokens in the model; the harness has one a task.
+    ends = {"eos_token_id": loaded.tokenizer.eos_token_id, "pad_token_id": loaded.tokenizer.pad_token_id}
+    loaded.model.generation_config = GenerationConfig(**ends)
+    wrapped = wrap(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=settings.batch_size)
+    try:
+        found = evaluate(model=wrapped, tasks=list(settings.lm_eval), log_samples=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise TaskError(
+            f"lm-evaluation-harness cannot do {', '.join(settings.lm_eval)}: {error}",
+            hint="`lm_eval ls tasks` lists its tasks; their data comes from the hub",
+        ) from error
+    return {
+        task: {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
+        for task, numbers in found["results"].items()
+    }
+
+
+# --- result --------------------------------------------------------------------------------------------------------
+
+
 def _quality(found: list[Measured]) -> dict[str, Any] | None:
     if not found:
         return None
-    accuracies = [one.accuracy for one in found]
+    several = len(found) > 1
+    accuracies = [statistics.fmean(one.accuracies) for one in found] if several else found[0].accuracies
+    shares = [statistics.fmean(problem) for problem in zip(*[one.shares for one in found], strict=True)]
+    kl = [one.kl_to_teacher for one in found if one.kl_to_teacher is not None]
     return {
         "accuracy": {
             "mean": statistics.fmean(accuracies), "min": min(accuracies), "max": max(accuracies),
-            "n": len(found[0].right), "seeds": accuracies,
+            "n": len(shares), "seeds": accuracies, "interval": list(pass_interval(shares)),
+            "answers": len(found[0].right) * len(found),  # to each problem
         },
+        "kl_to_teacher": statistics.fmean(kl) if kl else None,
         "tokens_per_s": statistics.fmean(one.tokens_per_s for one in found),
         "first_token_s": statistics.median(one.first_token_s for one in found),
         "peak_gib": max(one.peak_gib for one in found),
+        "lm_eval": found[0].lm_eval,
     }  # fmt: skip
 
 
 def _samples(rows: list[dict[str, Any]], measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
     """A dozen problems with everybody's words: half of them wrong ones of the student, as far as there are any."""
     student = measured["student"][0] if measured["student"] else None
-    right = [i for i in range(len(rows)) if student is None or student.right[i]]
-    wrong = [i for i in range(len(rows)) if student is not None and not student.right[i]]
+    right = [i for i in range(len(rows)) if student is None or student.right[0][i]]
+    wrong = [i for i in range(len(rows)) if student is not None and not student.right[0][i]]
     half = SAMPLES_SHOWN // 2
     picked = wrong[: max(half, SAMPLES_SHOWN - len(right))]
     picked = right[: SAMPLES_SHOWN - len(picked)] + picked
     shown = []
     for i in picked:
         said = {role: found[0].texts[i] for role, found in measured.items() if found}
-        ok = {role: found[0].right[i] for role, found in measured.items() if found}
+        ok = {role: found[0].right[0][i] for role, found in measured.items() if found}
         shown.append({"input": rows[i]["input"], "answer": rows[i]["answer"], **said, "right": ok})
     return shown

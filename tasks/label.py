@@ -11,15 +11,18 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tasks import hub, losses, models, verify
-from tasks.contract import LabelSettings, ModelSource, TaskError
+from tasks import api_teacher, hub, losses, models, verify
+from tasks.contract import ApiTeacher, LabelSettings, ModelSource, TaskError
+from tasks.intervals import wilson
 from tasks.labels import TOKENIZER_FOLDER, Header, Sample, read_labels, shard_name, write_shard
 from tasks.stage import Context, Stopped
 
@@ -28,12 +31,15 @@ SCORE_TOKENS = 16384  # tokens of a scoring batch
 COMPILE_TOKENS = 5_000_000  # to score: compiled layers are a quarter faster and take 8 s to compile (H200, 1.5B)
 SCORE_ELEMENTS = 1 << 25  # logits held at once on a CPU; on CUDA as many as the loss holds
 SAMPLES_SHOWN = 8
+SPENT_FILE = "api-spent.json"
+LEAST_TAIL = 1e-7  # an API's log-probabilities are rounded: what is left of 1 is no smaller than that
 
 
 @dataclass(frozen=True)
 class Completion:
     ids: list[int]  # end of sequence included
-    finish_reason: str  # stop | length
+    finish_reason: str  # stop | length, or what an API says
+    top: list[list[tuple[int, float]]] | None = None  # of an API: a token's candidates (id, log-probability), or none
 
 
 class Generator(Protocol):
@@ -42,40 +48,75 @@ class Generator(Protocol):
     def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]: ...
 
 
+@dataclass(frozen=True)
+class Question:
+    text: str
+    ids: list[int]  # the generation prompt
+
+
+Moved = Callable[[float], None]  # told the share of the answers at hand that is written; may raise Stopped
+
+
+class Answerer(Protocol):
+    """Something that answers questions: (place in `questions`, completion), in the order they come.
+
+    `moved` is called all the while: answers take minutes, and what does not move counts as stalled.
+    """
+
+    def answers(
+        self, questions: Sequence[Question], *, seed: int, moved: Moved
+    ) -> Iterator[tuple[int, Completion]]: ...
+
+
 def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
     """Labels of the kept answers as `labels-NNNNN.safetensors`, readable text as `generated-NNNNN.jsonl`."""
     _check(settings)
     models.quiet()
     models.set_threads(settings.threads)
+    ctx.progress("prepare", declared=True)
     rows = _choose(ctx.data(settings.prompts), settings)
     device = models.pick_device()
     teacher = _Teacher(ctx, settings, device)
+    api = None if settings.api is None else ApiGenerator(ctx, settings, settings.api, teacher.tokenizer)
+    teacher.longest_prompt = max(len(models.prompt_ids(teacher.tokenizer, row["input"])) for row in rows)
     shards = [rows[at : at + settings.shard_size] for at in range(0, len(rows), settings.shard_size)]
 
     generated: list[list[dict[str, Any]]] = []
+    newest = ctx.latest_checkpoint()
     started, new_tokens = time.monotonic(), 0
     for index, shard in enumerate(shards):
-        found, fresh = _generated(ctx, settings, teacher, index, shard)
-        new_tokens += sum(len(row["completion_ids"]) for row in found) if fresh else 0
+        found, fresh = _generated(
+            ctx, settings, api or teacher, teacher, index, shard, generated, newest[1] if newest else None
+        )
+        new_tokens += fresh
         generated.append(found)
         _pause_when_cut(settings, generated)
         ctx.progress("generate", index + 1, len(shards), "shards")
     generation_s = time.monotonic() - started
     teacher.end_generation()
 
-    header = teacher.header()
+    header = teacher.header() if settings.api is None else teacher.api_header(generated)
     teacher.tokenizer.save_pretrained(ctx.out / TOKENIZER_FOLDER)
     waiting = [row for i, found in enumerate(generated) if not ctx.kept(shard_name(i)) for row in found if row["kept"]]
-    if sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in waiting) >= COMPILE_TOKENS:
+    scored = sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in waiting)
+    if settings.api is None and settings.top_k and scored >= COMPILE_TOKENS:
         teacher.compile()
     for index, found in enumerate(generated):
         _stop_if_asked(ctx)
         if not ctx.kept(shard_name(index)):
             kept = [row for row in found if row["kept"]]
-            write_shard(ctx.out / shard_name(index), header, list(_score(teacher, kept, settings)))
+            write_shard(ctx.out / shard_name(index), header, list(_score(ctx, teacher, kept, settings, header, index)))
             ctx.keep(shard_name(index))
         ctx.progress("score", index + 1, len(generated), "shards")
-    return _result(ctx, settings, generated, len(rows), new_tokens / max(generation_s, 1e-9) if new_tokens else None)
+    speed = new_tokens / max(generation_s, 1e-9) if new_tokens else None
+    result = _result(ctx, settings, generated, len(rows), speed)
+    if api is not None:
+        result["api"] = _bill(generated, api)
+        if settings.top_k and not result["api"]["soft"]:
+            result["note"] = (
+                "the API told no log-probabilities, or of tokens that are not this tokenizer's: the labels are hard"
+            )
+    return result
 
 
 def _check(settings: LabelSettings) -> None:
@@ -85,6 +126,11 @@ def _check(settings: LabelSettings) -> None:
         raise TaskError(f"verify: {settings.verify} is unknown", hint=f"use one of {', '.join(verify.KINDS)}")
     if settings.engine not in ("auto", "vllm", "transformers"):
         raise TaskError(f"engine: {settings.engine} is unknown", hint="use auto, vllm or transformers")
+    if settings.samples_per_prompt > 1 and settings.temperature == 0.0:
+        raise TaskError(
+            f"{settings.samples_per_prompt} samples a prompt at temperature 0 are one answer paid several times",
+            hint="set a temperature above 0, or samples_per_prompt: 1",
+        )
     if settings.teacher.architecture is not None:
         raise TaskError("a teacher made from scratch knows nothing", hint="pretrain it in a stage and name the stage")
 
@@ -107,29 +153,69 @@ def _choose(rows: list[dict[str, Any]], settings: LabelSettings) -> list[dict[st
 
 
 def _generated(
-    ctx: Context, settings: LabelSettings, teacher: _Teacher, index: int, shard: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], bool]:
-    """The judged answers of one shard, and whether they were made just now."""
+    ctx: Context, settings: LabelSettings, answerer: Answerer, teacher: _Teacher, index: int,
+    shard: list[dict[str, Any]], before: list[list[dict[str, Any]]], checkpoint: Path | None,
+) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
+    """The judged answers of one shard, and how many tokens of them were made just now.
+
+    A shard that is whole is kept; of one that is not, every batch is in a checkpoint as soon as it is there, and the
+    newest `checkpoint` of an earlier attempt tells where to go on.
+    """
     name = f"generated-{index:05d}.jsonl"
     if ctx.kept(name):
-        return [json.loads(line) for line in (ctx.out / name).read_text().splitlines()], False
+        return _rows(ctx.out / name), 0
     _stop_if_asked(ctx)
     prompts = [models.prompt_ids(teacher.tokenizer, row["input"]) for row in shard]
-    n = settings.samples_per_prompt
     order = sorted(range(len(shard)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
-    found: list[dict[str, Any]] = []
-    for at in range(0, len(order) * n, settings.batch_size):
-        batch = [(i, c) for i in order for c in range(n)][at : at + settings.batch_size]
-        seed = settings.seed * 1_000_003 + index * 10_007 + at
-        completions = teacher.generator().generate([prompts[i] for i, _ in batch], seed=seed)
-        for (i, copy), completion in zip(batch, completions, strict=True):
-            found.append(_judged(settings, teacher, shard[i], copy, prompts[i], completion))
-        ctx.progress("generate", index + min(1.0, (at + len(batch)) / (len(order) * n)), None, "shards")
+    asked = [(i, copy) for i in order for copy in range(settings.samples_per_prompt)]
+    found = _rows(checkpoint / name) if checkpoint is not None and (checkpoint / name).exists() else []
+    had, saved, fresh = sum(map(len, before)), len(found), 0
+    there = {(row["key"], row["copy"]) for row in found}
+    open_ = [(i, copy) for i, copy in asked if (shard[i]["key"], copy) not in there]
+
+    def save() -> None:
+        if saved < len(found):
+            ctx.checkpoint(had + len(found), lambda folder: _write_rows(folder / name, found))
+
+    highest = float(index)
+
+    def moved(share: float) -> None:
+        nonlocal highest
+        part = share * min(settings.batch_size, len(asked) - len(found))
+        # Checking answers is work as well, although the tokens are there: it moves by a little.
+        highest = max(highest + 1e-9, index + (len(found) + part) / len(asked))
+        ctx.progress("generate", highest, None, "shards")
         _stop_if_asked(ctx)
+
+    seed = settings.seed * 1_000_003 + index * 10_007 + len(found)
+    questions = [Question(shard[i]["input"], prompts[i]) for i, _ in open_]
+    try:
+        for place, completion in answerer.answers(questions, seed=seed, moved=moved):
+            i, copy = open_[place]
+            found.append(_judged(settings, teacher, shard[i], copy, prompts[i], completion))
+            fresh += len(completion.ids)
+            moved(0.0)
+            if settings.batch_size <= len(found) - saved and len(found) < len(asked):
+                save()
+                saved = len(found)
+                _pause_when_surely_cut(settings, [*before, found])
+    except (Stopped, TaskError):  # what came before it was paid for
+        save()
+        raise
     found = _keep(settings.keep, sorted(found, key=lambda row: (row["key"], row["copy"])))
-    (ctx.out / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+    _write_rows(ctx.out / name, found)
     ctx.keep(name)
-    return found, True
+    return found, fresh
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="\n") as lines:  # answers may hold what splitlines() takes for a line end
+        return [json.loads(line) for line in lines]
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _judged(
@@ -138,17 +224,20 @@ def _judged(
     text = teacher.tokenizer.decode(done.ids, skip_special_tokens=True)
     if done.finish_reason == "length":
         verdict = verify.Verdict(False, "cut")
+    elif done.finish_reason != "stop":
+        verdict = verify.Verdict(False, done.finish_reason)
     else:
         verdict = verify.check(settings.verify, text, row.get("answer"), thinking=teacher.opens_thinking)
-    return {
+    judged = {
         "key": row["key"], "copy": copy, "input": row["input"], "answer": row.get("answer"), "text": text,
         "finish_reason": done.finish_reason, "ok": verdict.ok, "reason": verdict.reason,
         "prompt_ids": prompt, "completion_ids": done.ids,
     }  # fmt: skip
+    return judged if done.top is None else {**judged, "top": done.top}
 
 
 def _keep(rule: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `kept` set. Cut answers are never kept; `shortest` keeps one right answer a prompt."""
+    """The rows with `kept` set. Unfinished answers are never kept; `shortest` keeps one right answer a prompt."""
     shortest: dict[str, int] = {}
     for at, row in enumerate(rows):
         best = shortest.get(row["key"])
@@ -156,7 +245,7 @@ def _keep(rule: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             shortest[row["key"]] = at
     for at, row in enumerate(rows):
         if rule == "all":
-            row["kept"] = row["finish_reason"] != "length"
+            row["kept"] = row["finish_reason"] == "stop"
         elif rule == "shortest":
             row["kept"] = row["ok"] and shortest[row["key"]] == at
             if row["ok"] and not row["kept"]:
@@ -172,13 +261,25 @@ def _cut_share(generated: list[list[dict[str, Any]]]) -> tuple[float, int]:
 
 
 def _pause_when_cut(settings: LabelSettings, generated: list[list[dict[str, Any]]]) -> None:
+    """After a shard: by the share itself."""
     share, count = _cut_share(generated)
     if count >= CUT_CHECK_MIN and share > settings.max_cut_share:
-        raise TaskError(
-            f"{share:.0%} of {count} answers were cut off at {settings.max_new_tokens} tokens: "
-            "they cost money and cannot be kept",
-            hint="raise max_new_tokens, or take easier prompts, and start a new run",
-        )
+        raise _too_many_cut(settings, share, count)
+
+
+def _pause_when_surely_cut(settings: LabelSettings, generated: list[list[dict[str, Any]]]) -> None:
+    """Within a shard: only once chance is no excuse, that is with the low end of the share's 95 % interval."""
+    share, count = _cut_share(generated)
+    if count >= CUT_CHECK_MIN and wilson(share, count)[0] > settings.max_cut_share:
+        raise _too_many_cut(settings, share, count)
+
+
+def _too_many_cut(settings: LabelSettings, share: float, count: int) -> TaskError:
+    return TaskError(
+        f"{share:.0%} of {count} answers were cut off at {settings.max_new_tokens} tokens: "
+        "they cost money and cannot be kept",
+        hint="raise max_new_tokens, or take easier prompts, and start a new run",
+    )
 
 
 class _Teacher:
@@ -190,6 +291,8 @@ class _Teacher:
         self.device = device
         self._loaded: models.Loaded | None = None
         self._generator: Generator | None = None
+        self.moved: Moved = _still
+        self.longest_prompt = 0
         self.place = self._place(settings.teacher)
         self.tokenizer = models.load_tokenizer(self.place)
         self.opens_thinking = models.opens_thinking(self.tokenizer)
@@ -202,6 +305,7 @@ class _Teacher:
     @property
     def model(self) -> torch.nn.Module:
         if self._loaded is None:
+            self._ctx.progress("load", declared=True)
             self._loaded = models.load(
                 self._ctx, self._settings.teacher, dtype=models.working_dtype(self.device)
             )
@@ -216,13 +320,24 @@ class _Teacher:
     def generator(self) -> Generator:
         if self._generator is None:
             if _wants_vllm(self._settings, self.device):
-                self._generator = VllmGenerator(self.place, self.tokenizer, self._settings)
+                self._ctx.progress("load", declared=True)  # weights, compiling, room for the cache: minutes
+                self._generator = VllmGenerator(
+                    self.place, self.tokenizer, self._settings, self.longest_prompt, lambda share: self.moved(share)
+                )
             else:
                 self._generator = TransformersGenerator(
                     models.causal(self.model), self.tokenizer, self._settings.max_new_tokens,
                     temperature=self._settings.temperature, top_p=self._settings.top_p,
+                    moved=lambda share: self.moved(share),
                 )  # fmt: skip
         return self._generator
+
+    def answers(self, questions: Sequence[Question], *, seed: int, moved: Moved) -> Iterator[tuple[int, Completion]]:
+        """In batches, each with a seed of its own that follows from its place."""
+        self.moved = moved
+        for at in range(0, len(questions), self._settings.batch_size):
+            batch = questions[at : at + self._settings.batch_size]
+            yield from enumerate(self.generator().generate([one.ids for one in batch], seed=seed + at), at)
 
     def end_generation(self) -> None:
         """Frees an engine that holds its own copy of the weights."""
@@ -233,11 +348,24 @@ class _Teacher:
     def header(self) -> Header:
         source = self._settings.teacher
         hashes = models.vocabulary_hashes(self.tokenizer)
+        name = source.path or f"stage:{source.stage}"
         return Header(
-            teacher=source.path or f"stage:{source.stage}", ordinary_sha256=hashes.ordinary,
+            teacher=f"{name}@{source.revision}" if source.revision else name, ordinary_sha256=hashes.ordinary,
             special_sha256=hashes.special, top_k=min(self._settings.top_k, len(self.tokenizer)),
             temperature=self._settings.label_temperature,
         )  # fmt: skip
+
+    def api_header(self, generated: list[list[dict[str, Any]]]) -> Header:
+        """Of what an API answered: its log-probabilities are at T = 1, and as many as it told. Where soft labels were
+        wanted and it told none there is place for one, so that training for soft labels goes on without."""
+        assert self._settings.api is not None
+        told = max((len(row) for shard in generated for one in shard for row in one.get("top") or ()), default=0)
+        top_k = max(told, min(1, self._settings.top_k))
+        return replace(self.header(), teacher=f"api:{self._settings.api.model}", top_k=top_k, temperature=1.0)
+
+
+def _still(share: float) -> None:
+    """Nobody wants to know."""
 
 
 def _wants_vllm(settings: LabelSettings, device: torch.device) -> bool:
@@ -253,9 +381,11 @@ class TransformersGenerator:
     """Batched generation with a key-value cache, prompts padded on the left. Greedy at temperature 0."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0
-    ) -> None:
+        self, model: Any, tokenizer: Any, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
+        moved: Moved | None = None,
+    ) -> None:  # fmt: skip
         self._model = model
+        self._moved = moved or _still
         self._pad = tokenizer.pad_token_id
         self._ends = {tokenizer.eos_token_id}
         from transformers import GenerationConfig
@@ -273,8 +403,16 @@ class TransformersGenerator:
         ids = torch.tensor([[self._pad] * (longest - len(p)) + p for p in prompts], device=self._model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._model.device)
         torch.manual_seed(seed)
+        going_on = torch.zeros(len(prompts), dtype=torch.bool, device=ids.device)
+
+        def token(written: Tensor, *_: Any, **__: Any) -> Tensor:
+            self._moved((written.shape[1] - longest) / self._config.max_new_tokens)
+            return going_on
+
         with torch.inference_mode():
-            out = self._model.generate(input_ids=ids, attention_mask=mask, generation_config=self._config)
+            out = self._model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=self._config, stopping_criteria=[token]
+            )
         return [self._until_end(row) for row in out[:, longest:].tolist()]
 
     def _until_end(self, ids: list[int]) -> Completion:
@@ -287,7 +425,9 @@ class TransformersGenerator:
 class VllmGenerator:
     """vLLM, without log-probabilities: those come from our own pass and would slow generation to a quarter."""
 
-    def __init__(self, place: ModelSource, tokenizer: Any, settings: LabelSettings) -> None:
+    def __init__(
+        self, place: ModelSource, tokenizer: Any, settings: LabelSettings, longest_prompt: int, moved: Moved
+    ) -> None:
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
         self._settings = settings
@@ -296,7 +436,18 @@ class VllmGenerator:
         self._llm = LLM(
             model=hub.local_path(place), revision=place.revision, trust_remote_code=place.trust_remote_code,
             load_format="safetensors", seed=settings.seed,
+            # By default the model's whole context, 131,072 tokens for R1-Distill: no small card's cache holds that.
+            max_model_len=longest_prompt + settings.max_new_tokens,
         )  # fmt: skip
+        self._moved, self._steps = moved, 0
+        engine = self._llm.llm_engine
+        self._step, engine.step = engine.step, self._counted_step
+
+    def _counted_step(self) -> Any:
+        """A token of every answer in flight; longer prompts and a full cache make it a few more steps than tokens."""
+        self._steps += 1
+        self._moved(self._steps / (self._steps + self._settings.max_new_tokens))
+        return self._step()
 
     def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]:
         params = [
@@ -306,6 +457,7 @@ class VllmGenerator:
             )
             for i in range(len(prompts))
         ]
+        self._steps = 0
         outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         done = []
         for output in outputs:
@@ -317,12 +469,101 @@ class VllmGenerator:
         return done
 
 
+class ApiGenerator:
+    """A teacher behind an API: text becomes ids of the tokenizer named beside it, once.
+
+    Soft labels only where every token of an answer, and every candidate, has the bytes of just one id of it.
+    """
+
+    def __init__(self, ctx: Context, settings: LabelSettings, api: ApiTeacher, tokenizer: Any) -> None:
+        self._ctx, self._tokenizer = ctx, tokenizer
+        self._thinks = models.opens_thinking(tokenizer)
+        self._ids = models.byte_vocabulary(tokenizer) if settings.top_k else {}
+        before = api_teacher.Spent()
+        if ctx.kept(SPENT_FILE):
+            before = api_teacher.Spent(**json.loads((ctx.out / SPENT_FILE).read_text()))
+        step = settings.batch_size * api.cost_micros(0, settings.max_new_tokens)
+        self.purse = api_teacher.Purse(api.max_cost_micros, before, self._save, step_micros=step)
+        self._client = api_teacher.Client(
+            api, self.purse, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+            top_p=settings.top_p, top=settings.top_k,
+        )  # fmt: skip
+
+    def _save(self, spent: api_teacher.Spent) -> None:
+        (self._ctx.out / SPENT_FILE).write_text(json.dumps(asdict(spent)))
+        self._ctx.keep(SPENT_FILE)
+
+    def answers(self, questions: Sequence[Question], *, seed: int, moved: Moved) -> Iterator[tuple[int, Completion]]:
+        """No seed is sent: few APIs know one."""
+        began = time.monotonic()
+
+        def stopping() -> bool:
+            waited = time.monotonic() - began
+            # Every attempt has a limit of its own, so waiting is no stall; a stop is answered below.
+            with suppress(Stopped):
+                moved(waited / (waited + 60.0))
+            return self._ctx.stopping
+
+        try:
+            for place, answer in self._client.answers([one.text for one in questions], stopping):
+                yield place, self._completion(answer)
+                began = time.monotonic()
+        finally:
+            self.purse.close()
+
+    def _completion(self, answer: api_teacher.Answer) -> Completion:
+        before = self._thinking(answer)
+        ids = self._encode(before)
+        top: list[list[tuple[int, float]]] = [[] for _ in ids]
+        said = self._spelled(answer.tokens)
+        if said is None:
+            ids, top = self._encode(before + answer.content), []
+        else:
+            ids += [i for i, _ in said]
+            top += [candidates for _, candidates in said]
+        if answer.finish_reason == "stop" and (not ids or ids[-1] != self._tokenizer.eos_token_id):
+            ids.append(self._tokenizer.eos_token_id)
+            top += [[]] if top else []
+        return Completion(ids, answer.finish_reason, top)
+
+    def _thinking(self, answer: api_teacher.Answer) -> str:
+        """What stands before the content so that the whole reads as this tokenizer's template has it."""
+        if answer.reasoning is not None:
+            return ("" if self._thinks else "<think>\n") + f"{answer.reasoning}\n</think>\n\n"
+        return "\n</think>\n\n" if self._thinks and "</think>" not in answer.content else ""
+
+    def _encode(self, text: str) -> list[int]:
+        """Special tokens that the text spells out stay text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _spelled(
+        self, tokens: tuple[api_teacher.Token, ...] | None
+    ) -> list[tuple[int, list[tuple[int, float]]]] | None:
+        """(id, candidates) of every token; None unless all of them map one to one."""
+        if tokens is None or not self._ids:
+            return None
+        rows = []
+        for token in tokens:
+            candidates = [(self._ids.get(text), value) for text, value in token.top]
+            own = self._ids.get(token.text)
+            known = [(i, value) for i, value in candidates if i is not None]
+            if own is None or len({i for i, _ in known}) < len(candidates):
+                return None
+            rows.append((own, known))
+        return rows
+
+
 # --- pass two: score -------------------------------------------------------------------------------------------------
 
 
-def _score(teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSettings) -> Iterator[Sample]:
+def _score(
+    ctx: Context, teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSettings, header: Header, index: int
+) -> Iterator[Sample]:
     """Soft labels of the kept completions, in the order of `rows`."""
-    k = min(settings.top_k, len(teacher.tokenizer))
+    k = header.top_k
+    if settings.api is not None:
+        yield from (_told(row, k) for row in rows)
+        return
     scored: dict[int, Sample] = {}
     if k == 0:
         empty = torch.zeros(0)
@@ -330,13 +571,27 @@ def _score(teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSetting
             c = len(row["completion_ids"])
             yield _sample(row, torch.zeros(c, 0), torch.zeros(c, 0), empty.new_zeros(c), empty.new_zeros(c))
         return
-    for batch in _batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows], SCORE_TOKENS):
+    for batch in batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows], SCORE_TOKENS):
         pairs = [(rows[i]["prompt_ids"], rows[i]["completion_ids"]) for i in batch]
         for i, parts in zip(batch, score(teacher.model, pairs, k, settings.label_temperature,
                                          real_vocabulary=len(teacher.tokenizer)), strict=True):  # fmt: skip
             scored[i] = _sample(rows[i], *parts)
+        ctx.progress("score", index + len(scored) / len(rows), None, "shards")
+        _stop_if_asked(ctx)
     for i in range(len(rows)):
         yield scored[i]
+
+
+def _told(row: dict[str, Any], k: int) -> Sample:
+    """Soft labels as an API gave them. A place without any says nothing: no ids, and all mass in the tail."""
+    c = len(row["completion_ids"])
+    ids, logprobs = torch.full((c, k), -1, dtype=torch.int32), torch.full((c, k), float("-inf"), dtype=torch.float64)
+    for at, candidates in enumerate(row.get("top") or ()):
+        for place, (i, value) in enumerate(candidates):
+            ids[at, place], logprobs[at, place] = i, value
+    mass = logprobs.exp().sum(1) if k else torch.zeros(c, dtype=torch.float64)
+    tail = torch.where(mass > 0, (1.0 - mass).clamp(min=LEAST_TAIL), 1.0).log()
+    return _sample(row, ids, logprobs.float(), tail.float(), mass.clamp(max=1.0).log().float())
 
 
 def _sample(row: dict[str, Any], ids: Tensor, logprobs: Tensor, tail: Tensor, mass: Tensor) -> Sample:
@@ -345,7 +600,7 @@ def _sample(row: dict[str, Any], ids: Tensor, logprobs: Tensor, tail: Tensor, ma
     )
 
 
-def _batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of alike lengths, each with at most `most_tokens` padded tokens (or one sample)."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
@@ -415,7 +670,10 @@ def _result(
             hint="look at generated-*.jsonl in the bucket; a better teacher or keep: all may help",
         )
     labels = read_labels(ctx.out)
-    inside = (1.0 - labels.log_tail_mass.exp()).mean().item() if labels.header.top_k else None
+    inside = None
+    if labels.header.top_k:
+        soft = (labels.topk_ids >= 0).any(1)
+        inside = (1.0 - labels.log_tail_mass[soft].exp()).mean().item() if soft.any() else None
     dropped = [row for row in rows if not row["kept"]]
     result = {
         "prompts": prompts,
@@ -433,6 +691,17 @@ def _result(
     }
     note = verify.note(settings.verify)
     return result if note is None else {**result, "note": note}
+
+
+def _bill(generated: list[list[dict[str, Any]]], api: ApiGenerator) -> dict[str, Any]:
+    """What the API has cost, by its own counts; and how many of the kept answers have soft labels."""
+    kept = [row for shard in generated for row in shard if row["kept"]]
+    spent = api.purse.spent
+    return {
+        "calls": spent.calls, "input_tokens": spent.input_tokens, "output_tokens": spent.output_tokens,
+        "cost_micros": spent.micros, "limit_micros": api.purse.limit_micros,
+        "soft": sum(bool(row.get("top")) for row in kept),
+    }  # fmt: skip
 
 
 def _dropped_words(rows: list[dict[str, Any]]) -> str:

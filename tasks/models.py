@@ -133,6 +133,22 @@ def ordinary_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {i: token for token, i in tokenizer.get_vocab().items() if i not in added}
 
 
+def byte_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
+    """bytes -> id, of all tokens whose bytes no other token has; empty unless the vocabulary is a byte-level one."""
+    # The table of GPT-2: printable characters of Latin-1 stand for their byte, the others follow from 256 on.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    of_char = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    spelled: dict[bytes, list[int]] = {}
+    for i, token in ordinary_vocabulary(tokenizer).items():
+        if not all(char in of_char for char in token):
+            return {}
+        spelled.setdefault(bytes(of_char[char] for char in token), []).append(i)
+    for i, token in added_vocabulary(tokenizer).items():
+        spelled.setdefault(token.encode(), []).append(i)
+    return {text: ids[0] for text, ids in spelled.items() if len(ids) == 1}
+
+
 def added_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
 

@@ -53,5 +53,28 @@ stages:
 """
 
 
+API = f"""\
+name: api
+budget: 60 CNY
+infra: local
+local: {{price: 0.10 USD/h}}
+data: {{prompts: "{DATA}/algebra.jsonl", held_out: "{DATA}/algebra-test.jsonl", verify: math}}
+stages:
+  - name: label
+    kind: label
+    teacher: Qwen/Qwen2.5-1.5B
+    api:
+      base_url: https://api.example.com/v1
+      model: big-reasoner
+      key_env: EXAMPLE_API_KEY
+      input_price: 0.55 USD
+      output_price: 15.549 CNY
+    samples: 300
+    max_new_tokens: 4096
+  - {{name: train, kind: train, student: Qwen/Qwen2.5-1.5B, labels: label, loss: {{temperature: 3}}}}
+  - {{name: evaluate, kind: evaluate, student: train}}
+"""
+
+
 def recipe(text: str, folder: Path = HERE) -> Recipe:
     return parse_recipe(text, folder / "recipe.yaml")

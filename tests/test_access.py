@@ -447,8 +447,9 @@ def test_every_package_that_a_stage_imports_is_brought() -> None:
             found |= {name.partition(".")[0] for name in names}
     needed = found - sys.stdlib_module_names - {"tasks"}
     assert {"torch", "boto3", "psutil"} <= needed
-    implied = {"botocore": "boto3", "tokenizers": "transformers", "numpy": "torch", "huggingface_hub": "transformers"}
-    optional = {"vllm"}  # used where a machine has it
+    implied = {"botocore": "boto3", "tokenizers": "transformers", "numpy": "torch", "triton": "torch"}
+    implied["huggingface_hub"] = "transformers"
+    optional = {"vllm", "lm_eval"}  # used where a machine has it
     assert {implied.get(name, name) for name in needed - optional} <= set(packages("train", s3=True, quantized=True))
 
 

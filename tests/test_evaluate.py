@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from tasks.contract import (
     TrainSettings,
 )
 from tasks.evaluate import Measured
+from tasks.intervals import pass_interval, wilson
 from tasks.label import Completion, TransformersGenerator
 
 TINY = Architecture(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -75,6 +78,10 @@ def test_every_role_is_measured_over_its_seeds(trained: Path) -> None:
     for row in quality.values():
         assert row["accuracy"]["n"] == 20
         assert row["tokens_per_s"] > 0 and row["first_token_s"] > 0 and row["peak_gib"] > 0
+        low, high = row["accuracy"]["interval"]
+        assert 0 <= low <= row["accuracy"]["mean"] <= high <= 1
+    assert quality["teacher"]["kl_to_teacher"] is None
+    assert all(row["kl_to_teacher"] > 0 for role, row in quality.items() if role != "teacher")
     assert len(result["samples"]) == 12
     assert set(result["samples"][0]) == {*evaluate.ROLES, "input", "answer", "right"}
 
@@ -85,6 +92,129 @@ def test_a_single_student_leaves_the_compared_roles_empty(trained: Path) -> None
     assert [role for role, row in result["quality"].items() if row is None] == [
         "teacher", "student_hard", "student_hard_2x",
     ]  # fmt: skip
+    assert result["quality"]["student"]["kl_to_teacher"] is None  # without a teacher there is nothing to compare with
+
+
+def test_seeds_are_sampled_each_in_its_own_way(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right for even seeds only: a scripted model that sees the seed."""
+    seen: set[int] = set()
+
+    def by_seed(self: Any, prompts: list[list[int]], *, seed: int) -> list[Completion]:
+        seen.add(seed // 1_000_003)
+        done = right_answers(self, prompts, seed=seed)
+        return done if seed // 1_000_003 % 2 == 0 else [Completion(one.ids[:1], "length") for one in done]
+
+    monkeypatch.setattr(TransformersGenerator, "generate", by_seed)
+    made = replace(EVALUATE, student="single", seeds=3)
+    result = run_stage(trained, "evaluate", "evaluate", made)
+    assert result is not None and seen == {0, 1, 2}
+    accuracy = result["quality"]["student"]["accuracy"]
+    assert (accuracy["mean"], accuracy["seeds"]) == (pytest.approx(2 / 3), [1.0, 0.0, 1.0])
+    assert (accuracy["n"], accuracy["answers"]) == (20, 3)
+
+
+def test_every_token_counts_as_progress(trained: Path) -> None:
+    ctx = context(trained, "tokens", "evaluate", EVALUATE)
+    evaluate.run(ctx, replace(EVALUATE, student="single", teacher=None, seeds=2))
+    places = [done for phase, done in ctx.phases if phase == "evaluate"]
+    assert len(set(places)) > 2 * 2 * 3 * 2  # two models, two seeds, three batches, a few tokens each
+    assert max(places) <= 2
+
+
+def test_one_seed_is_greedy_and_several_are_sampled(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[float] = []
+    real = TransformersGenerator.__init__
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.append(kwargs.get("temperature", 0.0))
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(TransformersGenerator, "__init__", noting)
+    for seeds, temperatures in ((1, {0.0}), (2, {0.0, 0.6})):  # the first token is timed greedily
+        made.clear()
+        run_stage(trained, "evaluate", "evaluate", replace(EVALUATE, student="single", teacher=None, seeds=seeds))
+        assert set(made) == temperatures
+
+
+def loaded(seed: int, tokenizer: Any = None) -> models.Loaded:
+    tokenizer = tokenizer or models.tiny_tokenizer()
+    return models.Loaded(models.from_architecture(TINY, tokenizer, seed=seed).eval(), tokenizer)
+
+
+def test_the_divergence_is_that_of_whole_distributions_at_the_teachers_own_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against both models' logits, answer by answer; in chunks of a few rows; a wider head changes nothing."""
+    teacher, student = loaded(1), loaded(2)
+    rows = [{"input": "12+34"}, {"input": "5"}]
+    answers = [Completion([50, 60, 70, 80], "stop"), Completion([90], "length")]
+    reference = evaluate._reference(teacher, rows, answers)
+    total = 0.0
+    for row, answer in zip(rows, answers, strict=True):
+        prompt = models.prompt_ids(teacher.tokenizer, row["input"])
+        p, q = (torch.log_softmax(m.model(torch.tensor([prompt + answer.ids])).logits[0, len(prompt) - 1 : -1], 1)
+                for m in (teacher, student))  # fmt: skip
+        total += (p.exp() * (p - q)).sum().item()
+    assert evaluate._kl(student, reference) == pytest.approx(total / 5, rel=1e-4) and total > 0.1
+    assert evaluate._kl(teacher, reference) == pytest.approx(0.0, abs=1e-7)
+    monkeypatch.setattr(evaluate, "KL_ELEMENTS", 600)
+    assert evaluate._kl(student, reference) == pytest.approx(total / 5, rel=1e-4)
+    head = torch.cat([reference.head, torch.full((7, 16), 9.0)])  # rows that are no tokens
+    assert evaluate._kl(student, replace(reference, head=head)) == pytest.approx(total / 5, rel=1e-4)
+
+
+def test_without_a_common_vocabulary_there_is_no_divergence() -> None:
+    teacher = loaded(1)
+    reference = evaluate._reference(teacher, [{"input": "1"}], [Completion([5], "stop")])
+    assert evaluate._kl(teacher, replace(reference, vocabulary="another")) is None
+    assert evaluate._kl(teacher, replace(reference, real=reference.head.shape[0] + 1)) is None
+
+
+def test_the_divergence_is_taken_over_a_bounded_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "KL_TOKENS", 5)
+    rows = [{"input": str(i)} for i in range(4)]
+    made = evaluate._reference(loaded(1), rows, [Completion([5] * n, "stop") for n in (9, 3, 2, 1)])
+    assert [len(answer) for _, answer in made.pairs] == [9]  # one at least
+    made = evaluate._reference(loaded(1), rows, [Completion([5] * n, "stop") for n in (3, 3, 2, 1)])
+    assert [len(answer) for _, answer in made.pairs] == [3, 2]
+
+
+def test_tasks_of_the_harness_are_run_on_every_model_where_it_is_installed(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    class Wrapped:
+        def __init__(self, *, pretrained: Any, tokenizer: Any, batch_size: int) -> None:
+            asked.append(pretrained.generation_config.max_new_tokens)
+
+    def simple_evaluate(*, model: Any, tasks: list[str], log_samples: bool) -> dict[str, Any]:
+        assert isinstance(model, Wrapped) and not log_samples
+        if "nothing" in tasks:
+            raise ValueError("no task nothing")
+        return {"results": {task: {"acc,none": 0.5, "alias": task} for task in tasks}}
+
+    fake, huggingface = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface")
+    fake.simple_evaluate, huggingface.HFLM = simple_evaluate, Wrapped  # type: ignore[attr-defined]
+    for name, module in (("lm_eval", fake), ("lm_eval.models", ModuleType("m")), (huggingface.__name__, huggingface)):
+        monkeypatch.setitem(sys.modules, name, module)
+    made = replace(EVALUATE, student="single", lm_eval=("gsm8k", "arc_easy"))
+    result = run_stage(trained, "evaluate", "evaluate", made)
+    assert result is not None and asked == [None] * 3  # and not the 1 or 4 tokens of what was measured before
+    for role in ("teacher", "student_before", "student"):
+        assert result["quality"][role]["lm_eval"] == {"gsm8k": {"acc,none": 0.5}, "arc_easy": {"acc,none": 0.5}}
+    with pytest.raises(TaskError, match="cannot do nothing: no task nothing"):
+        run_stage(trained, "evaluate", "evaluate", replace(made, lm_eval=("nothing",)))
+
+
+def test_a_harness_that_is_not_installed_is_said_before_anything_is_measured(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(evaluate, "_measure", None)
+    with pytest.raises(TaskError, match="not installed here") as raised:
+        run_stage(trained, "evaluate", "evaluate", replace(EVALUATE, lm_eval=("gsm8k",)))
+    assert "lm-eval" in raised.value.hint
 
 
 def test_answers_find_back_to_their_prompts_whatever_the_batches(
@@ -96,15 +226,47 @@ def test_answers_find_back_to_their_prompts_whatever_the_batches(
     assert {row["accuracy"]["mean"] for row in result["quality"].values()} == {1.0}
 
 
-def measured(*right: bool) -> Measured:
-    return Measured(list(right), ["t"] * len(right), tokens_per_s=10.0, first_token_s=0.5, peak_gib=1.0)
+def measured(*right: bool, more: tuple[list[bool], ...] = (), kl: float | None = None) -> Measured:
+    return Measured([list(right), *more], ["t"] * len(right), 10.0, first_token_s=0.5, peak_gib=1.0, kl_to_teacher=kl)
 
 
-def test_accuracy_over_seeds_is_mean_and_range() -> None:
-    quality = evaluate._quality([measured(True, True, False, False), measured(True, False, False, False)])
+def test_accuracy_over_trained_seeds_is_mean_and_range_and_its_interval_is_over_problems() -> None:
+    quality = evaluate._quality(
+        [measured(True, True, False, False, kl=0.5), measured(True, False, False, False, kl=0.25)]
+    )
     assert quality is not None
-    assert quality["accuracy"] == {"mean": 0.375, "min": 0.25, "max": 0.5, "n": 4, "seeds": [0.5, 0.25]}
+    accuracy = quality["accuracy"]
+    assert accuracy.pop("interval") == list(pass_interval([1.0, 0.5, 0.0, 0.0]))
+    assert accuracy == {"mean": 0.375, "min": 0.25, "max": 0.5, "n": 4, "seeds": [0.5, 0.25], "answers": 2}
+    assert quality["kl_to_teacher"] == 0.375 and quality["lm_eval"] is None
     assert evaluate._quality([]) is None
+
+
+def test_pass_at_1_of_one_model_is_the_share_of_right_answers_over_its_seeds() -> None:
+    quality = evaluate._quality([measured(True, True, False, more=([False, True, False], [False, True, False]))])
+    assert quality is not None
+    accuracy = quality["accuracy"]
+    assert accuracy["mean"] == pytest.approx(4 / 9) and accuracy["seeds"] == pytest.approx([2 / 3, 1 / 3, 1 / 3])
+    assert (accuracy["n"], accuracy["answers"]) == (3, 3)
+    assert accuracy["interval"] == list(pass_interval([1 / 3, 1.0, 0.0]))
+    assert quality["kl_to_teacher"] is None
+
+
+def test_with_one_answer_a_problem_the_interval_is_wilsons() -> None:
+    """Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263 gives .2553 to .3662, 0 of 20 gives 0 to .1611."""
+    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert pass_interval([1.0] * 81 + [0.0] * 182) == pytest.approx(wilson(81 / 263, 263), rel=1e-12)
+    assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert pass_interval([0.0] * 20) == pytest.approx(wilson(0.0, 20))
+    assert pass_interval([]) == wilson(0.5, 0) == (0.0, 1.0)
+
+
+def test_more_answers_to_the_same_problems_narrow_it_only_where_they_differ() -> None:
+    """Asked again and always answered alike, 100 problems tell what 100 problems tell; coins tell more."""
+    alike = pass_interval([1.0] * 50 + [0.0] * 50)
+    assert alike == pytest.approx(wilson(0.5, 100))
+    halves = pass_interval([0.25] * 50 + [0.75] * 50)  # variance a quarter of that of alike ones: as 400 answers
+    assert halves == pytest.approx(wilson(0.5, 400))
 
 
 def test_shown_samples_are_half_wrong_as_far_as_there_are_any() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from tasks.contract import Architecture, DataSource, LabelSettings, ModelSource,
 from tasks.label import Completion, TransformersGenerator, score
 from tasks.labels import Header, Sample, read_labels, shard_name, write_shard
 from tasks.losses import distillation_loss
+from tasks.stage import Stopped
 
 TINY = Architecture(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 HEADER = Header(teacher="t", ordinary_sha256="o", special_sha256="s", top_k=3, temperature=2.0)
@@ -153,6 +157,18 @@ def test_the_teacher_itself_as_student_has_no_loss_on_its_own_stored_labels(pret
         assert (total / count < 1e-4) is small
 
 
+def test_the_header_names_the_teacher_with_its_revision(pretrained: Path) -> None:
+    folder = str(pretrained / "pretrain" / "done" / models.MODEL_FOLDER)
+    for source, name in (
+        (ModelSource(stage="pretrain"), "stage:pretrain"),
+        (ModelSource(path=folder), folder),
+        (ModelSource(path=folder, revision="abc123"), f"{folder}@abc123"),
+    ):
+        settings = replace(LABEL, teacher=source)
+        made = label._Teacher(context(pretrained, "x", "label", settings), settings, torch.device("cpu"))
+        assert made.header().teacher == name
+
+
 def test_the_thinking_is_opened_in_the_prompt_and_stays_in_the_labels(pretrained: Path) -> None:
     run_stage(pretrained, "label", "label", LABEL)
     labels = read_labels(pretrained / "label" / "done")
@@ -248,13 +264,168 @@ def test_a_resumed_stage_repeats_no_kept_shard_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         run_stage(pretrained, "broken", "label", LABEL)
     result = run_stage(pretrained, "broken", "label", LABEL, attempt=2)
-    assert generated == [8, 8, 8, 4]  # the second shard was repeated, the first was not
+    assert generated == [8, 8, 8, 4]  # the second batch was repeated, the first was not
     assert whole is not None and result is not None
     for name in ("prompts", "generated", "kept", "dropped", "tokens", "mass_inside_mean", "samples"):
         assert result[name] == whole[name]
     one, two = (read_labels(pretrained / stage / "done") for stage in ("whole", "broken"))
     assert one.keys == two.keys and torch.equal(one.completion_ids, two.completion_ids)
     assert torch.equal(one.topk_logprobs, two.topk_logprobs)
+
+
+def test_a_killed_stage_loses_one_batch_at_most_and_ends_the_same(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the fifth of six batches, which is the second of the second shard."""
+    whole_settings = replace(LABEL, samples=24, batch_size=4)
+    whole = run_stage(pretrained, "batches", "label", whole_settings)
+    calls: list[int] = []
+    real = TransformersGenerator.generate
+
+    def counting(self: Any, prompts: list[list[int]], *, seed: int) -> list[Completion]:
+        calls.append(seed)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, prompts, seed=seed)
+
+    monkeypatch.setattr(TransformersGenerator, "generate", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(pretrained, "batches-broken", "label", whole_settings)
+    result = run_stage(pretrained, "batches-broken", "label", whole_settings, attempt=2)
+    assert len(calls) == 6 + 1 and calls[3] == calls[4]  # the batch that was cut short, and no other, was asked twice
+    assert whole is not None and result is not None
+    one, two = (read_labels(pretrained / stage / "done") for stage in ("batches", "batches-broken"))
+    assert one.keys == two.keys and torch.equal(one.completion_ids, two.completion_ids)
+
+
+def test_every_token_of_a_batch_counts_as_progress_and_a_stop_is_answered_at_the_next(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of long answers takes longer than what counts as a stall, and than what is left after a stop."""
+    ctx = context(pretrained, "tokens", "label", LABEL)
+    label.run(ctx, replace(LABEL, samples=8))
+    places = [done for phase, done in ctx.phases if phase == "generate"]
+    assert len(set(places)) >= LABEL.max_new_tokens and all(b >= a - 1e-6 for a, b in pairwise(places))
+
+    stopped = context(pretrained, "stopped", "label", LABEL)
+    looks = iter([False] * 20)  # the first batch looks six times for its tokens, and a few times more
+    monkeypatch.setattr(type(stopped), "stopping", property(lambda self: next(looks, True)))
+    asked: list[int] = []
+    real = TransformersGenerator.generate
+
+    def counting(self: Any, prompts: list[list[int]], *, seed: int) -> list[Completion]:
+        asked.append(seed)
+        done = real(self, prompts, seed=seed)
+        asked.append(-1)
+        return done
+
+    monkeypatch.setattr(TransformersGenerator, "generate", counting)
+    with pytest.raises(Stopped):
+        label.run(stopped, replace(LABEL, samples=32, shard_size=32))
+    assert asked[-1] != -1  # in the middle of a batch
+    assert stopped.checkpoints[-1] == 8 * asked.count(-1)  # whose answers are all kept
+
+    late = context(pretrained, "late", "label", LABEL)
+    checked = property(lambda self: sum(done > 1 for phase, done in self.phases if phase == "generate") >= 8)
+    monkeypatch.setattr(type(stopped), "stopping", checked)
+    with pytest.raises(Stopped):  # after the last answer of the only batch was checked
+        label.run(late, replace(LABEL, samples=8))
+    assert late.checkpoints == [8]
+    asked.clear()
+    monkeypatch.setattr(type(stopped), "stopping", False)
+    result = run_stage(pretrained, "late", "label", replace(LABEL, samples=8), attempt=2)
+    assert result is not None and result["generated"] == 8 and asked == []
+
+
+def test_loading_is_a_phase_in_which_the_network_counts_and_every_scored_batch_moves(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def progress(self: Any, phase: str, *args: Any, declared: bool = False, **more: Any) -> None:
+        told.append(phase if declared else f"{phase} {args[0]:.2f}")
+
+    ctx = context(pretrained, "loading", "label", LABEL)
+    monkeypatch.setattr(type(ctx), "progress", progress)
+    monkeypatch.setattr(label, "SCORE_TOKENS", 20)
+    done = Completion([9], "stop")
+    monkeypatch.setattr(TransformersGenerator, "generate", lambda self, prompts, *, seed: [done] * len(prompts))
+    label.run(ctx, replace(LABEL, samples=8))
+    assert told[:2] == ["prepare", "load"] and told.count("load") == 1
+    assert len({one for one in told if one.startswith("score 0.")}) >= 2
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self.open: list[tuple[list[int], Any]] = []
+
+    def step(self) -> list[Any]:
+        """Two answers a step."""
+        done, self.open = self.open[:2], self.open[2:]
+        return done
+
+
+class FakeLlm:
+    """What vLLM's LLM does, as far as it matters: it takes steps of its engine until everything is answered."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.kwargs, self.llm_engine = kwargs, FakeEngine()
+
+    def generate(self, prompts: list[dict[str, list[int]]], params: list[Any], use_tqdm: bool) -> list[Any]:
+        self.llm_engine.open = [(p["prompt_token_ids"], q) for p, q in zip(prompts, params, strict=True)]
+        found = []
+        while self.llm_engine.open:
+            found += self.llm_engine.step()
+        ends = ("stop", "length")
+        said = [SimpleNamespace(token_ids=[5] * (len(p) % 3), finish_reason=ends[len(p) % 2]) for p, _ in found]
+        return [SimpleNamespace(outputs=[one]) for one in said]
+
+
+def test_vllm_moves_with_every_step_and_is_not_asked_for_more_room_than_the_answers_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = ModuleType("vllm")
+    fake.LLM, fake.SamplingParams = FakeLlm, lambda **kwargs: SimpleNamespace(**kwargs)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    moved: list[float] = []
+    tokenizer = models.tiny_tokenizer()
+    made = label.VllmGenerator(ModelSource(path="/there"), tokenizer, LABEL, 17, moved.append)
+    assert made._llm.kwargs["max_model_len"] == 17 + LABEL.max_new_tokens
+    end = tokenizer.eos_token_id
+    for _ in range(2):
+        assert made.generate([[1], [1, 2], [1, 2, 3, 4, 5]], seed=3) == [
+            Completion([5], "length"), Completion([5, 5, end], "stop"), Completion([5, 5], "length"),
+        ]  # fmt: skip
+    assert len(moved) == 4 and moved[:2] == moved[2:] and 0 < moved[0] < moved[1] < 1
+
+
+def test_a_shard_with_many_cut_answers_pauses_before_it_is_whole_once_chance_is_no_excuse(
+    pretrained: Path, scripted: Any
+) -> None:
+    made = scripted("w...", "w\n</think>SUM")
+    long = replace(LABEL, samples=400, shard_size=400, batch_size=8, max_cut_share=0.3)
+    with pytest.raises(TaskError, match="50% of 32 answers were cut off"):
+        run_stage(pretrained, "cut-early", "label", long)
+    assert made.calls == 32
+    made = scripted("w...", "w\n</think>SUM", "w\n</think>SUM")  # a third: over the limit, but 32 do not prove it
+    with pytest.raises(TaskError, match="34% of 400 answers were cut off"):
+        run_stage(pretrained, "cut-late", "label", long)
+
+
+def test_answers_with_line_separators_inside_survive_a_resume(pretrained: Path, scripted: Any) -> None:
+    scripted("one\u2028two\x85three\r\n</think>SUM")
+    done = [run_stage(pretrained, "lines", "label", LABEL, attempt=attempt) for attempt in (1, 2)]
+    assert done[0] is not None and done[1] is not None and done[0]["samples"] == done[1]["samples"]
+
+
+def test_unfinished_answers_of_any_kind_are_never_labels(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Filtered:
+        def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]:
+            return [Completion([5, 6], ("stop", "content_filter")[i % 2]) for i in range(len(prompts))]
+
+    monkeypatch.setattr(label._Teacher, "generator", lambda self: Filtered())
+    result = run_stage(pretrained, "filtered", "label", LABEL)
+    assert result is not None and (result["kept"], result["dropped"]) == (10, {"content_filter": 10})
 
 
 def test_hard_labels_only_store_no_soft_ones(pretrained: Path) -> None:
@@ -270,6 +441,7 @@ def test_hard_labels_only_store_no_soft_ones(pretrained: Path) -> None:
         ({"verify": "maths"}, "verify: maths is unknown"),
         ({"engine": "tgi"}, "engine: tgi is unknown"),
         ({"engine": "vllm"}, "vLLM is not installed"),
+        ({"samples_per_prompt": 2, "temperature": 0.0}, "one answer paid several times"),
         ({"teacher": ModelSource(architecture=TINY)}, "knows nothing"),
     ],
 )

@@ -169,6 +169,13 @@ def demo_report(soft: list[float], hard: list[float], **changes: object) -> dict
         (demo_report([0.9] * 3, [0.8] * 3, live=["kd-1"]), "still live"),
         (demo_report([0.9] * 3, [0.8] * 3, state="failed"), "the run is failed"),
         (demo_report([0.9] * 3, [0.8] * 3, quality={"student": None}), "no quality"),
+        (
+            demo_report([0.9] * 3, [0.8] * 3, quality={
+                "student": {"accuracy": {"seeds": [0.9] * 3, "mean": 0.9, "interval": [0.91, 0.95]}},
+                "student_hard": {"accuracy": {"seeds": [0.8] * 3, "mean": 0.8, "interval": [0.7, 0.9]}},
+            }),
+            "the interval of student (0.91, 0.95)",
+        ),
     ],
 )
 def test_the_check_of_the_demo_finds_each_broken_promise(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +18,13 @@ from orchestrator import spend
 from orchestrator.catalog import GPUS
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
-from orchestrator.money import cap_micros, parse_amount
-from orchestrator.plan import Plan
+from orchestrator.money import cap_micros, parse_amount, price_micros
+from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
 from orchestrator.planner import later_floor_micros, make_plan
 from orchestrator.provision import Latencies, Need, Offer
 from orchestrator.testing import fake_offer
 from tasks.contract import EvaluateSettings, LabelSettings, ModelSource, PretrainSettings, TrainSettings
-from tests.recipes import RENTED, SMALL, recipe
+from tests.recipes import API, DATA, RENTED, SMALL, recipe
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 CONFIG = Config(owner="abc123", bucket="file:/home/b")
@@ -36,6 +38,9 @@ LOCAL = fake_offer(
     as_of=NOW,
     latencies=Latencies(tick_s=1, flush_s=15, api_s=2, provision_s=3, handover_s=2, slack_s=5),
 )
+
+
+ROOMY = replace(LOCAL, vram_gib=64.0)
 
 
 def card(gpu: str, usd_micros: int | None, **changes: Any) -> Offer:
@@ -250,6 +255,21 @@ def test_control_arms_and_the_search_are_priced() -> None:
     assert alone.stages[2].settings.compare_hard is False  # type: ignore[union-attr]
 
 
+def test_answers_of_several_seeds_and_the_distance_from_the_teacher_are_priced() -> None:
+    line = next(line for line in SMALL.splitlines() if "kind: evaluate" in line)
+
+    def hours(changed: str) -> float:
+        return plan(SMALL.replace(line, changed)).stages[3].hours.expected
+
+    three = line.replace("kind: evaluate", "kind: evaluate, seeds: 3, temperature: 1.0, lm_eval: [gsm8k]")
+    made = plan(SMALL.replace(line, three)).stages[3]
+    settings = made.settings
+    assert isinstance(settings, EvaluateSettings)
+    assert (settings.seeds, settings.temperature, settings.top_p, settings.lm_eval) == (3, 1.0, 0.95, ("gsm8k",))
+    assert made.hours.expected > 1.5 * hours(line)
+    assert any("gsm8k" in note and "not in these hours" in note for note in made.notes)
+
+
 def test_only_the_last_student_is_compared() -> None:
     text = SMALL + (
         "  - {name: again, kind: label, teacher: train, samples: 100}\n"
@@ -313,6 +333,61 @@ def test_rented_machines_and_folders_at_home_do_not_meet() -> None:
     notes = plan(RENTED.replace("bucket: s3://bucket/kd\n", ""), *CARDS).notes
     assert any("bucket: s3://" in note for note in notes)
     assert plan(RENTED, *CARDS).overhead[0].cost_micros.expected > 0 and not plan().overhead
+
+
+def test_what_an_api_may_cost_is_reserved_whole_and_has_its_own_line() -> None:
+    made = plan(API, ROOMY)
+    label = made.stages[0]
+    assert isinstance(label.settings, LabelSettings) and label.settings.api is not None
+    api, rate = label.settings.api, CONFIG.rate
+    assert (api.input_micros, api.output_micros) == (550_000, price_micros(parse_amount("15.549 CNY"), rate))
+    longest = max(len(line.encode()) for line in (DATA / "algebra.jsonl").read_text().splitlines())
+    # 300 answers, each: bytes of the longest line and 256 tokens more at 0.55 USD, 4,096 at 15.549 CNY a million
+    worst = 300 * math.ceil(((longest + 256) * api.input_micros + 4096 * api.output_micros) / 1_000_000)
+    assert api.max_cost_micros == worst
+    (item,) = made.overhead
+    assert (item.cost_micros.low, item.cost_micros.expected, item.cost_micros.high) == (worst, worst, worst)
+    assert (item.row, item.by) == ("label", "API, big-reasoner") and "300 answers" in item.what and "4096" in item.what
+    for index in range(3):  # whatever stage is at hand, machines never get the API's money
+        assert later_floor_micros(made, index) >= worst
+    needed = made.needed_micros
+    assert plan(API, ROOMY, cap_micros=needed).fits and not plan(API, ROOMY, cap_micros=needed - 1).fits
+    assert plan_from_dict(json.loads(json.dumps(plan_to_dict(made)))) == made
+    assert any("prompts go to api.example.com" in note and "EXAMPLE_API_KEY" in note for note in label.notes)
+
+
+def test_a_stage_that_asks_an_api_needs_no_gpu_and_tells_soft_labels_at_t_1() -> None:
+    label = plan(API, ROOMY, CARDS[0]).stages[0]
+    assert label.vram_gib.high < 1 and label.offer is ROOMY
+    settings = label.settings
+    assert isinstance(settings, LabelSettings)
+    assert (settings.top_k, settings.label_temperature, settings.batch_size) == (20, 1.0, 32)
+    assert settings.teacher == ModelSource(path="Qwen/Qwen2.5-1.5B")
+    asked: list[Need] = []
+
+    def noting(need: Need) -> list[Offer]:
+        asked.append(need)
+        return [ROOMY]
+
+    cards = API.replace("infra: local\n", "infra: local\ngpus: [A10G]\n", 1)
+    make_plan(recipe(cards), config=CONFIG, offers_for=noting, now=NOW)
+    assert [need.gpus for need in asked] == [(), ("A10G",), ("A10G",)]  # which cards learn is not its business
+    slow = plan(API.replace("key_env:", "requests_per_minute: 1\n      key_env:"), ROOMY).stages[0]
+    assert slow.hours.low >= 300 / 60  # a minute each
+
+
+def test_what_labels_of_an_api_cannot_teach_is_said_where_it_is_learned() -> None:
+    said = [note for note in plan(API, ROOMY).stages[1].notes if "the tail is not learned" in note]
+    assert said == ["the labels hold masses at T 1: at 3 the tail is not learned"]
+    hard = API.replace("loss: {temperature: 3}", "loss: {temperature: 3, alpha: 0}")
+    assert not any("tail" in note for note in plan(hard, ROOMY).stages[1].notes)
+
+
+def test_older_plans_hold_overheads_of_storage() -> None:
+    raw = json.loads(json.dumps(plan_to_dict(plan(RENTED, *CARDS))))
+    for item in raw["overhead"]:
+        del item["row"], item["by"]
+    assert [(item.row, item.by) for item in plan_from_dict(raw).overhead] == [("bucket", "storage")]
 
 
 def test_old_prices_and_unguarded_minutes_are_said() -> None:

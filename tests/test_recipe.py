@@ -28,7 +28,7 @@ from tasks.contract import (
     LabelSettings,
     TrainSettings,
 )
-from tests.recipes import DATA, RENTED, SMALL, recipe
+from tests.recipes import API, DATA, RENTED, SMALL, recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -253,7 +253,7 @@ def test_a_train_stage_may_be_the_teacher_of_a_later_one() -> None:
 def test_every_setting_a_user_may_want_has_a_key() -> None:
     """What the machine is told (contract) can be said in a recipe, apart from what the planner fills in itself."""
     elsewhere = {
-        "label": {"prompts", "verify", "top_k", "label_temperature"},
+        "label": {"prompts", "verify", "top_k", "label_temperature", "api"},
         "train": {
             "alpha",
             "temperature",
@@ -330,3 +330,25 @@ def test_another_infra_replaces_the_recipes_and_its_stages() -> None:
     assert {stage.infra for stage in moved.stages} == {None}
     with pytest.raises(UsageError, match="--infra"):
         on_infra(recipe(SMALL), "a b")
+
+
+@pytest.mark.parametrize(
+    ("line", "changed", "says"),
+    [
+        ("EXAMPLE_API_KEY", "AWS_SECRET_ACCESS_KEY", "not the variable of a model API's key"),
+        ("EXAMPLE_API_KEY", "RUNPOD_API_KEY", "not the variable of a model API's key"),
+        ("EXAMPLE_API_KEY", "HF_TOKEN", "not the variable of a model API's key"),
+        ("https://api", "http://api", "not an address of an API"),
+        ("https://api", "https://me:pw@api", "not an address of an API"),
+        ("0.55 USD", "0.55 USD/h", "not the price of a million tokens"),
+        ("0.55 USD", "-1 USD", "not the price of a million tokens"),
+        ("      input_price: 0.55 USD\n", "", "api.input_price: is missing: of 1e6 tokens of prompts"),
+        ("input_price", "inputprice", "did you mean input_price?"),
+        ("student: train}", "student: train, teacher: label}", "behind an API cannot be evaluated"),
+        ("samples: 300", "samples: 300\n    temperature: 0\n    samples_per_prompt: 2", "0 gives the same answer"),
+    ],
+)
+def test_an_api_that_could_leak_a_secret_or_has_no_price_is_refused(line: str, changed: str, says: str) -> None:
+    parse_recipe(API, GOLDEN / "r.yaml")
+    assert line in API
+    assert any(says in problem for problem in problems(API.replace(line, changed)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import stat
 import time
@@ -14,12 +15,18 @@ from typing import Any
 import psutil
 import pytest
 
+from orchestrator import access
+from orchestrator.config import Config
 from orchestrator.errors import UsageError
-from orchestrator.handover import hub_env
+from orchestrator.handover import api_env, hub_env
 from orchestrator.ledger import Ledger
+from orchestrator.plan import plan_to_dict, plan_to_json
+from orchestrator.planner import make_plan
 from orchestrator.provision_sky import Note, job_task, launch_task
 from orchestrator.recipe import parse_recipe
+from orchestrator.testing import START, fake_offer
 from tasks.contract import ModelSource, RehearseSettings
+from tests.recipes import API, recipe
 from tests.test_access import allows, endpoint  # noqa: F401 - a store with a token service, on loopback
 from tests.test_provision_sky import NAME, ORDER
 from tests.whole_runs import ROOT, Home, make_home
@@ -205,6 +212,22 @@ def test_a_token_of_the_hub_goes_to_stages_that_fetch_from_it_only() -> None:
     for source in (ModelSource(stage="train"), ModelSource(path="/models/x")):
         assert hub_env(SimpleNamespace(teacher=source), env) == {}
     assert hub_env(RehearseSettings(steps=1, seconds_per_step=1.0), env) == {}
+
+
+def test_the_key_of_an_api_goes_to_the_stage_that_asks_it_only_and_must_be_there_before_anything_starts() -> None:
+    made = make_plan(
+        recipe(API), config=Config(owner="abc123", bucket="file:/home/b"), now=START,
+        offers_for=lambda need: [fake_offer(100_000, gpu=None, infra="local", vram_gib=64.0)],
+    )  # fmt: skip
+    env = {"EXAMPLE_API_KEY": "planted-key", "OTHER_API_KEY": "x"}
+    label, train, evaluate = made.stages
+    assert api_env(label.settings, env) == {"EXAMPLE_API_KEY": "planted-key"}
+    assert api_env(train.settings, env) == api_env(evaluate.settings, env) == {}
+    access.check(made, allow_account_key=False, env=env)
+    for missing in ({}, {"EXAMPLE_API_KEY": " "}):
+        with pytest.raises(UsageError, match="EXAMPLE_API_KEY, which is not set"):
+            access.check(made, allow_account_key=False, env=missing)
+    assert "planted-key" not in json.dumps(plan_to_dict(made)) + json.dumps(plan_to_json(made))
 
 
 # -- what lies at home

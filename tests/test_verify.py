@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tasks import verify
 from tasks.verify import Verdict, check
 
 OK = Verdict(True, "ok")
+ROOT = Path(verify.__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,54 @@ def test_math_answers_are_compared_by_value_in_a_child() -> None:
     # What would harm if it were run is text like any other.
     assert not check("math", "\\boxed{__import__('os').abort()}", "1").ok
     assert verify.note("math") is None
+
+
+@pytest.mark.parametrize(
+    "harm",
+    ["os.system('1')", "os.fork()", "subprocess.run(['1'])", "socket.socket()", "open(PATH, 'w')", "os.remove(PATH)"],
+)
+def test_what_a_comparison_never_needs_the_child_is_refused(harm: str, tmp_path: Path) -> None:
+    """In a process of its own, since an audit hook stays for good."""
+    (tmp_path / "there").write_text("before")
+    code = (
+        f"import os, socket, subprocess, sys; PATH = {str(tmp_path / 'there')!r}\n"
+        f"sys.path.insert(0, {str(ROOT)!r}); from tasks.verify import _refuse; sys.addaudithook(_refuse)\n"
+        f"try: {harm}\nexcept PermissionError: sys.exit(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 7
+    assert (tmp_path / "there").read_text() == "before"
+
+
+MATH = """
+import sys
+from types import SimpleNamespace
+def parse(text): return text
+def verify(answer, said):
+    print("a library that talks")
+    if said == "hang":
+        while True: pass
+    if said == "grow":
+        return bytearray(3 << 30)
+    if said == "leave":
+        import subprocess
+        subprocess.run(["true"])
+    return answer == f"${said}$"
+"""
+
+
+def test_the_real_child_survives_chatter_hanging_memory_and_what_it_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "math_verify.py").write_text(MATH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    child = verify._Child(timeout_s=0.5, memory_bytes=1 << 30)
+    try:
+        assert child.check("1", "1") == OK
+        assert child.check("grow", "1") == child.check("leave", "1") == Verdict(False, "wrong")
+        assert child.check("hang", "1") == Verdict(False, "check_timed_out")
+        assert child.check("2", "1") == Verdict(False, "wrong")
+    finally:
+        child.close()
 
 
 FAKE = """
