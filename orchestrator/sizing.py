@@ -24,9 +24,9 @@ from orchestrator.workload import (
     BUILTIN_ANSWER_TOKENS,
     BUILTIN_PROMPT_TOKENS,
     BUILTIN_VOCAB,
-    LABEL_BYTES_PER_TOKEN,
     World,
     architecture,
+    label_bytes,
     made_shape,
 )
 from tasks.contract import (
@@ -295,7 +295,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
             "cut_share": lengths.cut_share,
             "kept_share": world.kept_share(stage),
             "kept_samples": kept,
-            "label_gib": kept * lengths.answer * LABEL_BYTES_PER_TOKEN / 2**30 if settings.top_k else 0.0,
+            "label_gib": kept * lengths.answer * label_bytes(settings.top_k, shape.vocab) / 2**30,
         },
     )
 

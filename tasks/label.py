@@ -228,7 +228,7 @@ class _Teacher:
         return Header(
             teacher=source.path or f"stage:{source.stage}", ordinary_sha256=hashes.ordinary,
             special_sha256=hashes.special, top_k=min(self._settings.top_k, len(self.tokenizer)),
-            temperature=self._settings.label_temperature,
+            temperature=self._settings.label_temperature, vocabulary=len(self.tokenizer),
         )  # fmt: skip
 
 
@@ -402,7 +402,7 @@ def _result(
             hint="look at generated-*.jsonl in the bucket; a better teacher or keep: all may help",
         )
     labels = read_labels(ctx.out)
-    inside = (1.0 - labels.log_tail_mass.exp()).mean().item() if labels.header.top_k else None
+    inside = (1.0 - labels.log_tail_masses().exp()).mean().item() if labels.header.top_k else None
     dropped = [row for row in rows if not row["kept"]]
     result = {
         "prompts": prompts,
