@@ -35,7 +35,8 @@ def shown(folder: Path, *, first: int, limit: int) -> Iterator[dict[str, Any]]:
         raise TaskError(f"there is no sample {first}", hint=f"they are numbered 0 to {len(labels) - 1}")
     for index in range(first, min(first + limit, len(labels))):
         sample = labels.sample(index)
-        rows = zip(sample.completion_ids.tolist(), _soft_label(sample), sample.log_tail_mass.exp().tolist(), strict=True)
+        tails = sample.log_tail_mass.exp().tolist()
+        rows = zip(sample.completion_ids.tolist(), _soft_label(sample), tails, strict=True)
         yield {
             "sample": index,
             "key": sample.key,
