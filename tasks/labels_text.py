@@ -3,8 +3,8 @@
 A line is {"input": prompt, "target": completion, "soft_label": [{id: log-probability, ...}, ... one a token]}. Export
 adds what makes the way back exact: key, teacher, tokenizer (hash of its vocabulary), temperature, input_ids,
 target_ids, log_tail_mass and log_mass_at_t (null: -infinity). Where ids are there, they are used and the texts are not
-read; then the names in soft_label are ids, else tokens of the vocabulary or texts of one token. Values above 0 in a
-soft_label make all of it probabilities.
+read; with target_ids a number in soft_label is an id, any other name (and without target_ids every name) a token of the
+vocabulary or a text of one token. One value above 0 makes all of a line's soft_label probabilities.
 """
 
 from __future__ import annotations
@@ -122,7 +122,12 @@ def import_jsonl(file: Path, folder: Path, tokenizer: str) -> int:
     lines = _lines(file)
     for index in range(-(-len(told) // SHARD_SAMPLES)):
         part = islice(lines, SHARD_SAMPLES)
-        samples = [_sample(line, f"line {number} of {file}", known, header) for number, line in part]
+        try:
+            samples = [_sample(line, f"line {number} of {file}", known, header) for number, line in part]
+        except TaskError:
+            for shard in folder.glob("labels-*.safetensors"):  # half an import would pass for a whole one
+                shard.unlink()
+            raise
         write_shard(folder / shard_name(index), header, samples)
     known.save_pretrained(folder / TOKENIZER_FOLDER)
     return len(told)
@@ -161,9 +166,9 @@ def _sample(line: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase
     chances = any(value > 0 for row in soft for value in row.values())
     for j, row in enumerate(soft):
         for m, (name, value) in enumerate(sorted(row.items(), key=lambda item: -item[1])):
-            ids[j, m] = int(name) if as_ids else _token_id(name, where, tokenizer)
+            ids[j, m] = int(name) if as_ids and name.isdecimal() else _token_id(name, where, tokenizer)
             logprobs[j, m] = (math.log(value) if value > 0 else -65504.0) if chances else value
-    if bool((torch.tensor([*prompt, *completion, *ids.flatten().tolist()]) >= header.vocabulary).any()):
+    if min(*prompt, *completion) < 0 or max(*prompt, *completion, *ids.flatten().tolist()) >= header.vocabulary:
         raise TaskError(f"{where}: an id is outside the vocabulary", hint="name the tokenizer the labels came from")
     inside = logprobs.double().exp().sum(1).clamp(max=1.0)
     tail = _values(line, "log_tail_mass", torch.log1p(-inside) if k else torch.zeros(n), where)

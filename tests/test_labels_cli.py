@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,14 @@ from orchestrator.errors import UsageError
 from orchestrator.labels_cli import render_sample
 from orchestrator.ledger import Ledger
 from orchestrator.plan import plan_to_dict
+from orchestrator.runner import mark_to_dict
+from orchestrator.testing import VirtualClock
 from tasks import models
 from tasks.bucket import commit_folder, open_bucket
-from tasks.contract import TaskError
+from tasks.contract import DataSource, LabelSettings, ModelSource, TaskError
 from tasks.labels import Header, Labels, Sample, read_labels, shard_name, write_shard
 from tasks.labels_text import export_jsonl, import_jsonl, shown
+from tests.plans import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,16 @@ def test_lines_that_cannot_be_labels_are_refused_in_words(folder: Path, tmp_path
         imported(tmp_path, folder, line)
 
 
+def test_half_an_import_is_taken_back(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.labels_text.SHARD_SAMPLES", 1)
+    good = {"input": "1", "target": "4"}
+    assert len(imported(tmp_path, folder, good, good)) == 2
+    (tmp_path / "out").rename(tmp_path / "first")
+    with pytest.raises(TaskError, match=r"line 2 .*outside the vocabulary"):
+        imported(tmp_path, folder, good, {**good, "target_ids": [9999]})
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_lines_of_different_kinds_are_not_mixed(folder: Path, tmp_path: Path) -> None:
     hard = {"input": "1", "target": "4"}
     for other in ({**hard, "soft_label": [{"4": 0.5}]}, {**hard, "teacher": "another"}):
@@ -163,3 +177,32 @@ def test_the_commands_show_export_and_import(folder: Path, tmp_path: Path) -> No
     call("export", str(folder), str(file))
     call("import", str(file), str(out), "--tokenizer", str(folder / "tokenizer"))
     assert same(read_labels(folder), read_labels(out))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_labels_of_a_run_are_shown_from_its_bucket(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    monkeypatch.setenv("KDCLOUD_HOME", str(tmp_path / "home"))
+    bucket = open_bucket(f"file:{tmp_path}/bucket/test-abc123")
+    url = bucket.url
+    if remote:
+        url = "s3://some/test-abc123"
+        monkeypatch.setattr("tasks.bucket.open_bucket", lambda url: bucket)
+    plan = make_plan({"label": 60.0, "train": 60.0}, bucket=url)
+    data = DataSource("builtin:addition/train")
+    settings = LabelSettings(ModelSource(path="some/teacher"), data, verify="exact", samples=1)
+    stages = (replace(plan.stages[0], kind="label", settings=settings), plan.stages[1])
+    mark = VirtualClock().mark()
+    (tmp_path / "home").mkdir()
+    Ledger(tmp_path / "home" / "ledger.sqlite").create_run(
+        "test-abc123", name="t", bucket=url, cap_micros=100, deadline_s=None, mark=mark_to_dict(mark), at=mark.wall,
+        data={"schema": 1, "owner": "owner1", "plan": plan_to_dict(replace(plan, stages=stages))},
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="label of test-abc123 is not done"):
+        call("show", "last")
+    commit_folder(bucket, folder, "label", fence=1)
+    document = json.loads(call("show", "abc123", "--limit", "2", "--json"))
+    assert [sample["key"][0] for sample in document["samples"]] == ["a", "b"]
+    with pytest.raises(UsageError, match="none of that name"):
+        call("show", "abc123", "--stage", "train")

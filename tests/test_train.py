@@ -109,7 +109,7 @@ def test_only_the_completion_is_learnt_and_its_end_too() -> None:
     assert batch.labels.tolist() == torch.cat(wanted).tolist()
     # Sample 2: 4 prompt tokens, 3 of completion; its labels are predicted at places 3, 4, 5 of a row of 7.
     assert batch.places.tolist() == [3, 4, 5, 7 + 1]
-    assert torch.equal(batch.soft[0], torch.cat([examples.soft[0][3:6], examples.soft[0][0:1]]))
+    assert torch.equal(batch.soft[0], examples.soft(torch.tensor([3, 4, 5, 0]))[0])
 
 
 def test_what_fills_up_a_batch_changes_nothing() -> None:
