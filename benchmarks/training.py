@@ -60,13 +60,14 @@ def _examples() -> train.Examples:
     ids = torch.randint(0, REAL, (count * LENGTH,), generator=gen)
     rows = count * LENGTH
     logp = torch.log_softmax(torch.randn(rows, K + 1, generator=gen) * 3, 1)
+    soft = (
+        torch.randint(0, REAL, (rows, K), generator=gen, dtype=torch.int32), logp[:, :K].half(), logp[:, K],
+        torch.full((rows,), -0.2),
+    )  # fmt: skip
     return train.Examples(
         keys=[str(i) for i in range(count)], ids=ids, offsets=torch.arange(0, rows + 1, LENGTH),
         prompts=torch.ones(count, dtype=torch.long), rows=torch.arange(0, rows, LENGTH),
-        soft=(
-            torch.randint(0, REAL, (rows, K), generator=gen, dtype=torch.int32), logp[:, :K].half(), logp[:, K],
-            torch.full((rows,), -0.2),
-        ),
+        soft=lambda at: tuple(part[at] for part in soft),
     )  # fmt: skip
 
 

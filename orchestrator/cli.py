@@ -17,6 +17,7 @@ import click
 
 from orchestrator import __version__
 from orchestrator.errors import BudgetExceeded, DrillFailed, KdcloudError, TeardownUnconfirmed, UsageError
+from orchestrator.labels_cli import labels
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +41,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SECTIONS = {
     "Plan": ["plan", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down", "adopt"],
-    "Look": ["report", "artifacts"],
+    "Look": ["report", "artifacts", "labels"],
     "Safety": ["budget", "reap", "drill"],
 }
 
@@ -67,6 +68,9 @@ def kdcloud() -> None:
     fits or can be had, 5 a stage failed or missed its deadline, 6 a teardown is not confirmed, 7 the run belongs to
     another client, 130 stopped by you.
     """
+
+
+kdcloud.add_command(labels)
 
 
 def json_option(function: F) -> F:

@@ -24,9 +24,9 @@ from orchestrator.workload import (
     BUILTIN_ANSWER_TOKENS,
     BUILTIN_PROMPT_TOKENS,
     BUILTIN_VOCAB,
-    LABEL_BYTES_PER_TOKEN,
     World,
     architecture,
+    label_bytes,
     made_shape,
 )
 from tasks.contract import (
@@ -43,6 +43,7 @@ from tasks.contract import (
 )
 
 API_TOP_K = 20  # most candidates a token that such APIs tell
+API_VOCABULARY = 200_000  # ids of a label, as large as they get: the tokenizer is looked at by the stage only
 API_TOKENS_S = Range(20.0, 50.0, 150.0)  # of one answer; assumed: what public APIs of large models are seen to do
 ARMS = 3  # of a comparison: soft labels, hard labels, hard labels with twice the steps
 KL_TOKENS = 20_000  # of prompts and answers at most (tasks/evaluate.py: KL_TOKENS)
@@ -311,7 +312,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
             "cut_share": lengths.cut_share,
             "kept_share": world.kept_share(stage),
             "kept_samples": kept,
-            "label_gib": kept * lengths.answer * LABEL_BYTES_PER_TOKEN / 2**30 if settings.top_k else 0.0,
+            "label_gib": kept * lengths.answer * label_bytes(settings.top_k, shape.vocab) / 2**30,
         },
     )
 
@@ -334,7 +335,7 @@ def _measure_api(stage: LabelStage, settings: LabelSettings, api: ApiTeacher, wo
             "kept_share": world.kept_share(stage),
             "kept_samples": kept,
             "api_expected_micros": answers * api.cost_micros(round(lengths.prompt), round(lengths.answer)),
-            "label_gib": kept * lengths.answer * LABEL_BYTES_PER_TOKEN / 2**30 if settings.top_k else 0.0,
+            "label_gib": kept * lengths.answer * label_bytes(settings.top_k, API_VOCABULARY) / 2**30,
         },
     )
 

@@ -29,7 +29,15 @@ PLAIN_ANSWER_TOKENS = 500
 CUT_SHARE_AT = {2048: 0.6, 4096: 0.3, 8192: 0.1, 16384: 0.03}  # of reasoning answers, by limit
 RIGHT_SHARE = {"math": 0.8, "exact": 0.8, "text": 0.8, "none": 1.0}  # of the answers that were not cut
 ROWS_UNKNOWN = 500  # held-out prompts where no file tells
-LABEL_BYTES_PER_TOKEN = 284  # k = 64: packed ids, fp16 log-probabilities, tail and mass in fp32
+
+
+def label_bytes(top_k: int, vocab: int) -> int:
+    """Bytes a stored completion token takes: its id and, with soft labels, k packed ids, k fp16 values, two masses.
+
+    284 for k = 64 and a vocabulary of 151,665; the shard's header and prompts come on top (1 %).
+    """
+    k = min(top_k, vocab)
+    return 4 + 4 + 4 + 2 * k + -(-k * vocab.bit_length() // 8)
 
 
 @dataclass(frozen=True)

@@ -352,7 +352,7 @@ class _Teacher:
         return Header(
             teacher=f"{name}@{source.revision}" if source.revision else name, ordinary_sha256=hashes.ordinary,
             special_sha256=hashes.special, top_k=min(self._settings.top_k, len(self.tokenizer)),
-            temperature=self._settings.label_temperature,
+            temperature=self._settings.label_temperature, vocabulary=len(self.tokenizer),
         )  # fmt: skip
 
     def api_header(self, generated: list[list[dict[str, Any]]]) -> Header:
@@ -670,10 +670,9 @@ def _result(
             hint="look at generated-*.jsonl in the bucket; a better teacher or keep: all may help",
         )
     labels = read_labels(ctx.out)
-    inside = None
-    if labels.header.top_k:
-        soft = (labels.topk_ids >= 0).any(1)
-        inside = (1.0 - labels.log_tail_mass[soft].exp()).mean().item() if soft.any() else None
+    tails = labels.log_tail_masses() if labels.header.top_k else torch.zeros(0)
+    tails = tails[tails < 0.0]  # the whole mass is outside where an API told nothing
+    inside = (1.0 - tails.exp()).mean().item() if len(tails) else None
     dropped = [row for row in rows if not row["kept"]]
     result = {
         "prompts": prompts,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from tasks.contract import TaskError
 
-LABELS_SCHEMA = 1
+LABELS_SCHEMA = 2  # 1 kept ids as int32: 396 bytes a token
 TOKENIZER_FOLDER = "tokenizer"
+SOFT = ("topk_ids", "topk_logprobs", "log_tail_mass", "log_mass_at_t")
+LOWEST_8_BIT = -40.0  # log-probability; below it 8 bit are clamped
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,14 @@ class Header:
     special_sha256: str  # special tokens and template
     top_k: int  # 0 = hard labels only
     temperature: float  # T of log_mass_at_t
+    vocabulary: int  # every id is below it
+    logprob_bits: int = 16  # or 8
     schema: int = LABELS_SCHEMA
+
+    @property
+    def id_bits(self) -> int:
+        """Bits of a packed id: as few as hold the vocabulary and, all ones, the empty place of a short row."""
+        return self.vocabulary.bit_length()
 
 
 @dataclass(frozen=True)
@@ -48,28 +58,101 @@ def shard_name(index: int) -> str:
     return f"labels-{index:05d}.safetensors"
 
 
-def write_shard(path: Path, header: Header, samples: Sequence[Sample]) -> None:
-    """Writes one shard: ids int32, log-probabilities fp16, masses fp32 (from fp16 they would be off by far).
+# --- packing ---------------------------------------------------------------------------------------------------------
 
-    fp16 keeps a log-probability within 0.05 %; below -65,504 it would become -inf, so it is clamped to there.
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """[N, k] integers below 2^bits as [N, ceil(k * bits / 8)] uint8: value j is bits j * bits onwards, lowest first.
+
+    Any bits from 1 to 25: with its up to 7 bits of shift a value then lies within 4 bytes.
+    """
+    rows, k = values.shape
+    packed = np.zeros((rows, -(-k // 8) * bits + 4), np.uint8)
+    for lane, first, shift in _lanes(bits):
+        spread = values.numpy()[:, lane::8].astype(np.uint32) << shift
+        for byte in range(4):
+            packed[:, first + byte :: bits][:, : spread.shape[1]] |= (spread >> 8 * byte).astype(np.uint8)
+    return torch.from_numpy(packed[:, : _width(k, bits)].copy())
+
+
+def unpack_bits(packed: Tensor, k: int, bits: int) -> Tensor:
+    """The [N, k] int32 values of `pack_bits`."""
+    return torch.from_numpy(_unpacked(packed.numpy(), k, bits))
+
+
+def _unpacked(packed: np.ndarray, k: int, bits: int) -> np.ndarray:
+    rows, width = packed.shape
+    flat = np.append(packed, np.zeros(4, np.uint8))  # so that the last word ends inside
+    values = np.empty((rows, k), np.int32)
+    for lane, first, shift in _lanes(bits):
+        out = values[:, lane::8]
+        if out.size:
+            words = np.ndarray(out.shape, "<u4", flat, first, (width, bits))  # unaligned; torch has no such view
+            out[:] = (words >> shift) & ((1 << bits) - 1)
+    return values
+
+
+def _lanes(bits: int) -> Iterator[tuple[int, int, int]]:
+    """Eight values fill `bits` bytes: (j, first byte, first bit there) of values j, j + 8, ... in each group."""
+    if not 1 <= bits <= 25:
+        raise ValueError(f"{bits} bits a value; 1 to 25 are possible")
+    for lane in range(8):
+        yield lane, *divmod(lane * bits, 8)
+
+
+def _width(k: int, bits: int) -> int:
+    return -(-k * bits // 8)
+
+
+def _packed_ids(ids: Tensor, header: Header) -> Tensor:
+    if bool(((ids < -1) | (ids >= header.vocabulary)).any()):
+        raise ValueError(f"an id is outside the vocabulary of {header.vocabulary}")
+    return pack_bits(torch.where(ids < 0, (1 << header.id_bits) - 1, ids), header.id_bits)
+
+
+def _packed_logprobs(logprobs: Tensor, bits: int) -> Tensor:
+    if bits == 16:
+        return logprobs.clamp(min=-65504.0).to(torch.float16)
+    code = (logprobs.clamp(LOWEST_8_BIT, 0.0) / LOWEST_8_BIT).sqrt() * 255
+    return code.round().to(torch.uint8)
+
+
+def _unpacked_logprobs(stored: np.ndarray) -> np.ndarray:
+    if stored.dtype == np.float16:
+        return stored.astype(np.float32)
+    table = np.square(np.arange(256, dtype=np.float32) / 255) * np.float32(LOWEST_8_BIT)
+    return table[stored]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_shard(path: Path, header: Header, samples: Sequence[Sample]) -> None:
+    """Writes one shard: ids packed into `id_bits`, masses fp32 (from rounded numbers they would be off by far).
+
+    Log-probabilities in fp16 are within 0.05 % (below -65,504 clamped to there). In 8 bit, log p is
+    -40 * (code / 255)^2, off by at most sqrt(40 * |log p|) / 255: 0.08 at -10. On peaked random rows, k = 64
+    (tests/test_labels.py): fp16 mean 0.0018, worst 0.0078, and the loss moves by 3e-6 of itself at T = 1, 8e-8 at 2;
+    8 bit mean 0.038, worst 0.13, the loss by 2e-4 and 2e-5.
     """
     k = header.top_k
+    if header.logprob_bits not in (8, 16):
+        raise ValueError(f"{header.logprob_bits} bits a log-probability; 8 and 16 are possible")
 
-    def joined(parts: list[Tensor], dtype: torch.dtype, *shape: int) -> Tensor:
+    def joined(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        parts = [getattr(s, name) for s in samples]
         return torch.cat(parts).to(dtype) if parts else torch.zeros(0, *shape, dtype=dtype)
 
-    logprobs = joined([s.topk_logprobs for s in samples], torch.float32, k)
-    finite = logprobs > float("-inf")
-    logprobs = torch.where(finite, logprobs.clamp(min=-65504.0), logprobs).to(torch.float16)
+    ids = joined("topk_ids", torch.int32, k)
     tensors = {
-        "prompt_ids": joined([s.prompt_ids for s in samples], torch.int32),
+        "prompt_ids": joined("prompt_ids", torch.int32),
         "prompt_offsets": _offsets([len(s.prompt_ids) for s in samples]),
-        "completion_ids": joined([s.completion_ids for s in samples], torch.int32),
+        "completion_ids": joined("completion_ids", torch.int32),
         "completion_offsets": _offsets([len(s.completion_ids) for s in samples]),
-        "topk_ids": joined([s.topk_ids for s in samples], torch.int32, k),
-        "topk_logprobs": logprobs,
-        "log_tail_mass": joined([s.log_tail_mass for s in samples], torch.float32),
-        "log_mass_at_t": joined([s.log_mass_at_t for s in samples], torch.float32),
+        "topk_ids": _packed_ids(ids, header),
+        "topk_logprobs": _packed_logprobs(joined("topk_logprobs", torch.float32, k), header.logprob_bits),
+        "log_tail_mass": joined("log_tail_mass", torch.float32),
+        "log_mass_at_t": joined("log_mass_at_t", torch.float32),
     }
     told = {"header": asdict(header), "keys": [s.key for s in samples]}
     save_file(tensors, path, metadata={"kdcloud": json.dumps(told)})  # one key: safetensors keeps no order of several
@@ -79,9 +162,15 @@ def _offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
 
 
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Labels:
-    """All samples of a label stage, end to end: sample i owns rows offsets[i]:offsets[i + 1]."""
+    """All samples of a label stage, by key: sample i owns rows completion_offsets[i]:completion_offsets[i + 1].
+
+    Token ids are in memory. Soft labels stay in the mapped shards, in the order of the files, until asked for.
+    """
 
     header: Header
     keys: list[str]  # a prompt with several kept samples is there several times
@@ -89,21 +178,64 @@ class Labels:
     prompt_offsets: Tensor
     completion_ids: Tensor
     completion_offsets: Tensor
-    topk_ids: Tensor
-    topk_logprobs: Tensor
-    log_tail_mass: Tensor
-    log_mass_at_t: Tensor
+    _shards: list[dict[str, np.ndarray]]  # SOFT of each, as stored
+    _shard_rows: Tensor  # [shards + 1] rows of all shards before
+    _starts: Tensor  # [samples] a sample's first row among the rows of all shards, end to end
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def tokens(self, index: int) -> tuple[Tensor, Tensor]:
+        """Prompt ids and completion ids of a sample."""
+        p, c = (slice(*o[index : index + 2].tolist()) for o in (self.prompt_offsets, self.completion_offsets))
+        return self.prompt_ids[p], self.completion_ids[c]
+
     def sample(self, index: int) -> Sample:
-        p = slice(*self.prompt_offsets[index : index + 2].tolist())
-        c = slice(*self.completion_offsets[index : index + 2].tolist())
-        return Sample(
-            self.keys[index], self.prompt_ids[p], self.completion_ids[c], self.topk_ids[c], self.topk_logprobs[c],
-            self.log_tail_mass[c], self.log_mass_at_t[c],
-        )  # fmt: skip
+        rows = torch.arange(*self.completion_offsets[index : index + 2].tolist())
+        return Sample(self.keys[index], *self.tokens(index), *self.soft_rows(rows))
+
+    def soft_rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """topk_ids [N, k] int32, topk_logprobs [N, k], log_tail_mass [N], log_mass_at_t [N], fp32, of rows [N] int64.
+
+        Reads these rows only, in the calling thread: torch's own threads would wait for each other where others
+        need the cores. An empty place has id -1 and log-probability -inf.
+        """
+        at = self._places(rows)
+        packed, stored, tail, mass = (self._stored(name, at) for name in SOFT)
+        ids = _unpacked(packed, self.header.top_k, self.header.id_bits)
+        logprobs = _unpacked_logprobs(stored)
+        empty = ids == (1 << self.header.id_bits) - 1
+        if empty.any():
+            ids[empty] = -1
+            logprobs[empty] = -np.inf
+        return torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(tail), torch.from_numpy(mass)
+
+    def log_tail_masses(self) -> Tensor:
+        """log_tail_mass of all rows."""
+        at = self._places(torch.arange(len(self.completion_ids)))
+        return torch.from_numpy(self._stored("log_tail_mass", at))
+
+    def _places(self, rows: Tensor) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(shard, which of `rows` it holds, their rows in it)."""
+        wanted = rows.numpy()
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self.completion_ids):
+            raise IndexError(f"rows are below {len(self.completion_ids)}")
+        offsets, before = self.completion_offsets.numpy(), self._shard_rows.numpy()
+        sample = np.searchsorted(offsets, wanted, side="right") - 1
+        at = self._starts.numpy()[sample] + wanted - offsets[sample]
+        shard = np.searchsorted(before, at, side="right") - 1
+        order = shard.argsort(kind="stable")
+        which, first = np.unique(shard[order], return_index=True)
+        parts = zip(which.tolist(), np.split(order, first[1:]), strict=True) if len(wanted) else ()
+        return [(index, places, at[places] - before[index]) for index, places in parts]
+
+    def _stored(self, name: str, places: list[tuple[int, np.ndarray, np.ndarray]]) -> np.ndarray:
+        """These rows of a tensor of the shards."""
+        first = self._shards[0][name]
+        found = np.empty((sum(len(to) for _, to, _ in places), *first.shape[1:]), first.dtype)
+        for index, to, at in places:
+            found[to] = self._shards[index][name][at]
+        return found
 
 
 def read_labels(folder: Path) -> Labels:
@@ -126,16 +258,28 @@ def read_labels(folder: Path) -> Labels:
         raise TaskError(f"the shards in {folder} were made with different settings", hint="label again in a new run")
     if not keys:
         raise TaskError("no sample was kept, so there is nothing to learn from", hint="label more prompts")
-    joined: dict[str, Tensor] = {}
-    for name in parts[0]:
-        if name.endswith("_offsets"):
-            joined[name] = _offsets(torch.cat([part[name].diff() for part in parts]).tolist())
-        else:
-            joined[name] = torch.cat([part[name] for part in parts])
-    return _sorted(Labels(header=headers[0], keys=keys, **joined))
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    prompts, prompt_offsets, _ = _in_order(parts, "prompt", order)
+    completions, completion_offsets, starts = _in_order(parts, "completion", order)
+    return Labels(
+        headers[0], [keys[i] for i in order], prompts, prompt_offsets, completions, completion_offsets,
+        [{name: part[name].numpy() for name in SOFT} for part in parts],
+        _offsets([len(part["completion_ids"]) for part in parts]), starts,
+    )  # fmt: skip
+
+
+def _in_order(parts: list[dict[str, Tensor]], what: str, order: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids of all samples in `order`, their offsets, and where each sample began before."""
+    ids = torch.cat([part[f"{what}_ids"] for part in parts])
+    lengths = torch.cat([part[f"{what}_offsets"].diff() for part in parts])
+    starts = (lengths.cumsum(0) - lengths)[order]
+    offsets = _offsets(lengths[order].tolist())
+    moved = (starts - offsets[:-1]).repeat_interleave(lengths[order]) + torch.arange(len(ids))
+    return ids[moved], offsets, starts
 
 
 def _read_shard(path: Path) -> tuple[Header, list[str], dict[str, Tensor]]:
+    """Header, keys and tensors, which are views of the mapped file: read when used."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, Any] = file.metadata() or {}
@@ -149,23 +293,14 @@ def _read_shard(path: Path) -> tuple[Header, list[str], dict[str, Tensor]]:
     if raw.get("schema") != LABELS_SCHEMA:
         raise TaskError(
             f"{path.name} has label schema {raw.get('schema')}, this kdcloud reads {LABELS_SCHEMA}",
-            hint="use the kdcloud version that wrote it",
+            hint="label again in a new run, or use the kdcloud version that wrote it",
         )
-    return Header(**raw), told["keys"], tensors
-
-
-def _sorted(labels: Labels) -> Labels:
-    order = sorted(range(len(labels)), key=lambda i: labels.keys[i])
-    samples = [labels.sample(i) for i in order]
-    return Labels(
-        header=labels.header,
-        keys=[s.key for s in samples],
-        prompt_ids=torch.cat([s.prompt_ids for s in samples]),
-        prompt_offsets=_offsets([len(s.prompt_ids) for s in samples]),
-        completion_ids=torch.cat([s.completion_ids for s in samples]),
-        completion_offsets=_offsets([len(s.completion_ids) for s in samples]),
-        topk_ids=torch.cat([s.topk_ids for s in samples]),
-        topk_logprobs=torch.cat([s.topk_logprobs for s in samples]),
-        log_tail_mass=torch.cat([s.log_tail_mass for s in samples]),
-        log_mass_at_t=torch.cat([s.log_mass_at_t for s in samples]),
-    )
+    header = Header(**raw)
+    rows = len(tensors["completion_ids"])
+    shapes = {
+        "topk_ids": (rows, _width(header.top_k, header.id_bits)), "topk_logprobs": (rows, header.top_k),
+        "log_tail_mass": (rows,), "log_mass_at_t": (rows,), "completion_offsets": (len(told["keys"]) + 1,),
+    }  # fmt: skip
+    if any(tuple(tensors[name].shape) != shape for name, shape in shapes.items()):
+        raise TaskError(f"{path.name} is damaged: its tensors do not fit together", hint="label again in a new run")
+    return header, told["keys"], tensors

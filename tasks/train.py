@@ -151,7 +151,7 @@ class Examples:
     offsets: Tensor  # [n + 1]
     prompts: Tensor  # [n] prompt lengths
     rows: Tensor  # [n] first row of the sample in the soft labels
-    soft: tuple[Tensor, ...] = ()
+    soft: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # Labels.soft_rows
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -180,16 +180,16 @@ class Examples:
     @staticmethod
     def of(labels: Labels, picked: Sequence[int]) -> Examples:
         """The picked samples; soft labels stay where they are and are found by row."""
-        samples = [labels.sample(i) for i in picked]
-        parts = [part for s in samples for part in (s.prompt_ids, s.completion_ids)]
-        lengths = torch.tensor([0, *(len(s.prompt_ids) + len(s.completion_ids) for s in samples)])
+        pairs = [labels.tokens(i) for i in picked]
+        parts = [part for pair in pairs for part in pair]
+        lengths = torch.tensor([0, *(len(prompt) + len(completion) for prompt, completion in pairs)])
         return Examples(
-            keys=[s.key for s in samples],
+            keys=[labels.keys[i] for i in picked],
             ids=torch.cat(parts).long() if parts else torch.zeros(0, dtype=torch.long),
             offsets=lengths.cumsum(0),
-            prompts=torch.tensor([len(s.prompt_ids) for s in samples]),
+            prompts=torch.tensor([len(prompt) for prompt, _ in pairs]),
             rows=labels.completion_offsets[torch.tensor(picked, dtype=torch.long)],
-            soft=(labels.topk_ids, labels.topk_logprobs, labels.log_tail_mass, labels.log_mass_at_t),
+            soft=labels.soft_rows,
         )
 
     def take(self, picked: Sequence[int]) -> Examples:
@@ -218,9 +218,8 @@ class Examples:
         predicts = (column >= first) & (column < length[sample] - 1)
         labels = self.ids[at[predicts] + 1]
         found: tuple[Tensor, ...] = ()
-        if soft:
-            row = (self.rows[picked][sample] + column - first)[predicts]
-            found = tuple(tensor[row] for tensor in self.soft)
+        if soft and self.soft is not None:
+            found = self.soft((self.rows[picked][sample] + column - first)[predicts])
         return Batch(ids, predicts.flatten().nonzero()[:, 0], labels, found, runs)
 
 

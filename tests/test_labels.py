@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,18 +14,23 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ml_support import context, run_stage
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Tokenizer
 
+from orchestrator.workload import label_bytes
 from tasks import label, models
 from tasks.contract import Architecture, DataSource, LabelSettings, ModelSource, PretrainSettings, TaskError
 from tasks.label import Completion, TransformersGenerator, score
-from tasks.labels import Header, Sample, read_labels, shard_name, write_shard
+from tasks.labels import Header, Sample, pack_bits, read_labels, shard_name, unpack_bits, write_shard
 from tasks.losses import distillation_loss
 from tasks.stage import Stopped
 
 TINY = Architecture(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-HEADER = Header(teacher="t", ordinary_sha256="o", special_sha256="s", top_k=3, temperature=2.0)
+HEADER = Header(teacher="t", ordinary_sha256="o", special_sha256="s", top_k=3, temperature=2.0, vocabulary=50)
 LABEL = LabelSettings(
     teacher=ModelSource(stage="pretrain"), prompts=DataSource("builtin:addition/train"), verify="exact", samples=20,
     max_new_tokens=6, temperature=1.0, top_p=1.0, top_k=4, label_temperature=2.0, batch_size=8, shard_size=8,
@@ -93,6 +99,152 @@ def test_labels_that_cannot_be_used_are_refused_in_words(tmp_path: Path) -> None
     (tmp_path / shard_name(1)).write_bytes(b"garbage" * 9)
     with pytest.raises(TaskError, match="damaged"):
         read_labels(tmp_path)
+
+
+@given(st.integers(0, 5), st.integers(0, 70), st.integers(1, 25), st.integers(0, 2**31))
+def test_packed_integers_come_back_and_take_their_bits(rows: int, k: int, bits: int, seed: int) -> None:
+    values = torch.randint(0, 1 << bits, (rows, k), generator=torch.Generator().manual_seed(seed))
+    packed = pack_bits(values, bits)
+    assert packed.shape == (rows, math.ceil(k * bits / 8)) and torch.equal(unpack_bits(packed, k, bits), values.int())
+    for row, number in zip(values.tolist(), packed.tolist(), strict=True):  # the definition, one value at a time
+        whole = int.from_bytes(bytes(number), "little")
+        assert row == [whole >> j * bits & (1 << bits) - 1 for j in range(k)]
+
+
+def wide(rows: int, k: int, vocabulary: int, key: str = "a", seed: int = 0) -> Sample:
+    """Rows peaked as a reasoning model's: most of the mass on one id, the others far below."""
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.rand(rows, min(vocabulary, 4 * k), generator=gen).topk(k).indices * (vocabulary // (4 * k) or 1)
+    logits = torch.randn(rows, k + 1, generator=gen) * 4
+    logits[:, 0] += 8 * torch.rand(rows, generator=gen)
+    logp = torch.log_softmax(logits, 1)
+    tokens = torch.randint(0, vocabulary, (rows,), generator=gen)
+    mass = torch.logsumexp(logp[:, :k] / 2, 1) - torch.logsumexp(logp / 2, 1)
+    return Sample(key, torch.arange(9), tokens, ids.int(), logp[:, :k], logp[:, k], mass)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "bits"),
+    [(1, 1), (2**17 - 1, 17), (2**17, 18), (151_665, 18), (2**18 - 1, 18), (2**18, 19)],
+)
+def test_every_id_of_the_vocabulary_and_the_empty_place_fit_into_its_bits(
+    tmp_path: Path, vocabulary: int, bits: int
+) -> None:
+    header = replace(HEADER, vocabulary=vocabulary, top_k=3)
+    assert header.id_bits == bits
+    one = sample("a", 1, 2)
+    one.topk_ids[:] = torch.tensor([[vocabulary - 1, 0, -1], [-1, -1, -1]])
+    one.topk_logprobs[one.topk_ids < 0] = -math.inf
+    write_shard(tmp_path / shard_name(0), header, [one])
+    got = read_labels(tmp_path).sample(0)
+    assert torch.equal(got.topk_ids, one.topk_ids)
+    assert torch.equal(got.topk_logprobs == -math.inf, one.topk_ids < 0)
+    one.topk_ids[0, 0] = vocabulary
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        write_shard(tmp_path / shard_name(0), header, [one])
+
+
+def test_a_completion_token_takes_284_bytes_at_k_64_as_the_plan_says_and_288_with_everything(tmp_path: Path) -> None:
+    header = replace(HEADER, vocabulary=151_665, top_k=64)
+    path = tmp_path / shard_name(0)
+    samples = [wide(500, 64, 151_665, f"{i:064x}", i) for i in range(32)]
+    write_shard(path, header, samples)
+    assert label_bytes(64, 151_665) == 284 < path.stat().st_size / (32 * 500) <= 288
+    tensors = load_file(path)
+    rows = [t for t in tensors.values() if len(t) == 32 * 500]
+    assert len(rows) == 5 and sum(t[0].nbytes for t in rows) == 284
+    for top_k, vocabulary in ((0, 50), (3, 50), (5, 2**17), (64, 50)):
+        k = min(top_k, vocabulary)
+        one = wide(7, k, vocabulary) if k not in (0, 50) else sample("a", 1, 7, k)
+        write_shard(path, replace(HEADER, vocabulary=vocabulary, top_k=k), [one])
+        stored = sum(t.nbytes for name, t in load_file(path).items() if "prompt" not in name and "offsets" not in name)
+        assert stored == 7 * label_bytes(top_k, vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("bits", "worst", "mean", "of_loss"), [(16, 0.008, 0.002, 1e-5), (8, 0.13, 0.04, 1e-3)]
+)
+def test_rounding_of_log_probabilities_stays_within_what_is_promised(
+    tmp_path: Path, bits: int, worst: float, mean: float, of_loss: float
+) -> None:
+    header = replace(HEADER, vocabulary=2_000, top_k=64, logprob_bits=bits)
+    exact = wide(2_000, 64, 2_000)
+    write_shard(tmp_path / shard_name(0), header, [exact])
+    got = read_labels(tmp_path).sample(0)
+    error = (got.topk_logprobs - exact.topk_logprobs).abs()
+    size = exact.topk_logprobs.abs()
+    bound = size * 2**-11 + 1e-7 if bits == 16 else (40 * size).sqrt() / 255 + 2e-4
+    assert bool((error <= bound).all())
+    assert error.max() < worst and error.mean() < mean
+    gen = torch.Generator().manual_seed(1)
+    hidden, head = torch.randn(2_000, 8, generator=gen), torch.randn(2_000, 8, generator=gen)
+    for t in (1.0, 2.0):
+        values = [
+            distillation_loss(
+                hidden, head, s.completion_ids, s.topk_ids, s.topk_logprobs, alpha=1.0, temperature=t,
+                token_count=2_000, log_tail_mass=s.log_tail_mass, log_mass_at_t=s.log_mass_at_t,
+            ).item()
+            for s in (exact, got)
+        ]  # fmt: skip
+        print(bits, error.max().item(), error.mean().item(), t, values[1] / values[0] - 1)
+        assert math.isclose(*values, rel_tol=of_loss)
+
+
+def test_rows_are_found_wherever_the_shards_were_cut(tmp_path: Path) -> None:
+    samples = [sample(f"{i * 7 % 10}", 2, i % 4) for i in range(10)]  # some have no row at all
+    rows = torch.randint(0, sum(len(s.completion_ids) for s in samples), (50,))
+    found = []
+    for cut in (1, 3, 10):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        for i in range(0, 10, cut):
+            write_shard(folder / shard_name(i), HEADER, samples[i : i + cut])
+        labels = read_labels(folder)
+        found.append(labels.soft_rows(rows))
+        assert torch.equal(labels.log_tail_masses(), torch.cat([labels.sample(i).log_tail_mass for i in range(10)]))
+    expected = torch.cat([s.topk_ids for s in sorted(samples, key=lambda s: s.key)])
+    for ids, logprobs, tail, mass in found:
+        assert torch.equal(ids, expected[rows]) and ids.dtype == torch.int32
+        assert logprobs.dtype == tail.dtype == mass.dtype == torch.float32
+        assert torch.equal(logprobs, found[0][1]) and torch.equal(tail, found[0][2]) and torch.equal(mass, found[0][3])
+    assert labels.soft_rows(rows[:0])[0].shape == (0, 3)
+    for outside in (-1, len(expected)):
+        with pytest.raises(IndexError):
+            labels.soft_rows(torch.tensor([outside]))
+
+
+def test_opening_labels_does_not_read_the_soft_ones(tmp_path: Path) -> None:
+    """Two shards of 64 MB: in a fresh process, opening them and reading a few rows takes a small part of that."""
+    header = replace(HEADER, vocabulary=151_665, top_k=64)
+    big = wide(1_000, 64, 151_665)
+    big = Sample("a", big.prompt_ids, *(t.repeat(230, *[1] * (t.dim() - 1)) for t in astuple(big)[2:]))
+    for i in range(2):
+        write_shard(tmp_path / shard_name(i), header, [replace(big, key=str(i))])
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) > 128e6
+    code = """
+import sys, pathlib, psutil, torch
+from tasks.labels import read_labels
+memory = lambda: psutil.Process().memory_info().rss
+read_labels(pathlib.Path(sys.argv[1])).soft_rows(torch.arange(9))  # what the first use loads
+before = memory()
+labels = read_labels(pathlib.Path(sys.argv[1]))
+labels.soft_rows(torch.arange(1000))
+print(memory() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 32e6
+
+
+def test_shards_whose_tensors_do_not_fit_together_are_damaged(tmp_path: Path) -> None:
+    path = tmp_path / shard_name(0)
+    write_shard(path, HEADER, [sample("a", 1, 4)])
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    for name in ("topk_ids", "topk_logprobs", "log_tail_mass", "log_mass_at_t", "completion_offsets"):
+        tensors = load_file(path)
+        save_file({**tensors, name: tensors[name][:-1].clone()}, tmp_path / shard_name(1), metadata=metadata)
+        with pytest.raises(TaskError, match="do not fit together"):
+            read_labels(tmp_path)
 
 
 def tiny_model(seed: int = 0) -> tuple[Any, Any]:
@@ -270,7 +422,9 @@ def test_a_resumed_stage_repeats_no_kept_shard_and_ends_the_same(
         assert result[name] == whole[name]
     one, two = (read_labels(pretrained / stage / "done") for stage in ("whole", "broken"))
     assert one.keys == two.keys and torch.equal(one.completion_ids, two.completion_ids)
-    assert torch.equal(one.topk_logprobs, two.topk_logprobs)
+    rows = torch.arange(len(one.completion_ids))
+    for a, b in zip(one.soft_rows(rows), two.soft_rows(rows), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_killed_stage_loses_one_batch_at_most_and_ends_the_same(
@@ -431,7 +585,7 @@ def test_unfinished_answers_of_any_kind_are_never_labels(pretrained: Path, monke
 def test_hard_labels_only_store_no_soft_ones(pretrained: Path) -> None:
     result = run_stage(pretrained, "hard", "label", replace(LABEL, top_k=0))
     assert result is not None and result["mass_inside_mean"] is None
-    assert read_labels(pretrained / "hard" / "done").topk_ids.shape[1] == 0
+    assert read_labels(pretrained / "hard" / "done").sample(0).topk_ids.shape[1] == 0
 
 
 @pytest.mark.parametrize(

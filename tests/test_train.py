@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def uneven() -> Examples:
     """Eight samples with completions of 1 to 8 tokens and random soft labels."""
-    from tasks.labels import Header, Labels, Sample, _offsets
+    from tasks.labels import Header, Sample
 
     gen = torch.Generator().manual_seed(0)
     samples = []
@@ -72,13 +73,9 @@ def uneven() -> Examples:
         tail = torch.log1p(-logp.exp().sum(1))
         tokens = torch.randint(0, 262, (3 + 2 * i,), generator=gen)
         samples.append(Sample(f"k{i}", tokens[: 2 + i], tokens[2 + i :], ids.int(), logp, tail, tail))
-    cat = lambda name: torch.cat([getattr(s, name) for s in samples])  # noqa: E731
-    labels = Labels(
-        Header("t", "o", "s", 4, 1.0), [s.key for s in samples], cat("prompt_ids"),
-        _offsets([len(s.prompt_ids) for s in samples]), cat("completion_ids"),
-        _offsets([len(s.completion_ids) for s in samples]), cat("topk_ids"), cat("topk_logprobs"),
-        cat("log_tail_mass"), cat("log_mass_at_t"),
-    )  # fmt: skip
+    with TemporaryDirectory() as folder:  # what is mapped stays readable
+        write_shard(Path(folder) / shard_name(0), Header("t", "o", "s", 4, 1.0, 262), samples)
+        labels = read_labels(Path(folder))
     return Examples.of(labels, range(8))
 
 
@@ -112,7 +109,7 @@ def test_only_the_completion_is_learnt_and_its_end_too() -> None:
     assert batch.labels.tolist() == torch.cat(wanted).tolist()
     # Sample 2: 4 prompt tokens, 3 of completion; its labels are predicted at places 3, 4, 5 of a row of 7.
     assert batch.places.tolist() == [3, 4, 5, 7 + 1]
-    assert torch.equal(batch.soft[0], torch.cat([examples.soft[0][3:6], examples.soft[0][0:1]]))
+    assert torch.equal(batch.soft[0], examples.soft(torch.tensor([3, 4, 5, 0]))[0])
 
 
 def test_what_fills_up_a_batch_changes_nothing() -> None:
