@@ -8,7 +8,7 @@ account; and clouds for which SkyPilot does not know the word get a file with th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -285,12 +285,7 @@ def _bucket_notes(plan: Plan, then: str, env: Mapping[str, str]) -> Iterator[str
 def check(plan: Plan, *, allow_account_key: bool, env: Mapping[str, str] | None = None) -> None:
     """Raises UsageError for machines that cannot end themselves, or that would carry rights nobody allowed, and for
     a key of an API that is not there."""
-    for stage in plan.stages:
-        name = api_key_env(stage.settings)
-        if name is not None and not (os.environ if env is None else env).get(name, "").strip():
-            raise UsageError(
-                f"stage {stage.name} sends the key in {name}, which is not set", hint=f"export {name}=... and try again"
-            )
+    check_api_keys(plan.stages, env)
     if any(True for _ in rented(plan)) and plan.bucket.startswith("file:") and infras_of(plan) != ["slurm"]:
         raise UsageError("a rented machine cannot reach a folder of yours", hint="set `bucket: s3://...` in the recipe")
     for infra in infras_of(plan):
@@ -305,6 +300,16 @@ def check(plan: Plan, *, allow_account_key: bool, env: Mapping[str, str] | None 
             raise UsageError(
                 f"on {infra} a machine ends itself with {ending.right}: whoever owns the machine could use it",
                 hint=f"{narrower}{ALLOW}, or leave {infra} out",
+            )
+
+
+def check_api_keys(stages: Iterable[StagePlan], env: Mapping[str, str] | None = None) -> None:
+    """Raises UsageError for a stage whose teacher's key is not there."""
+    for stage in stages:
+        name = api_key_env(stage.settings)
+        if name is not None and not (os.environ if env is None else env).get(name, "").strip():
+            raise UsageError(
+                f"stage {stage.name} sends the key in {name}, which is not set", hint=f"export {name}=... and try again"
             )
 
 

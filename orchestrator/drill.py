@@ -561,7 +561,13 @@ def slow_create(world: World, rng: random.Random) -> None:
 
 @fault
 def two_machines_of_one_name(world: World, rng: random.Random) -> None:
-    world.change(twin=True)
+    """Once, or every time with a last stage that works until its money is used up, where nothing is left over."""
+    if world.limited:
+        world.change(twin=True)
+        return
+    world.every(twin=True)
+    world.cap_factor = min(world.cap_factor, 1.0)
+    world.work_s["train"] *= 3
 
 
 @fault

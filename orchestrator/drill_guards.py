@@ -131,12 +131,11 @@ def _lease() -> list[tuple[Any, str, Any]]:
 def _minimum() -> list[tuple[Any, str, Any]]:
     from orchestrator import spend
 
-    lifetime = spend.lifetime_s
+    def per_second(function: Any) -> Any:
+        return lambda offer, amount: function(replace(offer, minimum_s=0, quantum_s=1), amount)
 
-    def per_second(offer: Any, reserved_micros: int) -> float:
-        return lifetime(replace(offer, minimum_s=0, quantum_s=1), reserved_micros)
-
-    return [(spend, "lifetime_s", per_second)]
+    places = ("lifetime_s", "create_limit_s", "reserve_micros", "cost_micros")
+    return [(spend, name, per_second(getattr(spend, name))) for name in places]
 
 
 def _settled() -> list[tuple[Any, str, Any]]:
@@ -175,7 +174,7 @@ GUARDS: dict[str, Guard] = {
     "reaper": Guard("a reaper ends what is past the deadline in its name", _reaper),
     "owner": Guard("a reaper leaves machines of others alone", _owner),
     "lease": Guard("a client makes sure that the run is still its own before it acts", _lease),
-    "minimum": Guard("a minimum charge and a billing step are reserved for", _minimum),
+    "minimum": Guard("a minimum charge and a billing step are reserved and settled", _minimum),
     "settled": Guard("an attempt that failed is paid for", _settled),
     "twins": Guard("machines nobody counts with are looked for during the run", _twins),
     "stall": Guard("work that moves nothing is ended", _stall),

@@ -493,6 +493,8 @@ class Runner:
             left = run.deadline_s - self._run_age_s(run) - offer.latencies.total_s
             if left < lifetime:
                 lifetime, bound = left, "deadline"
+        if run.spent_micros + run.open_micros + floor > run.cap_micros:  # a machine of no price would not notice
+            lifetime, bound = -1.0, "cap"
         if lifetime < MIN_WORK_S + stage.startup_hours.expected * 3600:
             if bound == "deadline":
                 return Outcome(

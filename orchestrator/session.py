@@ -226,6 +226,7 @@ def resume_run(
     allowed = bool(run.data.get("allow_account_key"))
     if to_work:
         given = replace(plan, cap_micros=cap_micros or run.cap_micros, deadline_s=deadline_s or run.deadline_s)
+        access.check_api_keys([stage for stage in plan.stages if stage.name not in run.done])
         _check_reach(given, store, allow_account_key=allowed)
     provider = provider_for(
         infra_of(plan),
@@ -243,7 +244,8 @@ def resume_run(
     run = ledger.run(run_id)
     mark = clock.mark()
     if cap_micros is not None or deadline_s is not None:
-        if cap_micros is not None and cap_micros < run.spent_micros + run.open_micros:
+        given_away = sum(item.cost_micros.low for item in plan.overhead)  # an API's worst case is in no ledger
+        if cap_micros is not None and cap_micros < run.spent_micros + run.open_micros + given_away:
             lease.release()
             raise UsageError(
                 f"--budget is below what run {run_id} has spent or reserved already",

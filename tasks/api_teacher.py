@@ -5,19 +5,22 @@ Standard library only: HTTP, retries and the rate limit are thirty lines that ne
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import math
 import os
 import random
 import re
+import socket
+import ssl
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -31,6 +34,7 @@ LONGEST_WAIT_S = 300.0  # before the next attempt, whatever Retry-After says
 GRACE_S = 10.0  # for answers that are on their way when a stop is asked for
 MOST_TOP = 20  # top_logprobs that such APIs allow
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
+UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN})
 UNBILLED = frozenset({429, 503})  # refused before any work; every other failure counts as paid in full
 HINTS = {
     401: "check the key in {key}",
@@ -104,8 +108,9 @@ class Purse:
                     hint="what was answered is kept; start a new run with a larger budget or fewer samples",
                 )
             if needed > self.spent.granted:
-                self.spent.granted = min(self.limit_micros, needed + self._step)
-                self._save(self.spent)
+                granted = min(self.limit_micros, needed + self._step)
+                self._save(replace(self.spent, granted=granted))  # raises where it is not written down
+                self.spent.granted = granted
             self._open += micros
 
     def settle(self, taken: int, micros: int, *, input_tokens: int = 0, output_tokens: int = 0) -> None:
@@ -139,7 +144,10 @@ class Client:
             **({"logprobs": True, "top_logprobs": min(top, MOST_TOP)} if top else {}),
         }  # fmt: skip
         self._key = _key(api.key_env)
-        self._opener = urllib.request.build_opener(_NoRedirect)  # a redirect would carry the key elsewhere
+        handlers: list[Any] = [_NoRedirect]  # a redirect would carry the key elsewhere
+        if urlsplit(api.base_url).scheme == "http":
+            handlers.append(urllib.request.ProxyHandler({}))  # and so would a proxy: this is for this machine only
+        self._opener = urllib.request.build_opener(*handlers)
         self._pace = threading.Lock()
         self._next_at = 0.0
 
@@ -259,8 +267,10 @@ class Client:
             with error:
                 raise self._refused(error) from None
         except urllib.error.URLError as error:
-            refused = isinstance(error.reason, ConnectionRefusedError)
-            raise _Again(f"no connection: {self._clean(str(error.reason))}", billed=not refused) from None
+            reason = error.reason
+            unheard = isinstance(reason, (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError))
+            unheard = unheard or (isinstance(reason, OSError) and reason.errno in UNREACHABLE)
+            raise _Again(f"no connection: {self._clean(str(reason))}", billed=not unheard) from None
         except (OSError, http.client.HTTPException) as error:
             raise _Again(f"the connection broke: {self._clean(str(error)) or type(error).__name__}") from None
         try:

@@ -164,7 +164,7 @@ def _loss_row(
         if MODE == 1:
             kl *= t * t
     tl.store(KL + row, kl)
-    tl.store(CE + row, lse - z_label)
+    tl.store(CE + row, lse - z_label if HAS_CE else 0.0)
     if not WANT_GRAD:
         return
 

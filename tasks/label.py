@@ -7,6 +7,7 @@ that are kept as they finish. Token ids are never made from text again.
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import time
@@ -343,6 +344,7 @@ class _Teacher:
         """Frees an engine that holds its own copy of the weights."""
         self._generator = None
         if self.device.type == "cuda":
+            gc.collect()  # an engine and who counts its steps know each other
             torch.cuda.empty_cache()
 
     def header(self) -> Header:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sysconfig
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +84,8 @@ def distillation_loss_parts(
         raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
     if temperature <= 0.0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
+    if not torch.is_grad_enabled():  # autograd's function would go by requires_grad alone
+        hidden, head_weight = hidden.detach(), head_weight.detach()
     total, kl, ce = _Fused.apply(
         hidden, head_weight, labels, topk_ids, topk_logprobs, log_tail_mass, log_mass_at_t,
         float(alpha), float(temperature), token_count,
@@ -191,8 +195,10 @@ def fuses(hidden: Tensor) -> bool:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is here, and the C compiler without which it compiles nothing."""
-    return find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    """Whether Triton is here, and the C compiler and the headers of Python without which it compiles nothing."""
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return find_spec("triton") is not None and any(map(shutil.which, compilers)) and headers.exists()
 
 
 def _rows_at_once(n: int, most: int, fused: bool) -> int:

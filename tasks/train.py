@@ -66,6 +66,8 @@ def _run(ctx: Context, settings: TrainSettings, peers: Peers | None) -> dict[str
     if peers is not None and settings.batch_size < peers.size:
         text = f"batch_size {settings.batch_size} leaves some of {peers.size} GPUs without a sample"
         raise TaskError(text, hint="raise batch_size, or take fewer GPUs")
+    if peers is not None and settings.method == "full" and settings.optimizer == "adamw_8bit":
+        raise TaskError("adamw_8bit does not work on shards of a model", hint="use adamw, lora, or one GPU")
     models.quiet()
     models.set_threads(settings.threads)
     ctx.progress("prepare", declared=True)
@@ -570,7 +572,8 @@ def micro_batches(model: nn.Module, examples: Examples, picked: Tensor, how: Fit
         for part in picked.split(how.micro_batch):
             yield examples.batch(part, soft=soft)
         return
-    room = how.micro_batch * (how.max_seq_len or int(examples.lengths.max()))
+    longest = int(examples.lengths.max())
+    room = how.micro_batch * min(how.max_seq_len or longest, longest)
     first, filled = 0, 0
     for n, length in enumerate(lengths.tolist()):
         if n > first and filled + length > room:
@@ -752,7 +755,8 @@ class _Student:
         if settings.compile and self._device.type == "cuda" and losses.has_triton():
             models.compile_layers(model)
         if self._peers is not None and settings.method == "full":
-            models.use_packing(model)
+            if not models.is_compiled(model):
+                models.use_packing(model)
             shard(model, loss_of)
         return model
 

@@ -257,6 +257,16 @@ def test_without_counts_an_answer_costs_the_worst_case(server: Server) -> None:
     assert purse.spent.micros == 457
 
 
+def test_what_could_not_be_written_down_is_not_spent() -> None:
+    def fail(spent: Spent) -> None:
+        raise OSError("the bucket is away")
+
+    purse = Purse(1000, Spent(), fail, step_micros=300)
+    for _ in range(2):  # the second one must not find granted what the first could not write
+        with pytest.raises(OSError, match="away"):
+            purse.take(100)
+
+
 def test_what_a_killed_attempt_was_granted_counts_as_spent() -> None:
     saved: list[Spent] = []
     purse = Purse(1000, Spent(), lambda spent: saved.append(Spent(**spent.__dict__)), step_micros=300)

@@ -246,6 +246,13 @@ def test_a_frozen_head_gets_no_gradient_and_changes_none_of_the_hidden_one() -> 
     torch.testing.assert_close(given["hidden"].grad, trained)
 
 
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = case()
+    monkeypatch.setattr(losses, "_add_product", None)  # of the head
+    with torch.no_grad():
+        assert distillation_loss(**given, alpha=0.7, temperature=1.0, token_count=5) > 0.0
+
+
 def test_parts_add_up_to_the_total() -> None:
     total, kl, ce = distillation_loss_parts(**case(t=2.0), alpha=0.7, temperature=2.0, token_count=5)
     torch.testing.assert_close(total.detach(), 0.7 * kl + 0.3 * ce)

@@ -93,6 +93,8 @@ def test_rows_hold_as_many_tokens_as_the_micro_batch_at_its_longest() -> None:
     assert sizes == [3 + 5 + 7 + 9, 11 + 13, 15 + 17]  # at most 2 * 17
     sizes = [b.ids.shape[1] for b in micro_batches(net, examples, torch.arange(8), replace(HOW, max_seq_len=20))]
     assert sizes == [80]
+    roomy = replace(HOW, micro_batch=1, max_seq_len=4096)  # half as many must mean less memory where samples are short
+    assert len(list(micro_batches(net, examples, torch.arange(8), roomy))) > 4
 
 
 @pytest.mark.parametrize("micro", [1, 3])

@@ -17,7 +17,7 @@ from orchestrator.errors import NotOwner
 from orchestrator.handover import code_wheel, put_code
 from orchestrator.lease import Lease
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Plan, plan_to_dict
+from orchestrator.plan import Micros, Overhead, Plan, plan_to_dict
 from orchestrator.provision import NoCapacity, ProvisionError
 from orchestrator.runner import Outcome, Runner, mark_to_dict
 from orchestrator.states import State
@@ -165,6 +165,17 @@ def test_a_capped_run_goes_on_with_more_money_where_it_stopped(tmp_path):
     assert world.client(take_over=True).state == "done"
     world.check_money(cap=500_000)
     assert world.run.spent_micros < 500_000 * 1500 / 3600 * 1.6  # it did not begin again
+
+
+def test_a_machine_of_no_price_does_not_begin_what_the_cap_no_longer_covers(tmp_path):
+    """The plan's other costs, an API's answers, are in no ledger: a cap lowered below them starts nothing."""
+    plan = make_plan({"train": 600.0}, cap_micros=100_000)
+    offer = replace(plan.stages[0].offer, infra="local", price_micros_per_hour=0)
+    stage = replace(plan.stages[0], candidates=(offer,), candidate_hours=plan.stages[0].candidate_hours[:1])
+    plan = replace(plan, stages=(stage,), overhead=(Overhead("answers of an API", Micros(200_000, 200_000, 200_000)),))
+    world = World(tmp_path, plan)
+    assert world.client().state == "cap"
+    assert world.provider.calls == []
 
 
 def test_what_is_left_pays_for_no_machine_then_none_is_rented(tmp_path):
