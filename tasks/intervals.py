@@ -14,7 +14,7 @@ def wilson(share: float, n: float, z: float = Z_95) -> tuple[float, float]:
         return 0.0, 1.0
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))  # at 0 and 1 rounding may cross it
 
 
 def pass_interval(shares: Sequence[float], z: float = Z_95) -> tuple[float, float]:

@@ -259,6 +259,8 @@ def test_with_one_answer_a_problem_the_interval_is_wilsons() -> None:
     assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
     assert pass_interval([0.0] * 20) == pytest.approx(wilson(0.0, 20))
     assert pass_interval([]) == wilson(0.5, 0) == (0.0, 1.0)
+    for n in range(1, 1500):  # to the bit, whatever rounding does
+        assert wilson(0.0, n)[0] == 0.0 and wilson(1.0, n)[1] == 1.0
 
 
 def test_more_answers_to_the_same_problems_narrow_it_only_where_they_differ() -> None:
