@@ -90,6 +90,8 @@ class ModelShape:
     fixed_params: int | None = None
     fixed_active_params: int | None = None
     kv_bytes_per_token: int | None = None  # of the whole model, where the cache is compressed
+    architecture: str = "llama"  # model_type of transformers' config.json, as far as it decides what is kept in memory
+    gated: bool = True  # the MLP has gate, up and down; False: up and down
 
     @property
     def params(self) -> int:
@@ -114,24 +116,25 @@ class ModelShape:
 
     def lora_params(self, r: int, targets: tuple[str, ...]) -> int:
         """Parameters of LoRA adapters on `targets`: r * (in + out) for each matrix. Unknown names count nothing."""
+        head = r * (self.hidden + self.vocab) if "lm_head" in targets else 0
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         sides = {
             "q_proj": self.hidden + q,
             "k_proj": self.hidden + kv,
             "v_proj": self.hidden + kv,
             "o_proj": q + self.hidden,
-            "gate_proj": self.hidden + self.intermediate,
+            "gate_proj": self.hidden + self.intermediate if self.gated else 0,
             "up_proj": self.hidden + self.intermediate,
             "down_proj": self.intermediate + self.hidden,
         }
-        return self.layers * r * sum(sides.get(target, 0) for target in targets)
+        return self.layers * r * sum(sides.get(target, 0) for target in targets) + head
 
     def _layer_params(self) -> int:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = self.hidden * q + 2 * self.hidden * kv + q * self.hidden
         bias = q + 2 * kv if self.qkv_bias else 0
         norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        return attention + bias + 3 * self.hidden * self.intermediate + norms
+        return attention + bias + (3 if self.gated else 2) * self.hidden * self.intermediate + norms
 
 
 def _qwen2(
