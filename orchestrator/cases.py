@@ -217,9 +217,9 @@ class _Reader:
             value = int(value)
         if type(value) is not kind:
             raise self._wrong(key, f"is {value!r}, not {_KINDS[kind]}")
-        if isinstance(value, int | float) and type(value) is not bool:
-            if not (0 < value < float("inf") or (value == 0 and key in _MAY_BE_ZERO)):
-                raise self._wrong(key, f"is {value!r}, not above 0")
+        is_number = isinstance(value, int | float) and type(value) is not bool
+        if is_number and not (0 < value < float("inf") or (value == 0 and key in _MAY_BE_ZERO)):
+            raise self._wrong(key, f"is {value!r}, not above 0")
         return value
 
     def needed(self, key: str, kind: type) -> Any:
