@@ -217,8 +217,7 @@ class _Reader:
             value = int(value)
         if type(value) is not kind:
             raise self._wrong(key, f"is {value!r}, not {_KINDS[kind]}")
-        is_number = isinstance(value, int | float) and type(value) is not bool
-        if is_number and not (0 < value < float("inf") or (value == 0 and key in _MAY_BE_ZERO)):
+        if kind in (int, float) and not _counts(value, zero=key in _MAY_BE_ZERO):
             raise self._wrong(key, f"is {value!r}, not above 0")
         return value
 
@@ -246,6 +245,10 @@ class _Reader:
 
     def _wrong(self, key: str, what: str) -> CaseError:
         return CaseError(f"{self._where}: {key} {what}", hint="docs/estimates.md lists the keys of a case")
+
+
+def _counts(value: Any, *, zero: bool) -> bool:
+    return 0 < value < float("inf") or (zero and value == 0)
 
 
 _MAY_BE_ZERO = ("input_tokens", "soft_label_k")
