@@ -136,6 +136,22 @@ def peers(made: dict[str, Any]) -> list[tuple[str, Callable[[], Any]]]:
         ))  # fmt: skip
     except Exception as error:  # noqa: BLE001 - whatever keeps a peer from running is said, not hidden
         print(f"TRL is left out: {type(error).__name__}: {str(error)[:200]}")
+    try:
+        from axolotl.integrations.kd.kernels.liger import LigerFusedLinearKLTopKLogprobLoss
+
+        ids, logp = made["topk_ids"].long()[None], torch.log_softmax(made["topk_logprobs"].float(), 1)[None]
+        whole = torch.ones_like(ids)
+        for compiled in (True, False):
+            loss = LigerFusedLinearKLTopKLogprobLoss(0.3, 0.7, beta=0.0, compiled=compiled)
+            name = "axolotl top-k + cross-entropy in chunks, no tail" + ("" if compiled else ", not compiled")
+            found.append((
+                name,
+                lambda loss=loss: (
+                    clean(), loss(head, hidden[None], ids, logp, whole, made["labels"][None]).backward()
+                ),
+            ))  # fmt: skip
+    except Exception as error:  # noqa: BLE001
+        print(f"axolotl is left out: {type(error).__name__}: {str(error)[:200]}")
     return found
 
 
@@ -167,7 +183,7 @@ def main() -> None:
         print(name, {key: f"{value:.2e}" for key, value in errors.items()})
     kept(
         "loss", rows, out, shape={"N": N, "H": H, "V": V, "k": K, "dtype": "bf16"}, exactness=exact,
-        versions=versions("triton", "liger-kernel", "trl"),
+        versions=versions("triton", "liger-kernel", "trl", "axolotl"),
     )  # fmt: skip
 
 

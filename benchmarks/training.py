@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.common import kept, versions
+from benchmarks.common import kept, measured, versions
 from benchmarks.scoring import REAL, qwen
 from tasks import models, train
 from tasks.contract import LoraSettings
@@ -30,13 +31,23 @@ WARM, TIMED = 6, 20
 
 def ours(*, checkpointing: bool, compiled: bool) -> dict[str, Any]:
     """Steps of tasks.train's own loop: batch, loss, backward, clipping, AdamW."""
-    base = qwen().train()
+    clock = Clock(WARM)
+    step = _step(checkpointing=checkpointing, compiled=compiled)
+    for n in range(WARM + TIMED):
+        clock.step(n)
+        step(n)
+    return clock.result(TIMED * BATCH * LENGTH)
+
+
+def _step(*, checkpointing: bool, compiled: bool) -> Callable[[int], None]:
+    base: Any = qwen().train()
     model = models.with_lora(base, LoraSettings(dropout=0.0), special_ids=[], seed=0)
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
     if compiled:
         models.compile_layers(model)
+    if checkpointing or compiled:
+        base.enable_input_require_grads()
     examples = _examples()
     how = train.Fit(
         steps=WARM + TIMED, batch_size=BATCH, micro_batch=BATCH, learning_rate=1e-4, alpha=0.7, temperature=2.0,
@@ -44,14 +55,65 @@ def ours(*, checkpointing: bool, compiled: bool) -> dict[str, Any]:
     )  # fmt: skip
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
-    clock = _Clock()
-    for step in range(WARM + TIMED):
-        clock.step(step)
-        train.accumulate(model, examples, torch.arange(step % 4 * BATCH, step % 4 * BATCH + BATCH), how)
+
+    class Cycle(train.Order):
+        def at(self, step: int) -> Tensor:
+            return torch.arange(step % 4 * BATCH, step % 4 * BATCH + BATCH)
+
+    ahead = train.Ahead(model, examples, Cycle(len(examples), BATCH, 0))
+
+    def step(n: int) -> None:
+        picked, batches = ahead.at(n, how)
+        train.accumulate(model, examples, picked, how, None, batches)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return clock.result()
+
+    return step
+
+
+KERNELS = (  # a part of the name of a CUDA kernel -> what it does; the first that fits
+    ("flash", "attention"), ("fmha", "attention"), ("gemm", "matrix products"), ("cutlass", "matrix products"),
+    ("nvjet", "matrix products"), ("xmma", "matrix products"), ("splitK", "matrix products"),
+    ("_loss", "rows of the loss"), ("loss_", "rows of the loss"), ("triton_", "norms, rotation, gate: fused"),
+    ("multi_tensor", "optimizer and clipping"), ("adam", "optimizer and clipping"), ("Mem", "copies"),
+)  # fmt: skip
+
+
+def breakdown(*, checkpointing: bool, compiled: bool, steps: int = 3) -> dict[str, Any]:
+    """Where a step's time goes, milliseconds, and what the matrix products alone would take at the card's rate.
+
+    4N: two products a weight forward, two backward (frozen weights need no gradient of their own), N parameters
+    with the head and without the embedding, at the rate of an 8192 x 8192 x 8192 product in bf16 in the same process.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    step = _step(checkpointing=checkpointing, compiled=compiled)
+    for n in range(WARM):
+        step(n)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for n in range(steps):
+        step(WARM + n)
+    torch.cuda.synchronize()
+    wall = (time.perf_counter() - began) / steps * 1e3
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for n in range(steps):
+            step(WARM + steps + n)
+        torch.cuda.synchronize()
+    parts: dict[str, float] = {}
+    for event in found.key_averages():
+        kind = next((what for word, what in KERNELS if word in event.key), "single operations")
+        parts[kind] = parts.get(kind, 0.0) + event.self_device_time_total / 1e3 / steps
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    rate = 2 * 8192**3 / measured(lambda: a @ a)[0] / 1e9
+    ceiling = 4 * 1.5437e9 * BATCH * LENGTH / rate / 1e9
+    told = {name: round(ms, 2) for name, ms in sorted(parts.items(), key=lambda item: -item[1])}
+    idle = round(wall - sum(parts.values()), 2)
+    return {
+        "step_ms": round(wall, 2), **told, "GPU idle": idle, "4N ceiling_ms": round(ceiling, 2),
+        "matmul_tflops": round(rate),
+    }  # fmt: skip
 
 
 def _examples() -> train.Examples:
@@ -78,7 +140,7 @@ def trl(*, checkpointing: bool, liger: bool) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     ids = torch.randint(0, REAL, (BATCH * (WARM + TIMED), LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
-    clock = _Clock()
+    clock = Clock(WARM)
 
     class Timer(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -98,22 +160,29 @@ def trl(*, checkpointing: bool, liger: bool) -> dict[str, Any]:
         ),
     )  # fmt: skip
     trainer.train()
-    return clock.result()
+    return clock.result(TIMED * BATCH * LENGTH)
 
 
-class _Clock:
+class Clock:
+    """Seconds from step number `warm` on, and the peak of the memory that torch allocated."""
+
+    def __init__(self, warm: int) -> None:
+        self.warm, self.born = warm, time.perf_counter()
+
     def step(self, step: int) -> None:
-        if step == WARM:
+        if step == self.warm:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self.began = time.perf_counter()
 
-    def result(self) -> dict[str, Any]:
+    def result(self, tokens: int) -> dict[str, Any]:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - self.began
         return {
-            "tokens_per_s": round(TIMED * BATCH * LENGTH / seconds),
+            "tokens_per_s": round(tokens / seconds),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+            "warm_up_s": round(self.began - self.born, 1),
         }
 
 
@@ -125,11 +194,9 @@ WAYS: dict[str, Callable[[bool], dict[str, Any]]] = {
 }
 
 
-def apart(name: str, checkpointing: bool) -> dict[str, Any]:
-    """One way in a process of its own: nothing compiled or patched by another is left over."""
-    flags = ["--checkpointing"] if checkpointing else []
-    words = [sys.executable, "-m", "benchmarks.training", "--one", name, *flags]
-    done = subprocess.run(words, capture_output=True, text=True)
+def in_a_process(module: str, words: list[str]) -> dict[str, Any]:
+    """The last JSON line of `python -m module words`: nothing compiled or patched by another is left over."""
+    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         return {"failed": done.stderr.strip()[-300:]}
@@ -142,12 +209,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", choices=list(WAYS))
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--breakdown", action="store_true", help="of ours alone, compiled and not")
     parsed = parser.parse_args()
-    if parsed.profile:
-        from benchmarks.scoring import profile
-
-        profile(lambda: ours(checkpointing=False, compiled=True), top=30)
+    if parsed.breakdown:
+        compiled = parsed.one is not None and "compiled" in parsed.one
+        print(json.dumps(breakdown(checkpointing=parsed.checkpointing, compiled=compiled)))
         return
     if parsed.one:
         print(json.dumps(WAYS[parsed.one](parsed.checkpointing)))
@@ -155,10 +221,16 @@ def main() -> None:
     rows = []
     for checkpointing in (False, True):
         for name in WAYS:
-            rows.append({"trainer": name, "checkpointing": checkpointing, **apart(name, checkpointing)})
+            words = ["--one", name, *["--checkpointing"] * checkpointing]
+            rows.append({"trainer": name, "checkpointing": checkpointing, **in_a_process("benchmarks.training", words)})
             print(rows[-1], flush=True)
+    ours_alone = list(WAYS)[:2]
+    where = {name: in_a_process("benchmarks.training", ["--breakdown", "--one", name]) for name in ours_alone}
+    for name, parts in where.items():
+        print(name, parts, flush=True)
     kept(
-        "training", rows, parsed.out, shape="Qwen2.5-1.5B, random weights, LoRA r=8 on q/k/v, bf16", batch=BATCH,
+        "training", rows, parsed.out, where_the_time_goes_ms=where,
+        shape="Qwen2.5-1.5B, random weights, LoRA r=8 on q/k/v, bf16", batch=BATCH,
         length=LENGTH, k=K, versions=versions("transformers", "peft", "triton", "trl", "liger-kernel"),
     )  # fmt: skip
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import json
 import math
 import os
 import resource
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -29,6 +34,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tasks import hub
 from tasks.contract import Architecture, LoraSettings, ModelSource, TaskError, build
 from tasks.stage import Context
+
+varlen_attn: Any = None  # torch has it from 2.10 on
+with suppress(ImportError):
+    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
 
 MODEL_FOLDER = "model"  # where pretrain and train put what later stages load
 STUDENT_FILE = "student.json"  # beside an adapter: which base it belongs to
@@ -370,6 +379,18 @@ def causal(model: nn.Module) -> PreTrainedModel:
 Runs = tuple[tuple[int, int], ...]  # a row of samples end to end: (how many, tokens of each), and again
 
 
+class Packing:
+    """Where the samples of a row begin, for `packed_attention`: one kernel's offsets, or runs of alike samples.
+
+    No dataclass, of which a compiled layer would look at every value, and be compiled anew for every mix of lengths.
+    """
+
+    def __init__(self, runs: Runs, offsets: Tensor | None = None, longest: int = 0) -> None:
+        self.runs = runs
+        self.offsets = offsets  # int32 [samples + 1]
+        self.longest = longest  # tokens, a power of two
+
+
 def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor | None = None, runs: Runs = ()) -> Tensor:
     """What the head sees at each place [B, L, H]. Right-padded rows need no mask: attention looks back only.
 
@@ -382,8 +403,14 @@ def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor | None = None, run
     if runs:
         if not packs(model):
             raise ValueError("samples laid end to end would see each other: use_packing first")
-        positions = [torch.arange(length, device=ids.device).repeat(count) for count, length in runs]
-        packed = {"position_ids": torch.cat(positions)[None], "runs": runs}
+        lengths = torch.tensor([length for count, length in runs for _ in range(count)])
+        positions = torch.cat([torch.arange(length).repeat(count) for count, length in runs])
+        packing = Packing(runs)
+        if has_varlen(next(model.parameters())):
+            offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+            longest = 1 << (int(lengths.max()) - 1).bit_length()
+            packing = Packing(runs, offsets.to(ids.device, non_blocking=True), longest)
+        packed = {"position_ids": positions.to(ids.device, non_blocking=True)[None], "packing": packing}
     return causal(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False, **packed).last_hidden_state
 
 
@@ -392,21 +419,45 @@ PACKED_ATTENTION = "kdcloud_packed"  # no mask is made for a name that transform
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    runs: Runs = (), **rest: Any,
+    packing: Packing | None = None, **rest: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """sdpa of each sample with itself: query [1, heads, T, D] to [1, T, heads, D]. A run of alike samples is one call.
+    """Each sample with itself: query [1, heads, T, D] to [1, T, heads, D]. One kernel for all of them where there is
+    one (FlashAttention's for uneven lengths), else sdpa, a run of alike samples a call.
 
     A block-diagonal mask, transformers' own way, is T x T and keeps sdpa from its flash kernels.
     """
-    if not runs:
+    if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if packing.offsets is not None and half and not rest.get("dropout"):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        starts, longest = packing.offsets, packing.longest
+        out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=rest.get("scaling"), **_VARLEN)
+        return out[None], None
     outs, at = [], 0
-    for count, length in runs:
+    for count, length in packing.runs:
         end = at + count * length
         parts = [x[0, :, at:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value)]
         outs.append(sdpa_attention_forward(module, *parts, None, **rest)[0].flatten(0, 1))
         at = end
     return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
+
+
+def has_varlen(weight: Tensor) -> bool:
+    """Whether attention over samples of any length is one kernel here: CUDA from Ampere on, torch from 2.10 on."""
+    return bool(_VARLEN) and weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+
+
+def _varlen_options() -> dict[str, Any]:
+    """Causal attention with fewer heads of keys than of queries, as this torch calls it; empty where it has none."""
+    if varlen_attn is None:
+        return {}
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return {**causal, **({"enable_gqa": True} if "enable_gqa" in known else {})}
+
+
+_VARLEN = _varlen_options()
 
 
 def packs(model: nn.Module) -> bool:
@@ -447,7 +498,30 @@ def compile_layers(model: nn.Module) -> None:
     their own, is a third of its time (measured: benchmarks/scoring.py, benchmarks/training.py).
     """
     for layer in causal(model).base_model.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        layer.forward = _compiled(layer)
+
+
+def _compiled(layer: nn.Module) -> Callable[..., Any]:
+    """The layer's forward pass; what repeats it in the backward pass stays outside of the graph.
+
+    transformers repeats a layer in its `forward` (5.23) or in its `__call__` (5.17).
+    """
+    repeats = getattr(type(layer).forward, "__code__", None)
+    if repeats is None or repeats.co_name != "forward_with_checkpointing":
+        return torch.compile(layer.forward, dynamic=True)
+    plain = inspect.unwrap(type(layer).forward, stop=_is_plain)
+    inner = torch.compile(MethodType(plain, layer), dynamic=True)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if layer.gradient_checkpointing and layer.training:
+            return layer._gradient_checkpointing_func(partial(inner, **kwargs), *args)  # type: ignore[operator]
+        return inner(*args, **kwargs)
+
+    return forward
+
+
+def _is_plain(function: Any) -> bool:
+    return function.__code__.co_name != "forward_with_checkpointing"
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -142,6 +142,17 @@ class Batch:
     labels: Tensor  # [N]
     soft: tuple[Tensor, ...]  # topk_ids [N, k], topk_logprobs [N, k], log_tail_mass [N], log_mass_at_t [N]; or ()
     runs: models.Runs = ()  # of sequences end to end
+
+    def to(self, device: torch.device) -> Batch:
+        """The same there. From pinned memory a copy is only asked for: what follows waits for it on the GPU."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        soft = tuple(map(change, self.soft))
+        return Batch(change(self.ids), change(self.places), change(self.labels), soft, self.runs)
 
 
 @dataclass(frozen=True)
@@ -391,11 +402,12 @@ def fit(
 
         ctx.checkpoint(arm.first + step, write)
 
-    if not is_sharded(model) and not models.is_compiled(model):  # every new mix of lengths would be compiled anew
+    if not is_sharded(model) and not models.is_compiled(model):  # whoever compiles it decides before
         models.use_packing(model)
     model.train()
     began, before, saved_at = time.monotonic(), tokens, time.monotonic()
     every = max(1, how.steps // METRIC_ROWS)
+    ahead = Ahead(model, examples, order, peers)
     done = start
     while done < how.steps and not (how.early_stop_patience and best.since >= how.early_stop_patience):
         step = done
@@ -408,7 +420,8 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate
         cut = how.micro_batch
-        loss, count, how = accumulate_within_memory(model, examples, order.at(step), how, peers)
+        picked, batches = ahead.at(step, how)
+        loss, count, how = accumulate_within_memory(model, examples, picked, how, peers, batches)
         if how.max_grad_norm > 0.0:
             nn.utils.clip_grad_norm_(weights.values(), how.max_grad_norm)
         optimizer.step()
@@ -449,6 +462,36 @@ def fit(
     )  # fmt: skip
 
 
+class Ahead:
+    """The samples of each step and their batches, on CUDA cut while the GPU is at the step before."""
+
+    def __init__(self, model: nn.Module, examples: Examples, order: Order, peers: Peers | None = None) -> None:
+        self._model, self._examples, self._order, self._peers = model, examples, order, peers
+        self._pool = ThreadPoolExecutor(1) if next(model.parameters()).is_cuda else None
+        self._next: tuple[int, int, Future[tuple[Tensor, list[Batch]]]] | None = None
+
+    def at(self, step: int, how: Fit) -> tuple[Tensor, list[Batch]]:
+        """The samples of all processes, and the batches of this one."""
+        if self._pool is None:
+            return self._cut(step, how)
+        made, self._next = self._next, None
+        known = made is not None and made[:2] == (step, how.micro_batch)
+        found = made[2].result() if made is not None and known else self._cut(step, how)
+        if step + 1 < how.steps:
+            self._next = step + 1, how.micro_batch, self._pool.submit(self._cut, step + 1, how)
+        return found
+
+    def _cut(self, step: int, how: Fit) -> tuple[Tensor, list[Batch]]:
+        picked = self._order.at(step)
+        batches = list(micro_batches(self._model, self._examples, _share(picked, self._peers), how))
+        return picked, batches if self._pool is None else [batch.pinned() for batch in batches]
+
+
+def _share(picked: Tensor, peers: Peers | None) -> Tensor:
+    """The samples of a step that this process takes."""
+    return picked if peers is None else picked[peers.rank :: peers.size]
+
+
 def _optimizer(weights: dict[str, nn.Parameter], how: Fit, device: torch.device) -> torch.optim.Optimizer:
     betas = (0.9, how.beta2)
     if how.optimizer == "adamw_8bit":
@@ -472,8 +515,9 @@ def _agree(peers: Peers | None, value: bool) -> bool:
 
 
 def accumulate_within_memory(
-    model: nn.Module, examples: Examples, picked: Tensor, how: Fit, peers: Peers | None = None
-) -> tuple[Loss, int, Fit]:
+    model: nn.Module, examples: Examples, picked: Tensor, how: Fit, peers: Peers | None = None,
+    batches: Sequence[Batch] | None = None,
+) -> tuple[Loss, int, Fit]:  # fmt: skip
     """`accumulate`, and with what micro-batch it went: halved, from the start of the step, where memory ran out.
 
     Raises TaskError where not even a micro-batch of 1 fits. A sharded model cannot repeat: the others wait in the
@@ -483,7 +527,7 @@ def accumulate_within_memory(
     drawn = _generators(device)
     while True:
         try:
-            loss, count = accumulate(model, examples, picked, how, peers)
+            loss, count = accumulate(model, examples, picked, how, peers, batches)
             break
         except torch.OutOfMemoryError as error:
             if is_sharded(model):
@@ -496,7 +540,7 @@ def accumulate_within_memory(
                 f"a single sample does not fit: {said}",
                 hint="set checkpointing: true, a smaller max_seq_len, method: lora or qlora, or take a larger GPU",
             )
-        how = replace(how, micro_batch=how.micro_batch // 2)
+        how, batches = replace(how, micro_batch=how.micro_batch // 2), None
         print(f"out of memory: the step is done again with micro_batch {how.micro_batch} ({said})")
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -520,27 +564,30 @@ def _summed(model: nn.Module, loss: Loss, peers: Peers) -> Loss:
 
 
 def accumulate(
-    model: nn.Module, examples: Examples, picked: Tensor, how: Fit, peers: Peers | None = None
-) -> tuple[Loss, int]:
+    model: nn.Module, examples: Examples, picked: Tensor, how: Fit, peers: Peers | None = None,
+    batches: Sequence[Batch] | None = None,
+) -> tuple[Loss, int]:  # fmt: skip
     """Gradients of one optimizer step over the samples `picked`, its loss, and its supervised tokens.
 
     Every micro-batch is divided by the tokens of the whole step, so the cut into micro-batches changes nothing. With
     `peers`, loss and gradients are of this process's share, unless the model is sharded: then gradients are of all.
+    `batches`: the share, cut before. On a GPU nothing is waited for before the last gradient is asked for.
     """
     count = int((examples.lengths[picked] - examples.prompts[picked]).sum())
-    sums = [torch.zeros(())] * 3
-    share = picked if peers is None else picked[peers.rank :: peers.size]
-    batches = micro_batches(model, examples, share, how)
+    if batches is None:
+        batches = list(micro_batches(model, examples, _share(picked, peers), how))
     if peers is not None and is_sharded(model):
-        return _accumulate_together(model, list(batches), how, count, peers), count
+        return _accumulate_together(model, batches, how, count, peers), count
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, device=device)
     for batch in batches:
-        loss = loss_of(model, batch, how, count)
+        loss = loss_of(model, batch.to(device), how, count)
         loss.total.backward()
-        sums = [a + b.detach().cpu() for a, b in zip(sums, loss, strict=True)]
-    return Loss(*sums), count
+        sums += torch.stack([part.detach().to(sums.dtype) for part in loss])
+    return Loss(*sums.cpu()), count
 
 
-def _accumulate_together(model: nn.Module, batches: list[Batch], how: Fit, count: int, peers: Peers) -> Loss:
+def _accumulate_together(model: nn.Module, batches: Sequence[Batch], how: Fit, count: int, peers: Peers) -> Loss:
     """Every process makes as many passes: whoever has fewer micro-batches repeats its last one, counting nothing."""
     sums = [torch.zeros(())] * 3
     for n in range(peers.most(len(batches))):
@@ -750,13 +797,15 @@ class _Student:
         if settings.checkpointing:
             inner = models.causal(model)
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if settings.method != "full":
-                inner.enable_input_require_grads()
-        if settings.compile and self._device.type == "cuda" and losses.has_triton():
+        sharded = self._peers is not None and settings.method == "full"
+        compiled = settings.compile and self._device.type == "cuda" and losses.has_triton()
+        if sharded or (compiled and models.has_varlen(next(model.parameters()))):
+            models.use_packing(model)  # without that kernel every mix of lengths would be compiled anew
+        if compiled:
             models.compile_layers(model)
-        if self._peers is not None and settings.method == "full":
-            if not models.is_compiled(model):
-                models.use_packing(model)
+        if settings.method != "full" and (compiled or settings.checkpointing):
+            models.causal(model).enable_input_require_grads()  # or the first layer would be compiled for itself
+        if sharded:
             shard(model, loss_of)
         return model
 

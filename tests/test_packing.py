@@ -81,7 +81,7 @@ def test_attention_that_does_not_look_at_the_whole_past_is_not_packed() -> None:
 
 def test_a_model_that_ignores_where_samples_begin_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     real = models.packed_attention
-    monkeypatch.setattr(models, "packed_attention", lambda *args, runs=(), **rest: real(*args, **rest))
+    monkeypatch.setattr(models, "packed_attention", lambda *args, packing=None, **rest: real(*args, **rest))
     net = model()
     assert not use_packing(net) and not models.packs(net)
 
