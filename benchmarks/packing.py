@@ -112,7 +112,7 @@ def _model(
         if "lora_B" in name:
             p.data.normal_(0.0, 0.01, generator=gen)
     if checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.checkpoint_layers(model, frozen=True)
     if packed and not models.use_packing(model):
         raise SystemExit("this model does not pack here")
     if compiled:

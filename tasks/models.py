@@ -491,6 +491,32 @@ def use_packing(model: nn.Module) -> bool:
     return packs(model)
 
 
+MLP_PARTS = 4
+
+
+def checkpoint_layers(model: nn.Module, *, frozen: bool) -> None:
+    """Keeps of each decoder layer its input only, and computes it once more for the backward pass.
+
+    What a layer then takes at once is mostly its MLP: gate, up, and as much again for their gradients. With `frozen`
+    weights, which gather no gradients, its rows go through in parts, whose gradients' work space is a part as large.
+    """
+    inner = causal(model)
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in getattr(inner.base_model, "layers", ()) if frozen else ():
+        mlp = getattr(layer, "mlp", None)
+        if mlp is not None and all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+            mlp.forward = _in_parts(mlp.forward)
+
+
+def _in_parts(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def parts(x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(x)
+        return torch.cat([forward(rows) for rows in x.flatten(0, -2).chunk(MLP_PARTS)]).reshape(x.shape)
+
+    return parts
+
+
 def compile_layers(model: nn.Module) -> None:
     """Compiles the decoder layers (one graph for all of them, any length); the first calls take their time.
 

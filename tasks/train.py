@@ -795,8 +795,7 @@ class _Student:
             models.check_plain_head(model)
             self._special_ids = []
         if settings.checkpointing:
-            inner = models.causal(model)
-            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            models.checkpoint_layers(model, frozen=settings.method != "full")
         sharded = self._peers is not None and settings.method == "full"
         compiled = settings.compile and self._device.type == "cuda" and losses.has_triton()
         if sharded or (compiled and models.has_varlen(next(model.parameters()))):

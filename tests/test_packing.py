@@ -127,6 +127,37 @@ def test_training_packs_and_leaves_no_trace_of_it_in_what_it_saves(tmp_path: Any
     assert models.PACKED_ATTENTION not in (tmp_path / "model" / "config.json").read_text()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointed_layers_with_their_mlp_in_parts_give_the_same_gradients(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LoraSettings(dropout=0.0, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
+    plain: Any = models.with_lora(model().double(), settings, special_ids=[], seed=0).double()
+    for name, p in plain.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(3))
+    saving = copy.deepcopy(plain)
+    models.checkpoint_layers(saving, frozen=True)
+    seen: list[int] = []
+    for net in (plain, saving):
+        net.base_model.model.model.layers[0].mlp.act_fn.register_forward_hook(
+            lambda module, args, out: seen.append(args[0].shape[-2])
+        )
+    if compiled:
+        real = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function, **how: real(function, backend="eager", **how))
+        models.compile_layers(saving)
+        models.causal(saving).enable_input_require_grads()
+    for net in (plain, saving):
+        accumulate(net, uneven(), torch.arange(8), HOW)
+    if not compiled:
+        assert seen == [17, *[8 * 17 // 4] * 8]  # the second time for the backward pass
+    trained = [(a, b) for a, b in zip(plain.parameters(), saving.parameters(), strict=True) if a.requires_grad]
+    assert len(trained) == 2 * 2 * 4
+    for a, b in trained:
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
 def test_compiled_layers_compute_the_same_and_are_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = model()
     ids = torch.arange(1, 13).reshape(2, 6)
