@@ -83,8 +83,8 @@ KERNELS = (  # a part of the name of a CUDA kernel -> what it does; the first th
 def breakdown(*, checkpointing: bool, compiled: bool, steps: int = 3) -> dict[str, Any]:
     """Where a step's time goes, milliseconds, and what the matrix products alone would take at the card's rate.
 
-    4N: two products a weight forward, two backward (frozen weights need no gradient of their own), N parameters
-    with the head and without the embedding, at the rate of an 8192 x 8192 x 8192 product in bf16 in the same process.
+    4N: two operations a weight forward and two back to the input (frozen weights get no gradient of their own), N
+    parameters, the tied embedding once as the head, at the rate of an 8192 x 8192 x 8192 product in bf16 in the same process.
     """
     from torch.profiler import ProfilerActivity, profile
 

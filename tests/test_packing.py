@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,25 @@ def test_compiled_layers_compute_the_same_and_are_not_packed(tmp_path: Path, mon
     torch.testing.assert_close(hidden_states(net, ids), plain)
     fit(context(tmp_path, "t", "train", TRAIN), net, uneven(), replace(HOW, steps=1), Arm("soft-0", 0, 1), None)
     assert not models.packs(net)
+
+
+def test_batches_cut_ahead_are_those_of_their_step_and_of_the_micro_batch_by_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, examples = model(), uneven()
+    ahead = train.Ahead(net, examples, train.Order(len(examples), 4, seed=1))
+    order = train.Order(len(examples), 4, seed=1)
+    cut: list[int] = []
+    real = train.micro_batches
+    monkeypatch.setattr(train, "micro_batches", lambda *args: cut.append(args[3].micro_batch) or real(*args))
+    ahead._pool = ThreadPoolExecutor(1)  # as on CUDA
+    monkeypatch.setattr(train.Batch, "pinned", lambda self: self)
+    how = replace(HOW, steps=3, micro_batch=2)
+    for step, now in enumerate((how, how, replace(how, micro_batch=1))):
+        picked, batches = ahead.at(step, now)
+        assert torch.equal(picked, order.at(step))
+        wanted = list(real(net, examples, picked, now))
+        assert len(batches) == len(wanted) == 4 // now.micro_batch
+        assert all(torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels) for a, b in zip(batches, wanted))
+    ahead._pool.shutdown()
+    assert cut == [2, 2, 2, 1]  # the third was cut for two at a time, and again
