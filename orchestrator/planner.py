@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator import access, duration, money, spend
+from orchestrator import access, duration, money, setup_time, spend
 from orchestrator.catalog import GPUS, MODELS
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
@@ -31,8 +31,9 @@ Calibration = Mapping[str, float]  # actual / predicted time, by `<kind>:<gpu or
 STORAGE_USD_MICROS_PER_GB = 23_000  # S3 standard, us-east-1, one month
 EGRESS_USD_MICROS_PER_GB = 90_000  # AWS to the internet, first 10 TB; nothing within a region
 SLURM_STARTUP_S = Range(20.0, 40.0, 90.0)  # an idle partition, a warm SkyPilot server (measured on one machine)
-CLOUD_STARTUP_S = Range(120.0, 300.0, 900.0)  # request to a usable machine with its environment
+CLOUD_STARTUP_S = Range(120.0, 300.0, 900.0)  # request to a usable machine; its environment comes on top
 LOCAL_STARTUP_S = Range(0.1, 0.5, 2.0)
+NOTHING_S = Range(0.0, 0.0, 0.0)
 OLD_PRICE_DAYS = 180
 LEAST_SHARE = 0.25  # of the samples: fewer is another experiment, not advice
 
@@ -201,7 +202,10 @@ def _measured_option(
     needed, there = measured.memory.total_gib.high, machine.offer.vram_gib
     if needed > there:
         return f"needs {needed:.1f} GiB, has {there:.1f}"
-    startup = _startup_s(machine.offer.infra)
+    setup = _setup_s(stage, settings, machine)
+    startup = _startup_s(machine.offer.infra) + (setup or NOTHING_S)
+    if setup is not None:
+        measured = replace(measured, uses={**measured.uses, "setup_s": round(setup.expected)})
     factor = calibration.get(f"{stage.kind}:{machine.offer.gpu or 'cpu'}")
     startup_hours = duration.hours(startup)
     hours = startup_hours + duration.hours(measured.seconds, factor)
@@ -212,6 +216,14 @@ def _measured_option(
 
 def _startup_s(infra: str) -> Range:
     return {"local": LOCAL_STARTUP_S, "slurm": SLURM_STARTUP_S}.get(infra.partition("/")[0], CLOUD_STARTUP_S)
+
+
+def _setup_s(stage: Stage, settings: Settings, machine: Machine) -> Range | None:
+    """Seconds until a rented machine has the stage's packages; None on this one, which has them. Each stage is planned
+    on a machine of its own, so that it is always the first there."""
+    if machine.offer.infra == "local":
+        return None
+    return setup_time.setup_s(setup_time.environment_of(stage.kind, settings, machine.gpu))
 
 
 def _in_time(ranked: list[list[_Option]], deadline_s: float | None) -> list[list[_Option]]:

@@ -1,9 +1,9 @@
 """Which exact versions does an install take? Writes requirements/*.txt with uv; `--upgrade` moves to the newest ones.
 
-Four files. Two serve pip as constraints on any machine: lock.txt is for everything but the sky extra (`make demo` and
-`make test` use it), sky.txt for that too, since SkyPilot 0.14 holds click below 8.2 and with it a row of others. Two are
-whole environments of rented machines, file by file with their hashes: train.txt has the versions of lock.txt, label.txt
-those that vLLM allows beside it. Which torch, and with it which CUDA, follows from the files that PyPI serves.
+Two serve pip as constraints on any machine: lock.txt is for everything but the sky extra (`make demo` and `make test`
+use it), sky.txt for that too, since SkyPilot 0.14 holds click below 8.2 and with it a row of others. Two are whole
+environments of rented machines, by the hashes of their files: train.txt in the versions of lock.txt, label.txt in those
+that vLLM asks for.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def machine_lock(path: Path, extras: tuple[str, ...], like: Path | None, *, upgr
         blocks.append(block)
         smallest += size
     head = (
-        f"# The whole {path.stem} environment of a rented machine: Linux on x86-64, CPython 3.11 to 3.13, wheels only.\n"
+        f"# Environment {path.stem} of a rented machine, whole: Linux on x86-64, CPython 3.11 to 3.13, wheels only.\n"
         f"# {len(packages)} packages, {smallest} bytes to fetch.\n"
         f"# From the extras {', '.join(extras)}; written by `make lock`, read by tasks/bootstrap.py:\n"
         f"#   uv pip sync --require-hashes --no-build requirements/{path.name}\n"
@@ -138,7 +138,7 @@ def wanted(package: Mapping[str, Any], python: int) -> bool:
         "python_version": f"3.{python}", "python_full_version": f"3.{python}.4", "implementation_name": "cpython",
         "platform_python_implementation": "CPython",
     }  # fmt: skip
-    return "marker" not in package or Marker(package["marker"]).evaluate(machine)  # type: ignore[arg-type]
+    return "marker" not in package or Marker(package["marker"]).evaluate(machine)
 
 
 def condition(package: Mapping[str, Any], fitting: Mapping[int, object]) -> str:
