@@ -17,10 +17,12 @@ from orchestrator import access, duration, money, setup_time, spend
 from orchestrator.catalog import GPUS, MODELS
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
+from orchestrator.handover import environments
 from orchestrator.offers import known_price
 from orchestrator.plan import Micros, Overhead, Plan, Range, Rejected, StagePlan, digest_of
 from orchestrator.provision import Need, Offer
 from orchestrator.recipe import EvaluateStage, LabelStage, Recipe, Stage, TrainStage
+from orchestrator.setup_time import runs_vllm
 from orchestrator.sizing import Machine, Measured, choices, left_open, measure
 from orchestrator.workload import LONGEST_PROMPT_TOKENS, World
 from tasks.contract import Settings
@@ -198,6 +200,8 @@ def _measured_option(
 ) -> _Option | str:
     if getattr(settings, "precision", "") == "bf16" and machine.gpu is not None and not machine.gpu.bf16:
         return "it does not compute in bf16"
+    if getattr(settings, "engine", "") == "vllm" and machine.offer.infra != "local" and not runs_vllm(machine.gpu):
+        return "vLLM does not run on it"
     measured = measure(stage, settings, world, machine)
     needed, there = measured.memory.total_gib.high, machine.offer.vram_gib
     if needed > there:
@@ -354,6 +358,8 @@ def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
     if rented:
         minutes = math.ceil(max(stage.startup_hours.high for stage in rented) * 60)
         yield f"a rented machine is unguarded until its supervisor starts: up to {minutes} min"
+    if any(stage.offer.gpu and environments(stage.kind, stage.settings) == ("label", "train") for stage in rented):
+        yield "labels: with an NVIDIA driver below 580 transformers write them, several times slower than planned"
     if plan.offers_as_of is not None and (now - plan.offers_as_of).days > OLD_PRICE_DAYS:
         yield f"the oldest price used is {(now - plan.offers_as_of).days // 30} months old"
     if not plan.in_time:

@@ -318,7 +318,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
 
 
 def _engine(wanted: str, machine: Machine) -> bool:
-    """Whether vLLM writes the answers: on this machine only where it is installed, on a rented one wherever it runs."""
+    """Whether vLLM writes the answers: on a rented machine wherever its card allows, it is installed there."""
     there = machine.speed.gpu and (machine.offer.infra == "local" or setup_time.runs_vllm(machine.gpu))
     return there and wanted != "transformers"
 

@@ -148,7 +148,7 @@ class Seen(NamedTuple):
     driver: int | None = None  # NVIDIA's major version; None: no such GPU
     card: tuple[int, int] | None = None  # compute capability; None: not told
     compiler: bool = True  # Triton, which vLLM needs, compiles a launcher for each kernel
-    kind: str = "Linux x86_64"
+    kind: str = "linux x86_64"
 
 
 class Choice(NamedTuple):
@@ -176,7 +176,7 @@ def choose(wanted: Wanted, seen: Seen) -> Choice:
         )
     reasons: list[str] = []
     for name in wanted.environments:
-        if name not in wanted.locks or seen.kind != "Linux x86_64":
+        if name not in wanted.locks or seen.kind != "linux x86_64":
             return Choice("", "", f"no locked environment {name} for {seen.kind}: packages are taken by version")
         reason = unfit(name, seen)
         if reason is None:
@@ -217,7 +217,7 @@ def torch_build(name: str, seen: Seen) -> str:
 
 def look() -> Seen:
     """What this machine is, before anything is fetched for it. Of several GPUs the weakest counts."""
-    kind = f"{platform.system()} {platform.machine()}"
+    kind = f"{sys.platform} {platform.machine()}"
     compiler = any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
     ask = ["nvidia-smi", "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
     try:

@@ -46,7 +46,7 @@ def wanted(*names: str, gpu: bool = True) -> Wanted:
         ("train", NEW, ("train", ""), ""),
         ("train", Seen(525, (9, 0)), ("train", "cu126"), ""),
         ("train", Seen(580, None), ("train", ""), ""),  # a driver that does not tell the card
-        ("label train", NEW._replace(kind="Linux aarch64"), ("", ""), "for Linux aarch64"),
+        ("label train", NEW._replace(kind="linux aarch64"), ("", ""), "for linux aarch64"),
         ("", Seen(), ("", ""), ""),
     ],
 )

@@ -78,6 +78,15 @@ def test_labels_are_planned_with_vllm_where_the_card_allows_it() -> None:
     text = RENTED.replace("DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Qwen-1.5B")
     fast, slow = (plan(text, card(gpu, 1_000_000), *CARDS) for gpu in ("A100", "V100"))
     assert fast.stages[0].settings.batch_size == LabelSettings.shard_size  # type: ignore[union-attr]
+    said = "transformers write them, several times slower"
+    assert any(said in note for note in fast.notes) and not any(said in note for note in plan().notes)
     v100 = plan(text.replace("kind: label,", "kind: label, gpus: [V100],"), card("V100", 1), *CARDS).stages[0]
     assert v100.settings.batch_size < LabelSettings.shard_size  # type: ignore[union-attr]
     assert v100.hours.expected > 3 * slow.stages[0].hours.expected
+
+
+def test_a_recipe_that_insists_on_vllm_gets_no_card_without_it() -> None:
+    text = RENTED.replace("kind: label,", "kind: label, engine: vllm,").replace("Qwen-7B", "Qwen-1.5B")
+    label = plan(text, card("V100", 1), *CARDS).stages[0]
+    assert {one.why for one in label.rejected if one.gpu == "V100"} == {"vLLM does not run on it"}
+    assert all(offer.gpu != "V100" for offer in label.candidates)
