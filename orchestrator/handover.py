@@ -30,6 +30,7 @@ ENVIRONMENTS = "KDCLOUD_ENVIRONMENTS"
 # Where models come from, for readers who cannot reach the hub: passed on as they are set here. The token is secret.
 HUB = ("HF_ENDPOINT", "HF_TOKEN", "KDCLOUD_HUB", "MODELSCOPE_DOMAIN")
 
+MIRROR = "UV_DEFAULT_INDEX"  # where packages come from instead of PyPI: as it is set here too; their hashes stay the same
 # Locked environments of machines, by name: requirements/NAME.txt, which lies in the wheel of kdcloud as well. They go
 # to a machine in the code's zip, as files with hashes are too large for its environment.
 LOCKED = ("label", "train")
@@ -149,6 +150,8 @@ def machine_env(
     env[PACKAGES] = json.dumps(packages(kind, s3=bool(keys), quantized=_quantized(settings)))
     env[CONSTRAINTS] = json.dumps(lock())  # no line ends: it may pass through a shell's export
     env[ENVIRONMENTS] = " ".join(environments(kind, settings))
+    if os.environ.get(MIRROR):
+        env[MIRROR] = os.environ[MIRROR]
     return {**env, **keys, **hub_env(settings, os.environ), **api_env(settings, os.environ)}
 
 

@@ -253,20 +253,18 @@ def make_ready(own: Path, wanted: Wanted, env: dict[str, str], until_s: float) -
     if why:
         say(why)
     if python is not None:
-        found = "the machine's own Python"
+        got = "the machine's own Python"
     elif name:
-        python, made = environment(own, name, torch, wanted, seen, until_s)
-        found = f"environment {name}"
+        (python, made), got = environment(own, name, torch, wanted, seen, until_s), name
     else:
-        python, made = by_version(own, wanted, until_s)
-        found = "packages by version"
+        (python, made), got = by_version(own, wanted, until_s), "packages by version"
     took_s = time.monotonic() - began_s
     if wanted.packages:
-        say(f"{found} {'made' if made else 'was'} ready in {took_s:.0f} s: {python}")
-    if made or found.startswith("environment"):
-        folder = str(Path(python).parent)
-        env["PATH"], env["VIRTUAL_ENV"] = f"{folder}{os.pathsep}{env.get('PATH', '')}", str(Path(folder).parent)
-    env[SETUP] = json.dumps({"environment": name or found, "torch": torch, "seconds": round(took_s, 1), "why": why})
+        say(f"environment: {got}, {'made' if made else 'ready'} in {took_s:.0f} s ({python})")
+    if python.startswith(str(own)):  # what is compiled on the way calls its tools by name
+        folder = Path(python).parent.parent
+        env["PATH"], env["VIRTUAL_ENV"] = f"{folder / 'bin'}{os.pathsep}{env.get('PATH', '')}", str(folder)
+    env[SETUP] = json.dumps({"environment": got, "torch": torch, "seconds": round(took_s, 1), "why": why})
     return python
 
 

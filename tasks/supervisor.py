@@ -236,7 +236,7 @@ class _Supervision:
         if SETUP in os.environ:
             setup = json.loads(os.environ[SETUP])
             why = f"; {setup['why']}" if setup["why"] else ""
-            self._log.say(f"{setup['environment']} was ready in {setup['seconds']:.0f} s{why}")
+            self._log.say(f"environment: {setup['environment']}, ready in {setup['seconds']:.0f} s{why}")
 
     def _start_guard(self) -> subprocess.Popen[bytes]:
         argv = [sys.executable, "-c", _GUARD, self._state.mark]

@@ -49,6 +49,7 @@ from orchestrator.handover import (
     ENVIRONMENTS,
     LOCK_FOLDER,
     LOCKED,
+    MIRROR,
     PACKAGES,
     code_wheel,
     environments,
@@ -409,8 +410,9 @@ def test_r2_keys_are_signed_here_for_one_folder_as_cloudflare_describes() -> Non
 
 
 def test_a_rented_machine_gets_code_by_a_link_packages_by_version_and_no_key_of_the_account(
-    bucket: Bucket, tmp_path: Path
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(MIRROR, "https://mirror.example.com/simple")
     data, sha256 = code_wheel()
     put_code(bucket, data, sha256)
     wheel = fetch_code(bucket, sha256, tmp_path)
@@ -424,6 +426,7 @@ def test_a_rented_machine_gets_code_by_a_link_packages_by_version_and_no_key_of_
     assert set(json.loads(env[PACKAGES])) == {"psutil", "boto3"}
     assert any(line.startswith("botocore==") for line in json.loads(env[CONSTRAINTS]))
     assert env[ENVIRONMENTS] == ""  # of a rehearsal: two packages are enough
+    assert env[MIRROR] == "https://mirror.example.com/simple"
     assert not any("\n" in value for value in env.values())
     assert "planted-account-secret" not in "".join(env.values()) and "AKIDPLANTED" not in "".join(env.values())
 

@@ -248,7 +248,7 @@ def test_two_jobs_at_once_make_an_environment_once(machine: Machine) -> None:
     jobs = [machine.run("train", {"train": "kd-tiny==1.0\n"}) for _ in range(2)]
     texts = [job.end().text for job in jobs]
     assert [job.rc for job in jobs] == [0, 0], texts
-    assert sorted("made ready" in text for text in texts) == [False, True]
+    assert sorted(", made in" in text for text in texts) == [False, True]
     assert venvs(told) == 1
 
 
@@ -318,6 +318,30 @@ def test_a_machine_without_uv_and_pip_is_told_what_to_do(tmp_path: Path, monkeyp
         bootstrap.find_uv(tmp_path / "own", time.monotonic() + 9)
 
 
+def test_an_environment_whose_torch_does_not_compute_is_not_taken(tmp_path: Path) -> None:
+    python = tool(tmp_path, "python", "#!/bin/sh\ncase \"$2\" in *cuda*) exit 1;; esac\n")
+    with pytest.raises(ValueError, match="does not compute on this GPU"):
+        bootstrap.check(str(python), ["torch"], gpu=True)
+    bootstrap.check(str(python), ["torch"], gpu=False)
+
+
+@pytest.mark.parametrize(("fails", "asked"), [("only-managed", 2), ("venv", 2), ("never", 1)])
+def test_a_machine_with_an_old_python_gets_one_from_uv_or_from_wherever_uv_finds_it(
+    fails: str, asked: int, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "OLDEST", (3, 99))
+    told = machine.home / "told"
+    text = f'#!/bin/sh\necho "$@" >> {shlex.quote(str(told))}\ncase "$*" in *{fails}*) exit 1;; esac\n'
+    uv, folder = str(tool(machine.bin, "uv", text)), machine.home / "env"
+    if fails == "venv":
+        with pytest.raises(ValueError, match="it takes a Python from"):
+            bootstrap.make_venv(uv, folder, time.monotonic() + 9)
+    else:
+        bootstrap.make_venv(uv, folder, time.monotonic() + 9)
+    words = told.read_text().splitlines()
+    assert len(words) == asked and words[0] == f"venv --quiet --python 3.12 --python-preference only-managed {folder}"
+
+
 # -- with a real uv, from wheels in a folder
 
 
@@ -353,7 +377,7 @@ def test_two_kinds_of_stages_have_environments_side_by_side_and_find_them_again(
     locks = {"train": train, "label": label + wheel_of(wheels, "vllm", "0.24")}
     jobs = [machine.run(names, locks, **from_folder).end() for names in ("label train", "train", "label train")]
     assert [job.rc for job in jobs] == [0, 0, 0], jobs[0].text
-    assert ["made ready" in job.text for job in jobs] == [True, True, False]
+    assert [", made in" in job.text for job in jobs] == [True, True, False]
     assert [job.setup["environment"] for job in jobs] == ["label", "train", "label"]
     versions = []
     for name in sorted(machine.ready):
@@ -362,7 +386,7 @@ def test_two_kinds_of_stages_have_environments_side_by_side_and_find_them_again(
         versions.append((name[:5], subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.split()))
     assert versions == [("label", ["2.0", "True"]), ("train", ["1.0", "False"])]
     changed = machine.run("train", {"train": f"# moved\n{train}"}, **from_folder).end()
-    assert "made ready" in changed.text and len(machine.ready) == 3  # named by what is in it
+    assert ", made in" in changed.text and len(machine.ready) == 3  # named by what is in it
 
 
 @needs_uv

@@ -159,7 +159,7 @@ def test_the_log_says_which_packages_the_machine_got_and_why_not_others(
     rc, output = bench.run()
     assert rc == 0, output
     log = bench.bucket.get(f"{STAGE}/log.txt")[0].decode()
-    assert "train was ready in 62 s; vLLM needs a newer driver" in log
+    assert "environment: train, ready in 62 s; vLLM needs a newer driver" in log
     assert json.loads(bench.bucket.get(f"{STAGE}/result.json")[0])["setup"] == setup
 
 
