@@ -30,7 +30,7 @@ ENVIRONMENTS = "KDCLOUD_ENVIRONMENTS"
 # Where models come from, for readers who cannot reach the hub: passed on as they are set here. The token is secret.
 HUB = ("HF_ENDPOINT", "HF_TOKEN", "KDCLOUD_HUB", "MODELSCOPE_DOMAIN")
 
-MIRROR = "UV_DEFAULT_INDEX"  # where packages come from instead of PyPI: as it is set here too; their hashes stay the same
+MIRROR = "UV_DEFAULT_INDEX"  # where packages come from instead of PyPI: passed on too, the hashes stay the same
 # Locked environments of machines, by name: requirements/NAME.txt, which lies in the wheel of kdcloud as well. They go
 # to a machine in the code's zip, as files with hashes are too large for its environment.
 LOCKED = ("label", "train")

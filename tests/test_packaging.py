@@ -146,6 +146,14 @@ def exact(name: str) -> dict[str, str]:
     return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins if pin.marker is None}
 
 
+@environments
+def test_the_readme_says_how_much_a_machine_fetches(name: str) -> None:
+    found = re.search(r"(\d+) bytes to fetch", (ROOT / "requirements" / f"{name}.txt").read_text())
+    assert found is not None
+    said = rf"`requirements/{name}\.txt` \([^)]*{int(found[1]) / 1e9:.1f} GB"
+    assert re.search(said, (ROOT / "README.md").read_text()), said
+
+
 def test_machines_train_with_the_versions_that_are_tested() -> None:
     tested = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins("lock.txt")}
     train = exact("train")
