@@ -150,6 +150,7 @@ def machine_env(
     env[PACKAGES] = json.dumps(packages(kind, s3=bool(keys), quantized=_quantized(settings)))
     env[CONSTRAINTS] = json.dumps(lock())  # no line ends: it may pass through a shell's export
     env[ENVIRONMENTS] = " ".join(environments(kind, settings))
+    env["VLLM_NO_USAGE_STATS"] = "1"  # else it tells its makers about each start
     if os.environ.get(MIRROR):
         env[MIRROR] = os.environ[MIRROR]
     return {**env, **keys, **hub_env(settings, os.environ), **api_env(settings, os.environ)}

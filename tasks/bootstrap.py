@@ -189,14 +189,14 @@ def choose(wanted: Wanted, seen: Seen) -> Choice:
 
 def unfit(name: str, seen: Seen) -> str | None:
     """Why an environment cannot work on a machine."""
-    card = f"compute capability {seen.card[0]}.{seen.card[1]}" if seen.card else ""
+    card = ".".join(map(str, seen.card or ()))
     if name == "label":
         if seen.driver is None:
             return "vLLM needs an NVIDIA GPU, and there is none"
         if seen.driver < CUDA13_DRIVER:
             return f"vLLM's wheel is for CUDA 13, which needs NVIDIA driver {CUDA13_DRIVER}; this is {seen.driver}"
         if seen.card and seen.card < VLLM_CARD:
-            return f"vLLM needs compute capability {VLLM_CARD[0]}.{VLLM_CARD[1]}; this card has {card.split()[-1]}"
+            return f"vLLM needs compute capability {VLLM_CARD[0]}.{VLLM_CARD[1]}; this card has {card}"
         return None if seen.compiler else "vLLM needs a C compiler, and there is none (apt install gcc)"
     if seen.driver is None or torch_build(name, seen) == "":
         return None
@@ -204,7 +204,7 @@ def unfit(name: str, seen: Seen) -> str | None:
         return f"NVIDIA driver {seen.driver} is too old: {CUDA12_DRIVER} or newer is needed"
     low, high = CUDA126_CARDS
     if seen.card and not low <= seen.card <= high:
-        return f"no build of torch has both NVIDIA driver {seen.driver} and {card}"
+        return f"no build of torch is for NVIDIA driver {seen.driver} and compute capability {card}"
     return None
 
 
@@ -253,7 +253,7 @@ def make_ready(own: Path, wanted: Wanted, env: dict[str, str], until_s: float) -
     if why:
         say(why)
     if python is not None:
-        got = "the machine's own Python"
+        got, torch = "the machine's own Python", ""
     elif name:
         (python, made), got = environment(own, name, torch, wanted, seen, until_s), name
     else:
@@ -276,9 +276,7 @@ def prepared(own: Path, modules: list[str]) -> str | None:
     return None
 
 
-def environment(
-    own: Path, name: str, torch: str, wanted: Wanted, seen: Seen, until_s: float
-) -> tuple[str, bool]:  # fmt: skip
+def environment(own: Path, name: str, torch: str, wanted: Wanted, seen: Seen, until_s: float) -> tuple[str, bool]:
     """(Python of the locked environment, whether it was made just now)."""
     text = wanted.locks[name]
     modules = [*wanted.packages, *EXTRA_MODULES.get(name, ())]

@@ -426,6 +426,7 @@ def test_a_rented_machine_gets_code_by_a_link_packages_by_version_and_no_key_of_
     assert set(json.loads(env[PACKAGES])) == {"psutil", "boto3"}
     assert any(line.startswith("botocore==") for line in json.loads(env[CONSTRAINTS]))
     assert env[ENVIRONMENTS] == ""  # of a rehearsal: two packages are enough
+    assert env["VLLM_NO_USAGE_STATS"] == "1"
     assert env[MIRROR] == "https://mirror.example.com/simple"
     assert not any("\n" in value for value in env.values())
     assert "planted-account-secret" not in "".join(env.values()) and "AKIDPLANTED" not in "".join(env.values())
