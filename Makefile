@@ -31,7 +31,6 @@ lint: install-dev  ## ruff and mypy
 	@$(BIN)/python scripts/parts.py lint
 
 lock: install-dev  ## write requirements/*.txt anew (UPGRADE=1: with the newest versions)
-	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)
 
 wheel: install-dev  ## dist/kdcloud-VERSION-py3-none-any.whl

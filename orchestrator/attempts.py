@@ -9,6 +9,8 @@ from enum import StrEnum
 from tasks.contract import Exit
 
 STALLS_ALLOWED = 1  # a stall is tried again once: a second one is the work's own fault
+UNPREPARED = 69  # the job's status where a machine could not be given its packages (tasks/bootstrap.py: NO_PACKAGES)
+UNPREPARED_ALLOWED = 2  # an old driver, a full disk, no way to PyPI: the next offer may differ, a third one will not
 FRUITLESS_ALLOWED = 8  # attempts in a row that ended without a new checkpoint, where money sets no bound
 BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 30.0, 60.0)
 
@@ -79,6 +81,13 @@ def verdict(attempts: Sequence[Attempt], candidates: Sequence[Candidate]) -> Ver
             message=f"it stalled {STALLS_ALLOWED + 1} times: {last.message or 'no progress'}",
             hint="look at `kdcloud logs`; a longer `idle` helps only if the work is honestly slow",
         )
+    unprepared = sum(a.rc == UNPREPARED for a in attempts)
+    if last.rc == UNPREPARED and unprepared > UNPREPARED_ALLOWED:
+        return Verdict(
+            Fate.FAILED,
+            message=f"{unprepared} machines could not be given their packages",
+            hint="`kdcloud logs` says why: an old driver, a full disk, no way to PyPI; allow other gpus or infra",
+        )
     refused = sum(1 for a in attempts if not a.came_up and not a.user_stop)
     if refused >= len(candidates):
         return Verdict(
@@ -130,7 +139,7 @@ def next_offer(attempts: Sequence[Attempt], candidates: Sequence[Candidate]) -> 
 
     Spot is judged by what it did here: hours of work it brought for the hours it was paid for.
     """
-    refused = {a.offer_index for a in attempts if not a.came_up and not a.user_stop}
+    refused = {a.offer_index for a in attempts if (not a.came_up and not a.user_stop) or a.rc == UNPREPARED}
     left = [index for index in range(len(candidates)) if index not in refused] or [len(candidates) - 1]
     efficiency = spot_efficiency(attempts, candidates)
     if efficiency is None:

@@ -19,18 +19,25 @@ from orchestrator import access, grants
 from orchestrator.access import head, hub_models
 from orchestrator.errors import UsageError
 from tasks.bucket import Bucket
-from tasks.contract import DataSource, TrainSettings
+from tasks.contract import DataSource, LabelSettings, TrainSettings
 
 S = TypeVar("S")
 
 CODE_URL = "KDCLOUD_CODE_URL"  # these names are read in tasks/bootstrap.py
 PACKAGES = "KDCLOUD_PACKAGES"
 CONSTRAINTS = "KDCLOUD_CONSTRAINTS"
+ENVIRONMENTS = "KDCLOUD_ENVIRONMENTS"
 # Where models come from, for readers who cannot reach the hub: passed on as they are set here. The token is secret.
 HUB = ("HF_ENDPOINT", "HF_TOKEN", "KDCLOUD_HUB", "MODELSCOPE_DOMAIN")
 
-# Module -> package: what a kind of stage imports. The versions are those of requirements/lock.txt, which lies in the
-# wheel of kdcloud as well: every machine gets what was tested, whatever is installed on the client.
+MIRROR = "UV_DEFAULT_INDEX"  # where packages come from instead of PyPI: passed on too, the hashes stay the same
+# Locked environments of machines, by name: requirements/NAME.txt, which lies in the wheel of kdcloud as well. They go
+# to a machine in the code's zip, as files with hashes are too large for its environment.
+LOCKED = ("label", "train")
+LOCK_FOLDER = "environments"  # in the zip
+
+# Module -> package: what a kind of stage imports. Where no locked environment serves, the versions are those of
+# requirements/lock.txt: every machine gets what was tested, whatever is installed on the client.
 _SUPERVISOR = {"psutil": "psutil"}
 _STORE = {"boto3": "boto3"}
 _LEARNING = {
@@ -45,12 +52,14 @@ _QUANTIZED = {"bitsandbytes": "bitsandbytes"}
 
 
 def code_wheel() -> tuple[bytes, str]:
-    """(zip, sha256) of the `tasks` package as installed here: the same bytes for the same sources, on every machine."""
+    """(zip, sha256) of the `tasks` package as installed here, and of the locked environments that it runs in: the same
+    bytes for the same sources, on every machine."""
     root = Path(tasks.__file__).parent
+    files = {f"tasks/{source.relative_to(root).as_posix()}": source for source in sorted(root.glob("**/*.py"))}
+    files |= {f"{LOCK_FOLDER}/{name}.txt": requirements(name) for name in LOCKED}
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as wheel:
-        for source in sorted(root.glob("**/*.py")):
-            name = f"tasks/{source.relative_to(root).as_posix()}"
+        for name, source in files.items():
             wheel.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), source.read_bytes(), zipfile.ZIP_DEFLATED)
     data = memory.getvalue()
     return data, hashlib.sha256(data).hexdigest()
@@ -140,6 +149,10 @@ def machine_env(
         env[CODE_URL] = link
     env[PACKAGES] = json.dumps(packages(kind, s3=bool(keys), quantized=_quantized(settings)))
     env[CONSTRAINTS] = json.dumps(lock())  # no line ends: it may pass through a shell's export
+    env[ENVIRONMENTS] = " ".join(environments(kind, settings))
+    env["VLLM_NO_USAGE_STATS"] = "1"  # else it tells its makers about each start
+    if os.environ.get(MIRROR):
+        env[MIRROR] = os.environ[MIRROR]
     return {**env, **keys, **hub_env(settings, os.environ), **api_env(settings, os.environ)}
 
 
@@ -154,6 +167,19 @@ def api_env(settings: object, env: Mapping[str, str]) -> dict[str, str]:
     return {name: env[name]} if name is not None and env.get(name) else {}
 
 
+def environments(kind: str, settings: object) -> tuple[str, ...]:
+    """Locked environments that a stage can work in, the best first; none where a few packages do.
+
+    Labels are written by vLLM where the machine can, and else by transformers, unless the recipe names one of them.
+    Evaluation loads each model once, for its answers, its distance from the teacher and its speed: transformers too.
+    """
+    if kind == "rehearse":
+        return ()
+    if not isinstance(settings, LabelSettings) or settings.api is not None:
+        return ("train",)
+    return {"vllm": ("label",), "transformers": ("train",)}.get(settings.engine, ("label", "train"))
+
+
 def _quantized(settings: object) -> bool:
     if not isinstance(settings, TrainSettings):
         return False
@@ -161,7 +187,11 @@ def _quantized(settings: object) -> bool:
 
 
 def packages(kind: str, *, s3: bool, quantized: bool = False) -> dict[str, str]:
-    """{module: requirement} of a kind of stage, in the locked versions. On Linux PyPI's torch brings its CUDA."""
+    """{module: requirement} of a kind of stage, in the locked versions.
+
+    What a Python must have to be used as it is, and what is installed where no locked environment serves. On Linux
+    PyPI's torch brings its CUDA.
+    """
     learning = {} if kind == "rehearse" else {**_LEARNING, **(_QUANTIZED if quantized else {})}
     needed = {**_SUPERVISOR, **(_STORE if s3 else {}), **learning}
     pins = locked(lock())
@@ -180,9 +210,14 @@ def locked(lines: Sequence[str]) -> dict[str, str]:
 
 @cache
 def lock() -> tuple[str, ...]:
-    """The locked versions, a line each: beside this file in a wheel, in requirements/ of a checkout."""
+    """The locked versions, a line each."""
+    return tuple(line for line in requirements("lock").read_text().splitlines() if line and not line.startswith("#"))
+
+
+def requirements(name: str) -> Path:
+    """A file of locked versions: beside this file in a wheel, in requirements/ of a checkout."""
     here = Path(__file__).resolve().parent
-    for path in (here / "lock.txt", here.parent / "requirements" / "lock.txt"):
+    for path in (here / f"{name}.txt", here.parent / "requirements" / f"{name}.txt"):
         if path.is_file():
-            return tuple(line for line in path.read_text().splitlines() if line and not line.startswith("#"))
-    raise UsageError("kdcloud is not installed whole: its lock.txt is missing", hint="install it again")
+            return path
+    raise UsageError(f"kdcloud is not installed whole: its {name}.txt is missing", hint="install it again")

@@ -424,6 +424,8 @@ def _said_uses(stage: StagePlan, plan: Plan) -> list[str]:
             else f", {uses['steps_in_all']:.0f} with seeds, control arms and search"
         )
         said.append(f"{uses['steps']:.0f} steps{more}")
+    if uses.get("setup_s", 0.0) >= 60.0:
+        said.append(f"its packages take {human_seconds(uses['setup_s'])} to install")
     return said
 
 

@@ -13,14 +13,16 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator import access, duration, money, spend
+from orchestrator import access, duration, money, setup_time, spend
 from orchestrator.catalog import GPUS, MODELS
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
+from orchestrator.handover import environments
 from orchestrator.offers import known_price
 from orchestrator.plan import Micros, Overhead, Plan, Range, Rejected, StagePlan, digest_of
 from orchestrator.provision import Need, Offer
 from orchestrator.recipe import EvaluateStage, LabelStage, Recipe, Stage, TrainStage
+from orchestrator.setup_time import runs_vllm
 from orchestrator.sizing import Machine, Measured, choices, left_open, measure
 from orchestrator.workload import LONGEST_PROMPT_TOKENS, World
 from tasks.contract import Settings
@@ -31,8 +33,9 @@ Calibration = Mapping[str, float]  # actual / predicted time, by `<kind>:<gpu or
 STORAGE_USD_MICROS_PER_GB = 23_000  # S3 standard, us-east-1, one month
 EGRESS_USD_MICROS_PER_GB = 90_000  # AWS to the internet, first 10 TB; nothing within a region
 SLURM_STARTUP_S = Range(20.0, 40.0, 90.0)  # an idle partition, a warm SkyPilot server (measured on one machine)
-CLOUD_STARTUP_S = Range(120.0, 300.0, 900.0)  # request to a usable machine with its environment
+CLOUD_STARTUP_S = Range(120.0, 300.0, 900.0)  # request to a usable machine; its environment comes on top
 LOCAL_STARTUP_S = Range(0.1, 0.5, 2.0)
+NOTHING_S = Range(0.0, 0.0, 0.0)
 OLD_PRICE_DAYS = 180
 LEAST_SHARE = 0.25  # of the samples: fewer is another experiment, not advice
 
@@ -197,11 +200,16 @@ def _measured_option(
 ) -> _Option | str:
     if getattr(settings, "precision", "") == "bf16" and machine.gpu is not None and not machine.gpu.bf16:
         return "it does not compute in bf16"
+    if getattr(settings, "engine", "") == "vllm" and machine.offer.infra != "local" and not runs_vllm(machine.gpu):
+        return "vLLM does not run on it"
     measured = measure(stage, settings, world, machine)
     needed, there = measured.memory.total_gib.high, machine.offer.vram_gib
     if needed > there:
         return f"needs {needed:.1f} GiB, has {there:.1f}"
-    startup = _startup_s(machine.offer.infra)
+    setup = _setup_s(stage, settings, machine)
+    startup = _startup_s(machine.offer.infra) + (setup or NOTHING_S)
+    if setup is not None:
+        measured = replace(measured, uses={**measured.uses, "setup_s": round(setup.expected)})
     factor = calibration.get(f"{stage.kind}:{machine.offer.gpu or 'cpu'}")
     startup_hours = duration.hours(startup)
     hours = startup_hours + duration.hours(measured.seconds, factor)
@@ -212,6 +220,14 @@ def _measured_option(
 
 def _startup_s(infra: str) -> Range:
     return {"local": LOCAL_STARTUP_S, "slurm": SLURM_STARTUP_S}.get(infra.partition("/")[0], CLOUD_STARTUP_S)
+
+
+def _setup_s(stage: Stage, settings: Settings, machine: Machine) -> Range | None:
+    """Seconds until a rented machine has the stage's packages; None on this one, which has them. Each stage is planned
+    on a machine of its own, so that it is always the first there."""
+    if machine.offer.infra == "local":
+        return None
+    return setup_time.setup_s(setup_time.environment_of(stage.kind, settings, machine.gpu))
 
 
 def _in_time(ranked: list[list[_Option]], deadline_s: float | None) -> list[list[_Option]]:
@@ -342,6 +358,8 @@ def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
     if rented:
         minutes = math.ceil(max(stage.startup_hours.high for stage in rented) * 60)
         yield f"a rented machine is unguarded until its supervisor starts: up to {minutes} min"
+    if any(stage.offer.gpu and environments(stage.kind, stage.settings) == ("label", "train") for stage in rented):
+        yield "labels: with an NVIDIA driver below 580 transformers write them, several times slower than planned"
     if plan.offers_as_of is not None and (now - plan.offers_as_of).days > OLD_PRICE_DAYS:
         yield f"the oldest price used is {(now - plan.offers_as_of).days // 30} months old"
     if not plan.in_time:

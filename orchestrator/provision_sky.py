@@ -511,6 +511,8 @@ def job_task(note: Note, job_id: str, argv: Sequence[str], env: Mapping[str, str
     command = ["python3", "-c", bootstrap_text(), "--job", job_id]
     if str(offer.get("infra", "")).partition("/")[0] == SLURM:
         command += ["--end", SLURM]
+    if offer.get("gpu"):
+        command.append("--gpu")
     if sha256:
         command += ["--sha256", sha256]
         bucket = value_after(argv, "--bucket")

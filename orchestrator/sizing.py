@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 
-from orchestrator import duration, memory
+from orchestrator import duration, memory, setup_time
 from orchestrator.catalog import Gpu, ModelShape
 from orchestrator.memory import Memory
 from orchestrator.plan import Range
@@ -89,7 +89,7 @@ def choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
         case LabelStage() if stage.api is not None:
             yield _label_settings(stage, world, stage.batch_size or 4 * stage.api.max_parallel)
         case LabelStage():
-            paged = machine.speed.gpu and stage.engine != "transformers"  # the engine packs its own batches
+            paged = _engine(stage.engine, machine)  # it packs its own batches
             free = [LabelSettings.shard_size] if paged else _batches(world.shape(stage.teacher))
             for batch_size in [stage.batch_size] if stage.batch_size else free:
                 yield _label_settings(stage, world, batch_size)
@@ -281,7 +281,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
     if settings.api is not None:
         return _measure_api(stage, settings, settings.api, world)
     shape, lengths, speed = world.shape(stage.teacher), world.label_lengths(stage), machine.speed
-    engine = speed.gpu and settings.engine != "transformers"
+    engine = _engine(settings.engine, machine)
     answers, kept = stage.samples * stage.samples_per_prompt, world.kept(stage)
     need = memory.generation_memory(
         shape,
@@ -315,6 +315,12 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
             "label_gib": kept * lengths.answer * label_bytes(settings.top_k, shape.vocab) / 2**30,
         },
     )
+
+
+def _engine(wanted: str, machine: Machine) -> bool:
+    """Whether vLLM writes the answers: on a rented machine wherever its card allows, it is installed there."""
+    there = machine.speed.gpu and (machine.offer.infra == "local" or setup_time.runs_vllm(machine.gpu))
+    return there and wanted != "transformers"
 
 
 def _measure_api(stage: LabelStage, settings: LabelSettings, api: ApiTeacher, world: World) -> Measured:

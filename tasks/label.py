@@ -33,6 +33,7 @@ COMPILE_TOKENS = 5_000_000  # to score: compiled layers are a quarter faster and
 SCORE_ELEMENTS = 1 << 25  # logits held at once on a CPU; on CUDA as many as the loss holds
 SAMPLES_SHOWN = 8
 SPENT_FILE = "api-spent.json"
+CACHE_SHARE = 0.6  # of free memory that the key-value cache of a batch may take; the rest is for what a step holds
 LEAST_TAIL = 1e-7  # an API's log-probabilities are rounded: what is left of 1 is no smaller than that
 
 
@@ -111,6 +112,7 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
         ctx.progress("score", index + 1, len(generated), "shards")
     speed = new_tokens / max(generation_s, 1e-9) if new_tokens else None
     result = _result(ctx, settings, generated, len(rows), speed)
+    result["engine"] = "api" if api is not None else "vllm" if _wants_vllm(settings, device) else "transformers"
     if api is not None:
         result["api"] = _bill(generated, api)
         if settings.top_k and not result["api"]["soft"]:
@@ -292,6 +294,7 @@ class _Teacher:
         self.device = device
         self._loaded: models.Loaded | None = None
         self._generator: Generator | None = None
+        self._rows: int | None = None
         self.moved: Moved = _still
         self.longest_prompt = 0
         self.place = self._place(settings.teacher)
@@ -336,9 +339,22 @@ class _Teacher:
     def answers(self, questions: Sequence[Question], *, seed: int, moved: Moved) -> Iterator[tuple[int, Completion]]:
         """In batches, each with a seed of its own that follows from its place."""
         self.moved = moved
-        for at in range(0, len(questions), self._settings.batch_size):
-            batch = questions[at : at + self._settings.batch_size]
+        size = self._batch_size()
+        for at in range(0, len(questions), size):
+            batch = questions[at : at + size]
             yield from enumerate(self.generator().generate([one.ids for one in batch], seed=seed + at), at)
+
+    def _batch_size(self) -> int:
+        """The settings' own, but for a machine on which transformers take vLLM's place: that size was meant for an
+        engine which packs its own batches."""
+        settings = self._settings
+        if settings.engine != "auto" or self.device.type != "cuda" or _wants_vllm(settings, self.device):
+            return settings.batch_size
+        if self._rows is None:  # once: what torch holds for a batch that is over does not count as free
+            config, (free, _) = models.causal(self.model).config, torch.cuda.mem_get_info(self.device)
+            length = self.longest_prompt + settings.max_new_tokens
+            self._rows = rows_that_fit(config, free, length, settings.batch_size)
+        return self._rows
 
     def end_generation(self) -> None:
         """Frees an engine that holds its own copy of the weights."""
@@ -364,6 +380,15 @@ class _Teacher:
         told = max((len(row) for shard in generated for one in shard for row in one.get("top") or ()), default=0)
         top_k = max(told, min(1, self._settings.top_k))
         return replace(self.header(), teacher=f"api:{self._settings.api.model}", top_k=top_k, temperature=1.0)
+
+
+def rows_that_fit(config: Any, free_bytes: int, length: int, most: int) -> int:
+    """How many answers transformers may write at once: as many rows of `length` tokens as have room in a cache of
+    2-byte values."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row_bytes = 2 * 2 * config.num_hidden_layers * heads * width * length
+    return max(1, min(most, int(CACHE_SHARE * free_bytes / row_bytes)))
 
 
 def _still(share: float) -> None:

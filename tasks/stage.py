@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TextIO
 
+from tasks.bootstrap import SETUP
 from tasks.bucket import (
     Bucket,
     BucketError,
@@ -312,6 +313,7 @@ class StageContext:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Commits out/ and result.json: from now on the stage counts."""
+        result = {**result, **({"setup": json.loads(os.environ[SETUP])} if SETUP in os.environ else {})}
         write_text(self.out / RESULT_FILE, json.dumps(_without_nan(result), indent=1, sort_keys=True))
         with self._moving("upload") as moved:
             commit_folder(

@@ -31,6 +31,7 @@ from typing import IO, NoReturn, TypeVar
 
 import psutil
 
+from tasks.bootstrap import SETUP
 from tasks.bucket import Bucket, BucketError, NotFound, open_bucket, os_trouble, read_commit, sha256_of
 from tasks.contract import (
     ENDED_FILE,
@@ -232,6 +233,10 @@ class _Supervision:
         write_text(self._work / TASK_FILE, self._task.to_json())
         stage.put(PROGRESS_FILE, Progress().to_json().encode())
         self._log.say(f"attempt {self._task.attempt} of stage {self._task.stage}, {left_s(self._state):.0f} s left")
+        if SETUP in os.environ:
+            setup = json.loads(os.environ[SETUP])
+            why = f"; {setup['why']}" if setup["why"] else ""
+            self._log.say(f"environment: {setup['environment']}, ready in {setup['seconds']:.0f} s{why}")
 
     def _start_guard(self) -> subprocess.Popen[bytes]:
         argv = [sys.executable, "-c", _GUARD, self._state.mark]

@@ -6,10 +6,12 @@ import base64
 import fnmatch
 import hashlib
 import hmac
+import io
 import json
 import re
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -44,12 +46,18 @@ from orchestrator.grants import Keys, find_way, grant, link, r2_keys, session_na
 from orchestrator.handover import (
     CODE_URL,
     CONSTRAINTS,
+    ENVIRONMENTS,
+    LOCK_FOLDER,
+    LOCKED,
+    MIRROR,
     PACKAGES,
     code_wheel,
+    environments,
     fetch_code,
     machine_env,
     packages,
     put_code,
+    requirements,
 )
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan
@@ -58,6 +66,7 @@ from orchestrator.session import start_run
 from orchestrator.testing import fake_offer
 from tasks.bucket import Bucket, BucketError, NotFound, commit_folder, fetch_folder, open_bucket, probe, read_commit
 from tasks.bucket_s3 import S3Bucket
+from tasks.contract import ApiTeacher, DataSource, LabelSettings, ModelSource
 from tests.plans import make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -401,8 +410,9 @@ def test_r2_keys_are_signed_here_for_one_folder_as_cloudflare_describes() -> Non
 
 
 def test_a_rented_machine_gets_code_by_a_link_packages_by_version_and_no_key_of_the_account(
-    bucket: Bucket, tmp_path: Path
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(MIRROR, "https://mirror.example.com/simple")
     data, sha256 = code_wheel()
     put_code(bucket, data, sha256)
     wheel = fetch_code(bucket, sha256, tmp_path)
@@ -415,6 +425,9 @@ def test_a_rented_machine_gets_code_by_a_link_packages_by_version_and_no_key_of_
     assert env["AWS_ACCESS_KEY_ID"] in env[CODE_URL]  # dies with the machine's own keys, not with the client's
     assert set(json.loads(env[PACKAGES])) == {"psutil", "boto3"}
     assert any(line.startswith("botocore==") for line in json.loads(env[CONSTRAINTS]))
+    assert env[ENVIRONMENTS] == ""  # of a rehearsal: two packages are enough
+    assert env["VLLM_NO_USAGE_STATS"] == "1"
+    assert env[MIRROR] == "https://mirror.example.com/simple"
     assert not any("\n" in value for value in env.values())
     assert "planted-account-secret" not in "".join(env.values()) and "AKIDPLANTED" not in "".join(env.values())
 
@@ -450,7 +463,45 @@ def test_every_package_that_a_stage_imports_is_brought() -> None:
     implied = {"botocore": "boto3", "tokenizers": "transformers", "numpy": "torch", "triton": "torch"}
     implied["huggingface_hub"] = "transformers"
     optional = {"vllm", "lm_eval"}  # used where a machine has it
-    assert {implied.get(name, name) for name in needed - optional} <= set(packages("train", s3=True, quantized=True))
+    brought = packages("train", s3=True, quantized=True)
+    assert {implied.get(name, name) for name in needed - optional} <= set(brought)
+    distributions = {requirement.partition("==")[0] for requirement in brought.values()} - {"bitsandbytes"}
+    assert len(distributions) == 8
+    for name in LOCKED:
+        lines = requirements(name).read_text().splitlines()
+        assert {one for one in distributions if any(line.startswith(f"{one}==") for line in lines)} == distributions
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine", "names"),
+    [
+        ("label", "auto", ("label", "train")),
+        ("label", "vllm", ("label",)),
+        ("label", "transformers", ("train",)),
+        ("train", "", ("train",)),
+        ("evaluate", "", ("train",)),
+        ("export", "", ("train",)),
+        ("rehearse", "", ()),
+    ],
+)
+def test_each_kind_of_stage_has_its_environment(kind: str, engine: str, names: tuple[str, ...]) -> None:
+    source = ModelSource(path="m")
+    settings = LabelSettings(source, DataSource("p"), "math", 10, engine=engine) if kind == "label" else object()
+    assert environments(kind, settings) == names
+
+
+def test_a_stage_that_asks_an_api_needs_no_engine() -> None:
+    api = ApiTeacher("https://api.example.com", "m", None, 1, 1, 1)
+    settings = LabelSettings(ModelSource(path="m"), DataSource("p"), "math", 10, api=api)
+    assert environments("label", settings) == ("train",)
+
+
+def test_locks_go_to_the_machine_with_the_code_that_is_verified() -> None:
+    data, _ = code_wheel()
+    with zipfile.ZipFile(io.BytesIO(data)) as code:
+        for name in LOCKED:
+            assert code.read(f"{LOCK_FOLDER}/{name}.txt") == requirements(name).read_bytes()
+        assert "tasks/bootstrap.py" in code.namelist()
 
 
 # -- nothing is started, or even written, without the rights

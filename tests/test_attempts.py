@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.attempts import FRUITLESS_ALLOWED, Attempt, Candidate, Fate, spot_efficiency, verdict
+from orchestrator.attempts import FRUITLESS_ALLOWED, UNPREPARED, Attempt, Candidate, Fate, spot_efficiency, verdict
+from tasks import bootstrap
 from tasks.contract import Exit
 
 
@@ -33,6 +34,9 @@ CASES = [
     ([attempt(Exit.REBOOTED)], Fate.TRY),
     ([attempt(None, came_up=False)], Fate.TRY),
     ([attempt(None, came_up=False), attempt(None, came_up=False)], Fate.NO_CAPACITY),
+    ([attempt(UNPREPARED)], Fate.TRY),
+    ([attempt(UNPREPARED), attempt(UNPREPARED, offer_index=1)], Fate.TRY),
+    ([attempt(UNPREPARED)] * 3, Fate.FAILED),  # not as often as machines that are taken away: each is paid for
     ([attempt(None)] * FRUITLESS_ALLOWED, Fate.FAILED),
     ([attempt(None, checkpoint=f"s{i}") for i in range(50)], Fate.TRY),  # bounded by money, not by a counter
     ([attempt(None, lost=True)] * 50, Fate.TRY),  # taken away without a checkpoint: the cap bounds that too
@@ -48,6 +52,12 @@ def test_fate(attempts, fate):
 def test_an_offer_that_cannot_be_had_is_followed_by_the_next_and_a_lost_machine_by_the_same():
     assert verdict([attempt(None, came_up=False)], TWO).offer_index == 1
     assert verdict([attempt(None)], TWO).offer_index == 0
+
+
+def test_an_offer_whose_machine_cannot_have_its_packages_is_followed_by_the_next():
+    assert verdict([attempt(UNPREPARED)], TWO).offer_index == 1
+    assert verdict([attempt(UNPREPARED)], TWO[:1]).offer_index == 0  # there is no other
+    assert bootstrap.NO_PACKAGES == UNPREPARED
 
 
 def test_fruitless_attempts_wait_longer_and_longer():

@@ -553,6 +553,24 @@ def test_vllm_moves_with_every_step_and_is_not_asked_for_more_room_than_the_answ
     assert len(moved) == 4 and moved[:2] == moved[2:] and 0 < moved[0] < moved[1] < 1
 
 
+@pytest.mark.parametrize(
+    ("free_gib", "rows"),
+    [
+        (60.0, 73),  # 2 x 2 bytes x 28 layers x 4 heads x 128 x 9,216 tokens = 0.492 GiB a row; 0.6 x 60 = 36 GiB
+        (1.0, 1),  # one row is tried whatever there is
+        (1e6, 256),
+    ],
+)
+def test_where_transformers_take_vllms_place_a_batch_has_room_for_its_cache(free_gib: float, rows: int) -> None:
+    qwen_7b = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=4, num_attention_heads=28, hidden_size=3584)
+    assert label.rows_that_fit(qwen_7b, int(free_gib * 2**30), 9216, 256) == rows
+
+
+def test_the_result_says_what_wrote_the_answers(pretrained: Path) -> None:
+    result = run_stage(pretrained, "engine", "label", LABEL)
+    assert result is not None and result["engine"] == "transformers"
+
+
 def test_a_shard_with_many_cut_answers_pauses_before_it_is_whole_once_chance_is_no_excuse(
     pretrained: Path, scripted: Any
 ) -> None:

@@ -22,6 +22,8 @@ import orchestrator
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCKS = {"lock.txt": ("local", "quantized", "s3", "dev"), "sky.txt": ("local", "quantized", "s3", "dev", "sky")}
+# Whole environments of rented machines: the extras that make them up.
+ENVIRONMENTS = {"train": ("local", "quantized", "s3"), "label": ("local", "s3", "label")}
 MACHINES = [
     {
         "sys_platform": system,
@@ -60,7 +62,8 @@ def applies(marker: Marker | None, machine: dict[str, str]) -> bool:
 def test_a_lock_pins_every_dependency_once_on_every_machine(name: str) -> None:
     locked = pins(name)
     assert len(locked) > 80
-    assert {extra for extras in LOCKS.values() for extra in extras} == set(PROJECT["optional-dependencies"])
+    extras = {extra for extras in (*LOCKS.values(), *ENVIRONMENTS.values()) for extra in extras}
+    assert extras == set(PROJECT["optional-dependencies"])
     for machine in MACHINES:
         here = [pin for pin in locked if applies(pin.marker, machine)]
         versions = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in here}
@@ -93,6 +96,115 @@ def test_no_lock_brings_cuda(name: str) -> None:
 
 def test_both_locks_hold_the_same_torch() -> None:
     assert {str(pin) for name in LOCKS for pin in pins(name) if pin.name == "torch"} == {"torch==2.13.0"}
+
+
+# -- environments of rented machines
+
+
+def machine_pins(name: str) -> dict[str, tuple[Requirement, list[str]]]:
+    """{line without hashes: (what it pins, hashes)} of a whole environment."""
+    text = (ROOT / "requirements" / f"{name}.txt").read_text()
+    blocks = [line for line in text.replace(" \\\n", " ").splitlines() if not line.startswith("#")]
+    found = {}
+    for block in blocks:
+        line, *hashes = re.split(r"\s+--hash=", block)
+        found[line] = (Requirement(line), hashes)
+    assert len(found) == len(blocks) > 70
+    return found
+
+
+environments = pytest.mark.parametrize("name", ENVIRONMENTS)
+RENTED = [machine for machine in MACHINES if machine["platform_machine"] == "x86_64"]
+
+
+@environments
+def test_an_environment_is_whole_exact_and_by_hash(name: str) -> None:
+    for line, (pin, hashes) in machine_pins(name).items():
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==" and pin.url is None and not pin.extras, line
+        assert hashes and all(re.fullmatch("sha256:[0-9a-f]{64}", one) for one in hashes), line
+    text = (ROOT / "requirements" / f"{name}.txt").read_text()
+    assert not re.search(r"://|@| file:|\+c", text)  # nothing of the machine or index that it was made from
+    assert f"\n# {len(machine_pins(name))} packages, " in text
+
+
+@environments
+def test_an_environment_holds_what_its_extras_ask_for_on_each_python(name: str) -> None:
+    assert len(RENTED) == 3
+    for machine in RENTED:
+        here = [pin for pin, _ in machine_pins(name).values() if applies(pin.marker, machine)]
+        versions = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in here}
+        assert len(versions) == len(here), "two versions of one package for one machine"
+        optional: dict[str, list[str]] = PROJECT["optional-dependencies"]
+        for requirement in [Requirement(line) for extra in ENVIRONMENTS[name] for line in optional[extra]]:
+            version = versions.get(canonicalize_name(requirement.name))
+            assert version is not None and requirement.specifier.contains(version), f"{requirement}: {version}"
+
+
+def exact(name: str) -> dict[str, str]:
+    pins = [pin for pin, _ in machine_pins(name).values()]
+    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins if pin.marker is None}
+
+
+@environments
+def test_the_readme_says_how_much_a_machine_fetches(name: str) -> None:
+    found = re.search(r"(\d+) bytes to fetch", (ROOT / "requirements" / f"{name}.txt").read_text())
+    assert found is not None
+    said = rf"`requirements/{name}\.txt` \([^)]*{int(found[1]) / 1e9:.1f} GB"
+    assert re.search(said, (ROOT / "README.md").read_text()), said
+
+
+def test_machines_train_with_the_versions_that_are_tested() -> None:
+    tested = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins("lock.txt")}
+    train = exact("train")
+    assert len(train.keys() & tested.keys()) > 50
+    assert {name: version for name, version in train.items() if tested.get(name, version) != version} == {}
+    brought = {name for name in train if name not in tested}
+    assert brought and all(re.match(r"(nvidia|cuda)-|triton$", name) for name in brought)  # the CUDA of its torch
+
+
+def test_machines_label_with_the_torch_that_vllm_was_built_for() -> None:
+    label = exact("label")
+    assert (label["vllm"], label["torch"]) == ("0.24.0", "2.11.0")
+    assert {"nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13", "triton", "peft", "boto3"} <= label.keys()
+
+
+def test_a_machine_without_uv_installs_the_one_that_is_locked() -> None:
+    from tasks.bootstrap import UV
+
+    assert UV in (ROOT / "requirements" / "lock.txt").read_text().splitlines()
+
+
+def lock_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("lock")
+
+
+def wheel_entry(tags: str, digit: str, size: int) -> dict[str, Any]:
+    return {"url": f"https://x/a/pkg-1.0-{tags}.whl", "size": size, "hashes": {"sha256": digit * 64}}
+
+
+def test_a_lock_takes_the_files_that_fit_rented_machines_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = lock_script(monkeypatch)
+    entries = [
+        wheel_entry("cp311-cp311-manylinux_2_28_x86_64", "1", 10),
+        wheel_entry("cp312-cp312-manylinux_2_28_x86_64", "2", 20),
+        wheel_entry("cp312-cp312-manylinux2014_x86_64.manylinux_2_17_x86_64", "3", 30),
+        wheel_entry("cp313-cp313-manylinux_2_28_x86_64", "4", 40),
+        wheel_entry("cp313-cp313t-manylinux_2_28_x86_64", "5", 50),
+        wheel_entry("cp312-cp312-musllinux_1_2_x86_64", "6", 60),
+        wheel_entry("cp312-cp312-manylinux_2_28_aarch64", "7", 70),
+        wheel_entry("cp312-cp312-macosx_11_0_arm64", "8", 80),
+    ]
+    text, size = lock.locked({"name": "pkg", "version": "1.0", "wheels": entries})
+    assert re.findall(r"sha256:(\d)", text) == ["1", "2", "3", "4"]
+    assert size == 20  # CPython 3.12 prefers the newer glibc
+    some = {"name": "pkg", "version": "1.0", "wheels": entries[1:4], "marker": "python_full_version >= '3.12'"}
+    assert lock.locked(some)[0].startswith(
+        "pkg==1.0 ; python_full_version >= '3.12' and python_full_version < '3.14' \\\n"
+    )
+    with pytest.raises(SystemExit, match=r"no wheel for CPython 3\.11"):
+        lock.locked({"name": "pkg", "version": "1.0", "wheels": entries[1:]})
 
 
 def test_the_bare_install_needs_neither_torch_nor_skypilot_nor_boto3() -> None:
@@ -208,7 +320,8 @@ def test_the_wheel_holds_orchestrator_tasks_and_the_recipes_only(wheel: zipfile.
     assert "orchestrator/recipes/quickstart.yaml" in recipes
     assert recipes <= names
     assert f"{info}/licenses/LICENSE" in names
-    assert wheel.read("orchestrator/lock.txt") == (ROOT / "requirements" / "lock.txt").read_bytes()  # for machines
+    for name in ("lock", *ENVIRONMENTS):  # for machines
+        assert wheel.read(f"orchestrator/{name}.txt") == (ROOT / "requirements" / f"{name}.txt").read_bytes()
 
 
 def test_the_wheel_has_the_version_of_the_package_and_the_command(wheel: zipfile.ZipFile) -> None:

@@ -393,7 +393,7 @@ def test_older_plans_hold_overheads_of_storage() -> None:
 def test_old_prices_and_unguarded_minutes_are_said() -> None:
     notes = plan(RENTED, *(replace(offer, as_of=NOW - timedelta(days=400)) for offer in CARDS)).notes
     assert any("13 months old" in note for note in notes)
-    assert any("unguarded until its supervisor starts: up to 15 min" in note for note in notes)
+    assert any("unguarded until its supervisor starts: up to 20 min" in note for note in notes)
     assert not plan().notes
 
 

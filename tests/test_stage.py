@@ -283,6 +283,15 @@ def test_the_result_is_committed_with_what_is_in_out_and_nothing_else(bucket: Bu
     assert json.loads(bucket.get("train/result.json")[0]) == {"loss": None, "rows": [1, 2.5, None]}
 
 
+def test_the_result_says_how_long_the_machine_took_to_get_its_packages(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = {"environment": "train", "torch": "cu126", "seconds": 61.5, "why": "the driver is old"}
+    monkeypatch.setenv("KDCLOUD_SETUP", json.dumps(setup))
+    context(bucket, tmp_path / "w").finish({"ok": True})
+    assert json.loads(bucket.get("train/result.json")[0]) == {"ok": True, "setup": setup}
+
+
 def test_an_input_is_fetched_whole_or_refused(bucket: Bucket, tmp_path: Path) -> None:
     ctx = context(bucket, tmp_path / "w")
     (ctx.out / "weights").write_text("w")

@@ -150,6 +150,19 @@ def until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+def test_the_log_says_which_packages_the_machine_got_and_why_not_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = {"environment": "train", "torch": "cu126", "seconds": 61.5, "why": "vLLM needs a newer driver"}
+    monkeypatch.setenv("KDCLOUD_SETUP", json.dumps(setup))
+    bench.task(steps=1)
+    rc, output = bench.run()
+    assert rc == 0, output
+    log = bench.bucket.get(f"{STAGE}/log.txt")[0].decode()
+    assert "environment: train, ready in 62 s; vLLM needs a newer driver" in log
+    assert json.loads(bench.bucket.get(f"{STAGE}/result.json")[0])["setup"] == setup
+
+
 def test_a_rehearsal_runs_to_its_end_and_everything_is_in_the_bucket(bench: Bench, tmp_path: Path) -> None:
     bench.task()
     rc, output = bench.run()
