@@ -190,6 +190,7 @@ def test_batches_cut_ahead_are_those_of_their_step_and_of_the_micro_batch_by_the
         assert torch.equal(picked, order.at(step))
         wanted = list(real(net, examples, picked, now))
         assert len(batches) == len(wanted) == 4 // now.micro_batch
-        assert all(torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels) for a, b in zip(batches, wanted, strict=True))
+        for got, want in zip(batches, wanted, strict=True):
+            assert torch.equal(got.ids, want.ids) and torch.equal(got.labels, want.labels)
     ahead._pool.shutdown()
     assert cut == [2, 2, 2, 1]  # the third was cut for two at a time, and again
