@@ -84,7 +84,7 @@ def breakdown(*, checkpointing: bool, compiled: bool, steps: int = 3) -> dict[st
     """Where a step's time goes, milliseconds, and what the matrix products alone would take at the card's rate.
 
     4N: two operations a weight forward and two back to the input (frozen weights get no gradient of their own), N
-    parameters, the tied embedding once as the head, at the rate of an 8192 x 8192 x 8192 product in bf16 in the same process.
+    parameters, the tied embedding once as the head; at the rate of an 8192 x 8192 x 8192 product in the same process.
     """
     from torch.profiler import ProfilerActivity, profile
 
