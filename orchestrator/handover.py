@@ -19,7 +19,7 @@ from orchestrator import access, grants
 from orchestrator.access import head, hub_models
 from orchestrator.errors import UsageError
 from tasks.bucket import Bucket
-from tasks.contract import DataSource, LabelSettings, TrainSettings
+from tasks.contract import DataSource, EvaluateSettings, LabelSettings, TrainSettings
 
 S = TypeVar("S")
 
@@ -170,12 +170,11 @@ def api_env(settings: object, env: Mapping[str, str]) -> dict[str, str]:
 def environments(kind: str, settings: object) -> tuple[str, ...]:
     """Locked environments that a stage can work in, the best first; none where a few packages do.
 
-    Labels are written by vLLM where the machine can, and else by transformers, unless the recipe names one of them.
-    Evaluation loads each model once, for its answers, its distance from the teacher and its speed: transformers too.
+    Answers are written by vLLM where the machine can, and else by transformers, unless the recipe names one of them.
     """
     if kind == "rehearse":
         return ()
-    if not isinstance(settings, LabelSettings) or settings.api is not None:
+    if not isinstance(settings, LabelSettings | EvaluateSettings) or getattr(settings, "api", None) is not None:
         return ("train",)
     return {"vllm": ("label",), "transformers": ("train",)}.get(settings.engine, ("label", "train"))
 

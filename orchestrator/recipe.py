@@ -305,6 +305,7 @@ class EvaluateStage(_Working):
     seeds: Count = Field(1, description="answers to each prompt: 1 is greedy, more are sampled")
     temperature: Positive = Field(0.6, description="of sampled answers")
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
     lm_eval: tuple[Name, ...] = Field((), description="tasks of lm-evaluation-harness, where that is installed")
 
 

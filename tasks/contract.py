@@ -212,6 +212,7 @@ class EvaluateSettings:
     temperature: float = 0.6  # of sampled answers
     top_p: float = 0.95
     lm_eval: tuple[str, ...] = ()  # tasks of lm-evaluation-harness, where it is installed
+    engine: str = "auto"  # auto | vllm | transformers
 
 
 @dataclass(frozen=True)

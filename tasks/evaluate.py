@@ -3,6 +3,9 @@
 Right is what `verify` says of the part behind `</think>`. pass@1 is the share of right answers, over all problems and
 seeds; its interval treats problems as the independent unit (intervals.pass_interval). The divergence is that of the
 student from the teacher on the teacher's own answers, token by token, over the whole vocabulary, in nats.
+
+vLLM writes the answers where it is (several times faster); it holds a copy of the weights of its own, so each model is
+served first and loaded after that, for its latency, its memory and its divergence.
 """
 
 from __future__ import annotations
@@ -19,8 +22,18 @@ from torch import Tensor
 
 from tasks import models, verify
 from tasks.contract import EvaluateSettings, ModelSource, TaskError, build
+from tasks.generate import (
+    Completion,
+    Generator,
+    Moved,
+    TransformersGenerator,
+    VllmGenerator,
+    free_memory,
+    rows_that_fit,
+    wants_vllm,
+)
 from tasks.intervals import pass_interval
-from tasks.label import SCORE_TOKENS, Completion, TransformersGenerator, batches
+from tasks.label import SCORE_TOKENS, batches
 from tasks.labels import TOKENIZER_FOLDER
 from tasks.stage import Context, Stopped
 from tasks.train import STUDENTS_FILE
@@ -28,6 +41,7 @@ from tasks.train import STUDENTS_FILE
 ROLES = ("teacher", "student_before", "student_hard", "student", "student_hard_2x")
 _ROLE_OF_KIND = {"soft": "student", "hard": "student_hard", "hard_2x": "student_hard_2x"}
 LATENCY_PROMPTS = 5
+SERVED_TOKENS = 64  # new ones of the few answers that show what memory a model takes, where vLLM wrote the others
 SAMPLES_SHOWN = 12
 KL_TOKENS = 16384  # of the teacher's answers: the divergence is taken over so many
 KL_ELEMENTS = 1 << 25  # logits of one model held at once
@@ -39,9 +53,9 @@ class Measured:
 
     right: list[list[bool]]  # by seed, then by problem
     texts: list[str]  # of the first seed
-    tokens_per_s: float  # new tokens a second, batched
-    first_token_s: float  # median over a few prompts, batch 1
-    peak_gib: float
+    tokens_per_s: float  # new tokens a second, batched, of the engine that wrote
+    first_token_s: float  # median over a few prompts, batch 1, by transformers
+    peak_gib: float  # by transformers: vLLM takes whatever there is
     kl_to_teacher: float | None = None  # nats a token
     lm_eval: dict[str, dict[str, float]] | None = None  # number by metric, by task
 
@@ -68,15 +82,18 @@ def run(ctx: Context, settings: EvaluateSettings) -> dict[str, Any]:
         raise TaskError(f"verify: {settings.verify} cannot tell right answers", hint="use exact or math to evaluate")
     if settings.lm_eval:
         _harness()
+    engine = "vllm" if wants_vllm(settings.engine, models.pick_device()) else "transformers"
     candidates = _candidates(ctx, settings)
     reference: Reference | None = None
     measured: dict[str, list[Measured]] = {role: [] for role in ROLES}
-    for index, (role, load) in enumerate(candidates):
+    for index, (role, load, place) in enumerate(candidates):
         if ctx.stopping:
             raise Stopped
         ctx.progress("evaluate", index, len(candidates), "models")
+        loaded = None  # before the next one: two of them need not fit
+        free_memory()
         loaded = load()
-        found, answers = _measure(ctx, loaded, rows, settings, index, len(candidates))
+        found, answers = _measure(ctx, loaded, place, rows, settings, index, len(candidates), engine)
         if role == "teacher":
             reference = _reference(loaded, rows, answers)
         elif reference is not None:
@@ -87,27 +104,34 @@ def run(ctx: Context, settings: EvaluateSettings) -> dict[str, Any]:
     result = {
         "quality": {role: _quality(found) for role, found in measured.items()},
         "samples": _samples(rows, measured),
+        "engine": engine,
     }
     note = verify.note(settings.verify)
     return result if note is None else {**result, "note": note}
 
 
-def _candidates(ctx: Context, settings: EvaluateSettings) -> list[tuple[str, Any]]:
-    """(role, how to load it) of everything there is to measure; one model is in memory at a time."""
+def _candidates(ctx: Context, settings: EvaluateSettings) -> list[tuple[str, Any, ModelSource | None]]:
+    """(role, how to load it, where its weights lie whole) of everything there is to measure."""
     dtype = models.working_dtype(models.pick_device())
     folder = ctx.input(settings.student)
     if not (folder / STUDENTS_FILE).exists():
         raise TaskError(f"{settings.student} trained no student", hint="name a train stage under student")
     students = json.loads((folder / STUDENTS_FILE).read_text())
-    found: list[tuple[str, Any]] = []
+    found: list[tuple[str, Any, ModelSource | None]] = []
     if settings.teacher is not None:
         teacher = settings.teacher
-        found.append(("teacher", lambda: models.load(ctx, teacher, dtype=dtype)))
-    found.append(("student_before", lambda: _before(ctx, folder, students["before"], dtype)))
+        found.append(("teacher", lambda: models.load(ctx, teacher, dtype=dtype), _whole(teacher)))
+    before = students["before"]
+    place = None if "folder" in before else _whole(build(ModelSource, before["source"]))
+    found.append(("student_before", lambda: _before(ctx, folder, before, dtype), place))
     for arm in students["arms"]:
         role = _ROLE_OF_KIND[arm["kind"]] if len(students["arms"]) > 1 else "student"
-        found.append((role, lambda path=arm["path"]: models.load_stage(folder, ctx, dtype=dtype, name=path)))
+        found.append((role, lambda path=arm["path"]: models.load_stage(folder, ctx, dtype=dtype, name=path), None))
     return found
+
+
+def _whole(source: ModelSource) -> ModelSource | None:
+    return source if source.stage is None else None
 
 
 def _before(ctx: Context, folder: Path, before: dict[str, Any], dtype: torch.dtype) -> models.Loaded:
@@ -119,51 +143,105 @@ def _before(ctx: Context, folder: Path, before: dict[str, Any], dtype: torch.dty
 
 
 def _measure(
-    ctx: Context, loaded: models.Loaded, rows: list[dict[str, Any]], settings: EvaluateSettings, index: int, total: int
-) -> tuple[Measured, list[Completion]]:
+    ctx: Context, loaded: models.Loaded, place: ModelSource | None, rows: list[dict[str, Any]],
+    settings: EvaluateSettings, index: int, total: int, engine: str,
+) -> tuple[Measured, list[Completion]]:  # fmt: skip
     """The figures, and the answers of the first seed."""
     device = models.pick_device()
-    model, tokenizer = loaded.model.to(device).eval(), loaded.tokenizer
-    models.reset_peak(device)
+    tokenizer = loaded.tokenizer
     prompts = [models.prompt_ids(tokenizer, row["input"]) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    by_seed: list[dict[int, Completion]] = []
-    answers: dict[int, Completion] = {}
-
-    def moved(share: float) -> None:
-        """`share` of a batch is written: minutes, where answers are long."""
-        part = len(answers) + share * min(settings.batch_size, len(rows) - len(answers))
-        ctx.progress("evaluate", index + (len(by_seed) + part / len(rows)) / settings.seeds, total, "models")
-        if ctx.stopping:
-            raise Stopped
-
-    generator = TransformersGenerator(
-        model, tokenizer, settings.max_new_tokens, temperature=settings.temperature if settings.seeds > 1 else 0.0,
-        top_p=settings.top_p, moved=moved,
-    )  # fmt: skip
-    generator.generate(prompts[:1], seed=0)  # warm-up, not counted
-    seconds = 0.0
-    for seed in range(settings.seeds):
-        answers = {}
-        for at in range(0, len(order), settings.batch_size):
-            batch = order[at : at + settings.batch_size]
-            started = time.monotonic()
-            found = generator.generate([prompts[i] for i in batch], seed=seed * 1_000_003 + at)
-            seconds += time.monotonic() - started
-            answers.update(zip(batch, found, strict=True))
-            moved(0.0)
-        by_seed.append(answers)
+    written = _Written(ctx, settings, prompts, index, total)
+    if engine == "vllm":
+        place = place or _saved(loaded, ctx.work / f"served-{index}")
+        ctx.progress("load", declared=True)  # weights, compiling, room for the cache: minutes
+        by_seed = written.all(_served(place, tokenizer, settings, max(map(len, prompts)), written.moved), len(prompts))
+        free_memory()
+    model = loaded.model.to(device).eval()
+    models.reset_peak(device)
+    if engine == "vllm":
+        few = TransformersGenerator(model, tokenizer, min(SERVED_TOKENS, settings.max_new_tokens))
+        few.generate(prompts[:LATENCY_PROMPTS], seed=0)
+    else:
+        size = settings.batch_size
+        if settings.engine == "auto" and device.type == "cuda":  # meant for an engine which packs its own batches
+            free, _ = torch.cuda.mem_get_info(device)
+            size = rows_that_fit(model.config, free, max(map(len, prompts)) + settings.max_new_tokens, size)
+        by_seed = written.all(_plain(model, tokenizer, settings, written.moved), size)
     texts = [[tokenizer.decode(each[i].ids, skip_special_tokens=True) for i in range(len(rows))] for each in by_seed]
     measured = Measured(
         right=[
             _judged(ctx, settings, rows, said, thinking=models.opens_thinking(tokenizer)) for said in texts
         ],
         texts=texts[0],
-        tokens_per_s=sum(len(answer.ids) for each in by_seed for answer in each.values()) / seconds,
+        tokens_per_s=sum(len(answer.ids) for each in by_seed for answer in each.values()) / written.seconds,
         first_token_s=_first_token_s(model, tokenizer, prompts[:LATENCY_PROMPTS]),
         peak_gib=models.peak_gib(device),
     )  # fmt: skip
     return measured, [by_seed[0][i] for i in range(len(rows))]
+
+
+class _Written:
+    """Answers to all prompts, once a seed, with their seconds."""
+
+    def __init__(
+        self, ctx: Context, settings: EvaluateSettings, prompts: list[list[int]], index: int, total: int
+    ) -> None:
+        self._ctx, self._settings, self._prompts, self._index, self._total = ctx, settings, prompts, index, total
+        self._seed, self._answers, self._size = 0, 0, 1
+        self.seconds = 0.0
+
+    def moved(self, share: float) -> None:
+        """`share` of a batch is written: minutes, where answers are long."""
+        part = self._answers + share * min(self._size, len(self._prompts) - self._answers)
+        done = self._index + (self._seed + part / len(self._prompts)) / self._settings.seeds
+        self._ctx.progress("evaluate", done, self._total, "models")
+        if self._ctx.stopping:
+            raise Stopped
+
+    def all(self, generator: Generator, size: int) -> list[dict[int, Completion]]:
+        """By seed, then by prompt. `size` prompts at a time, alike lengths together."""
+        generator.generate(self._prompts[:1], seed=0)  # warm-up, not counted
+        order = sorted(range(len(self._prompts)), key=lambda i: len(self._prompts[i]))
+        self._size = size
+        by_seed: list[dict[int, Completion]] = []
+        for seed in range(self._settings.seeds):
+            answers: dict[int, Completion] = {}
+            self._seed, self._answers = seed, 0
+            for at in range(0, len(order), size):
+                batch = order[at : at + size]
+                started = time.monotonic()
+                found = generator.generate([self._prompts[i] for i in batch], seed=seed * 1_000_003 + at)
+                self.seconds += time.monotonic() - started
+                answers.update(zip(batch, found, strict=True))
+                self._answers = len(answers)
+                self.moved(0.0)
+            by_seed.append(answers)
+        return by_seed
+
+
+def _temperature(settings: EvaluateSettings) -> float:
+    return settings.temperature if settings.seeds > 1 else 0.0
+
+
+def _plain(model: Any, tokenizer: Any, settings: EvaluateSettings, moved: Moved) -> Generator:
+    return TransformersGenerator(
+        model, tokenizer, settings.max_new_tokens, temperature=_temperature(settings), top_p=settings.top_p, moved=moved
+    )
+
+
+def _saved(loaded: models.Loaded, folder: Path) -> ModelSource:
+    """An adapter merged into its base, or a student from the bucket, as vLLM takes it."""
+    models.save(folder, loaded.model, loaded.tokenizer)
+    return ModelSource(path=str(folder))
+
+
+def _served(
+    place: ModelSource, tokenizer: Any, settings: EvaluateSettings, longest_prompt: int, moved: Moved
+) -> Generator:
+    return VllmGenerator(
+        place, tokenizer, settings.max_new_tokens, longest_prompt=longest_prompt, temperature=_temperature(settings),
+        top_p=settings.top_p, moved=moved,
+    )  # fmt: skip
 
 
 def _judged(

@@ -7,12 +7,11 @@ that are kept as they finish. Token ids are never made from text again.
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,8 +20,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tasks import api_teacher, hub, losses, models, verify
+from tasks import api_teacher, losses, models, verify
 from tasks.contract import ApiTeacher, LabelSettings, ModelSource, TaskError
+from tasks.generate import (
+    Completion,
+    Generator,
+    Moved,
+    TransformersGenerator,
+    VllmGenerator,
+    free_memory,
+    rows_that_fit,
+    still,
+    wants_vllm,
+)
 from tasks.intervals import wilson
 from tasks.labels import TOKENIZER_FOLDER, Header, Sample, read_labels, shard_name, write_shard
 from tasks.stage import Context, Stopped
@@ -33,30 +43,13 @@ COMPILE_TOKENS = 5_000_000  # to score: compiled layers are a quarter faster and
 SCORE_ELEMENTS = 1 << 25  # logits held at once on a CPU; on CUDA as many as the loss holds
 SAMPLES_SHOWN = 8
 SPENT_FILE = "api-spent.json"
-CACHE_SHARE = 0.6  # of free memory that the key-value cache of a batch may take; the rest is for what a step holds
 LEAST_TAIL = 1e-7  # an API's log-probabilities are rounded: what is left of 1 is no smaller than that
-
-
-@dataclass(frozen=True)
-class Completion:
-    ids: list[int]  # end of sequence included
-    finish_reason: str  # stop | length, or what an API says
-    top: list[list[tuple[int, float]]] | None = None  # of an API: a token's candidates (id, log-probability), or none
-
-
-class Generator(Protocol):
-    """Something that continues prompts. Deterministic for equal prompts and seed where the engine can."""
-
-    def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]: ...
 
 
 @dataclass(frozen=True)
 class Question:
     text: str
     ids: list[int]  # the generation prompt
-
-
-Moved = Callable[[float], None]  # told the share of the answers at hand that is written; may raise Stopped
 
 
 class Answerer(Protocol):
@@ -112,7 +105,7 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
         ctx.progress("score", index + 1, len(generated), "shards")
     speed = new_tokens / max(generation_s, 1e-9) if new_tokens else None
     result = _result(ctx, settings, generated, len(rows), speed)
-    result["engine"] = "api" if api is not None else "vllm" if _wants_vllm(settings, device) else "transformers"
+    result["engine"] = "api" if api is not None else "vllm" if wants_vllm(settings.engine, device) else "transformers"
     if api is not None:
         result["api"] = _bill(generated, api)
         if settings.top_k and not result["api"]["soft"]:
@@ -295,7 +288,7 @@ class _Teacher:
         self._loaded: models.Loaded | None = None
         self._generator: Generator | None = None
         self._rows: int | None = None
-        self.moved: Moved = _still
+        self.moved: Moved = still
         self.longest_prompt = 0
         self.place = self._place(settings.teacher)
         self.tokenizer = models.load_tokenizer(self.place)
@@ -323,11 +316,13 @@ class _Teacher:
 
     def generator(self) -> Generator:
         if self._generator is None:
-            if _wants_vllm(self._settings, self.device):
+            if wants_vllm(self._settings.engine, self.device):
                 self._ctx.progress("load", declared=True)  # weights, compiling, room for the cache: minutes
                 self._generator = VllmGenerator(
-                    self.place, self.tokenizer, self._settings, self.longest_prompt, lambda share: self.moved(share)
-                )
+                    self.place, self.tokenizer, self._settings.max_new_tokens, longest_prompt=self.longest_prompt,
+                    temperature=self._settings.temperature, top_p=self._settings.top_p, seed=self._settings.seed,
+                    moved=lambda share: self.moved(share),
+                )  # fmt: skip
             else:
                 self._generator = TransformersGenerator(
                     models.causal(self.model), self.tokenizer, self._settings.max_new_tokens,
@@ -348,7 +343,7 @@ class _Teacher:
         """The settings' own, but for a machine on which transformers take vLLM's place: that size was meant for an
         engine which packs its own batches."""
         settings = self._settings
-        if settings.engine != "auto" or self.device.type != "cuda" or _wants_vllm(settings, self.device):
+        if settings.engine != "auto" or self.device.type != "cuda" or wants_vllm(settings.engine, self.device):
             return settings.batch_size
         if self._rows is None:  # once: what torch holds for a batch that is over does not count as free
             config, (free, _) = models.causal(self.model).config, torch.cuda.mem_get_info(self.device)
@@ -359,9 +354,7 @@ class _Teacher:
     def end_generation(self) -> None:
         """Frees an engine that holds its own copy of the weights."""
         self._generator = None
-        if self.device.type == "cuda":
-            gc.collect()  # an engine and who counts its steps know each other
-            torch.cuda.empty_cache()
+        free_memory()
 
     def header(self) -> Header:
         source = self._settings.teacher
@@ -380,120 +373,6 @@ class _Teacher:
         told = max((len(row) for shard in generated for one in shard for row in one.get("top") or ()), default=0)
         top_k = max(told, min(1, self._settings.top_k))
         return replace(self.header(), teacher=f"api:{self._settings.api.model}", top_k=top_k, temperature=1.0)
-
-
-def rows_that_fit(config: Any, free_bytes: int, length: int, most: int) -> int:
-    """How many answers transformers may write at once: as many rows of `length` tokens as have room in a cache of
-    2-byte values."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row_bytes = 2 * 2 * config.num_hidden_layers * heads * width * length
-    return max(1, min(most, int(CACHE_SHARE * free_bytes / row_bytes)))
-
-
-def _still(share: float) -> None:
-    """Nobody wants to know."""
-
-
-def _wants_vllm(settings: LabelSettings, device: torch.device) -> bool:
-    from importlib.util import find_spec
-
-    installed = find_spec("vllm") is not None
-    if settings.engine == "vllm" and not installed:
-        raise TaskError("engine: vllm, but vLLM is not installed here", hint="install vllm, or use engine: auto")
-    return settings.engine == "vllm" or (settings.engine == "auto" and installed and device.type == "cuda")
-
-
-class TransformersGenerator:
-    """Batched generation with a key-value cache, prompts padded on the left. Greedy at temperature 0."""
-
-    def __init__(
-        self, model: Any, tokenizer: Any, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
-        moved: Moved | None = None,
-    ) -> None:  # fmt: skip
-        self._model = model
-        self._moved = moved or _still
-        self._pad = tokenizer.pad_token_id
-        self._ends = {tokenizer.eos_token_id}
-        from transformers import GenerationConfig
-
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        # Made from nothing: the sampling settings in a model's own generation_config would join in silently.
-        self._config = GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=sorted(self._ends), pad_token_id=self._pad, use_cache=True,
-            **(sampling if temperature > 0.0 else {"do_sample": False}),
-        )  # fmt: skip
-        model.generation_config = self._config
-
-    def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]:
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[self._pad] * (longest - len(p)) + p for p in prompts], device=self._model.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._model.device)
-        torch.manual_seed(seed)
-        going_on = torch.zeros(len(prompts), dtype=torch.bool, device=ids.device)
-
-        def token(written: Tensor, *_: Any, **__: Any) -> Tensor:
-            self._moved((written.shape[1] - longest) / self._config.max_new_tokens)
-            return going_on
-
-        with torch.inference_mode():
-            out = self._model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=self._config, stopping_criteria=[token]
-            )
-        return [self._until_end(row) for row in out[:, longest:].tolist()]
-
-    def _until_end(self, ids: list[int]) -> Completion:
-        for at, token in enumerate(ids):
-            if token in self._ends:
-                return Completion(ids[: at + 1], "stop")
-        return Completion(ids, "length")
-
-
-class VllmGenerator:
-    """vLLM, without log-probabilities: those come from our own pass and would slow generation to a quarter."""
-
-    def __init__(
-        self, place: ModelSource, tokenizer: Any, settings: LabelSettings, longest_prompt: int, moved: Moved
-    ) -> None:
-        from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
-
-        self._settings = settings
-        self._params = SamplingParams
-        self._eos = tokenizer.eos_token_id
-        self._llm = LLM(
-            model=hub.local_path(place), revision=place.revision, trust_remote_code=place.trust_remote_code,
-            load_format="safetensors", seed=settings.seed,
-            # By default the model's whole context, 131,072 tokens for R1-Distill: no small card's cache holds that.
-            max_model_len=longest_prompt + settings.max_new_tokens,
-        )  # fmt: skip
-        self._moved, self._steps = moved, 0
-        engine = self._llm.llm_engine
-        self._step, engine.step = engine.step, self._counted_step
-
-    def _counted_step(self) -> Any:
-        """A token of every answer in flight; longer prompts and a full cache make it a few more steps than tokens."""
-        self._steps += 1
-        self._moved(self._steps / (self._steps + self._settings.max_new_tokens))
-        return self._step()
-
-    def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]:
-        params = [
-            self._params(
-                temperature=self._settings.temperature, top_p=self._settings.top_p,
-                max_tokens=self._settings.max_new_tokens, seed=seed + i, detokenize=False,
-            )
-            for i in range(len(prompts))
-        ]
-        self._steps = 0
-        outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        done = []
-        for output in outputs:
-            ids = list(output.outputs[0].token_ids)
-            stopped = output.outputs[0].finish_reason == "stop"
-            if stopped and (not ids or ids[-1] != self._eos):
-                ids.append(self._eos)  # some versions leave the end of sequence out
-            done.append(Completion(ids, "stop" if stopped else "length"))
-        return done
 
 
 class ApiGenerator:

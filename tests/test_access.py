@@ -66,7 +66,7 @@ from orchestrator.session import start_run
 from orchestrator.testing import fake_offer
 from tasks.bucket import Bucket, BucketError, NotFound, commit_folder, fetch_folder, open_bucket, probe, read_commit
 from tasks.bucket_s3 import S3Bucket
-from tasks.contract import ApiTeacher, DataSource, LabelSettings, ModelSource
+from tasks.contract import ApiTeacher, DataSource, EvaluateSettings, LabelSettings, ModelSource
 from tests.plans import make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -479,14 +479,19 @@ def test_every_package_that_a_stage_imports_is_brought() -> None:
         ("label", "vllm", ("label",)),
         ("label", "transformers", ("train",)),
         ("train", "", ("train",)),
-        ("evaluate", "", ("train",)),
+        ("evaluate", "auto", ("label", "train")),
+        ("evaluate", "transformers", ("train",)),
         ("export", "", ("train",)),
         ("rehearse", "", ()),
     ],
 )
 def test_each_kind_of_stage_has_its_environment(kind: str, engine: str, names: tuple[str, ...]) -> None:
     source = ModelSource(path="m")
-    settings = LabelSettings(source, DataSource("p"), "math", 10, engine=engine) if kind == "label" else object()
+    made: dict[str, object] = {
+        "label": LabelSettings(source, DataSource("p"), "math", 10, engine=engine),
+        "evaluate": EvaluateSettings("train", source, DataSource("p"), "math", engine=engine),
+    }
+    settings = made.get(kind, object())
     assert environments(kind, settings) == names
 
 

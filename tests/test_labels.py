@@ -24,7 +24,8 @@ from transformers import Qwen2Tokenizer
 from orchestrator.workload import label_bytes
 from tasks import label, models
 from tasks.contract import Architecture, DataSource, LabelSettings, ModelSource, PretrainSettings, TaskError
-from tasks.label import Completion, TransformersGenerator, score
+from tasks.generate import Completion, TransformersGenerator, VllmGenerator, rows_that_fit
+from tasks.label import score
 from tasks.labels import Header, Sample, pack_bits, read_labels, shard_name, unpack_bits, write_shard
 from tasks.losses import distillation_loss
 from tasks.stage import Stopped
@@ -543,7 +544,9 @@ def test_vllm_moves_with_every_step_and_is_not_asked_for_more_room_than_the_answ
     monkeypatch.setitem(sys.modules, "vllm", fake)
     moved: list[float] = []
     tokenizer = models.tiny_tokenizer()
-    made = label.VllmGenerator(ModelSource(path="/there"), tokenizer, LABEL, 17, moved.append)
+    made = VllmGenerator(
+        ModelSource(path="/there"), tokenizer, LABEL.max_new_tokens, longest_prompt=17, moved=moved.append
+    )
     assert made._llm.kwargs["max_model_len"] == 17 + LABEL.max_new_tokens
     end = tokenizer.eos_token_id
     for _ in range(2):
@@ -563,7 +566,7 @@ def test_vllm_moves_with_every_step_and_is_not_asked_for_more_room_than_the_answ
 )
 def test_where_transformers_take_vllms_place_a_batch_has_room_for_its_cache(free_gib: float, rows: int) -> None:
     qwen_7b = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=4, num_attention_heads=28, hidden_size=3584)
-    assert label.rows_that_fit(qwen_7b, int(free_gib * 2**30), 9216, 256) == rows
+    assert rows_that_fit(qwen_7b, int(free_gib * 2**30), 9216, 256) == rows
 
 
 def test_the_result_says_what_wrote_the_answers(pretrained: Path) -> None:

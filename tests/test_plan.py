@@ -33,7 +33,7 @@ PLANS = {
     "local": lambda: plan(),
     "free": lambda: plan(SMALL, replace(LOCAL, price_micros_per_hour=0)),
     "rented": lambda: plan(RENTED, *CARDS),
-    "over": lambda: plan(RENTED, *CARDS, cap_micros=2_000_000),
+    "over": lambda: plan(RENTED, *CARDS, cap_micros=1_000_000),
 }
 
 

@@ -203,13 +203,13 @@ def test_the_cap_is_the_recipes_unless_one_is_given() -> None:
 
 
 def test_a_plan_that_does_not_fit_says_what_would() -> None:
-    made = plan(RENTED, *CARDS, cap_micros=2_000_000)
+    made = plan(RENTED, *CARDS, cap_micros=1_000_000)
     advice = made.notes[0]
     assert not made.fits and "--budget" in advice and "set samples:" in advice
     budget = advice.split("--budget ")[1].split(",")[0]
     assert plan(RENTED, *CARDS, cap_micros=cap_micros(parse_amount(budget), CONFIG.rate)).fits
     samples = advice.split("samples: ")[1].split(" ")[0]
-    assert plan(RENTED.replace("samples: 1200", f"samples: {samples}"), *CARDS, cap_micros=2_000_000).fits
+    assert plan(RENTED.replace("samples: 1200", f"samples: {samples}"), *CARDS, cap_micros=1_000_000).fits
 
 
 def test_nothing_fits_names_the_smallest_change_that_would() -> None:

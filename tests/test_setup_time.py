@@ -55,7 +55,7 @@ def stage_hours(made: Plan) -> dict[str, float]:
 
 def test_setting_up_is_part_of_every_rented_stage_its_hours_and_its_price(monkeypatch: pytest.MonkeyPatch) -> None:
     made = plan(RENTED, *CARDS)
-    wanted = {"label": "label", "train": "train", "evaluate": "train", "export": "train"}
+    wanted = {"label": "label", "train": "train", "evaluate": "label", "export": "train"}
     for name, seconds in stage_hours(made).items():
         environment = setup_s(wanted[name])
         assert seconds == pytest.approx(planner.CLOUD_STARTUP_S.expected + environment.expected)
