@@ -19,11 +19,20 @@ from hypothesis import strategies as st
 from ml_support import context, run_stage
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Tokenizer
+from transformers import AutoModelForCausalLM, Qwen2Tokenizer
 
 from orchestrator.workload import label_bytes
-from tasks import label, models
-from tasks.contract import Architecture, DataSource, LabelSettings, ModelSource, PretrainSettings, TaskError
+from tasks import label, models, train
+from tasks.contract import (
+    Architecture,
+    DataSource,
+    ExportSettings,
+    LabelSettings,
+    ModelSource,
+    PretrainSettings,
+    TaskError,
+    TrainSettings,
+)
 from tasks.generate import Completion, TransformersGenerator, VllmGenerator, rows_that_fit
 from tasks.label import score
 from tasks.labels import Header, Sample, pack_bits, read_labels, shard_name, unpack_bits, write_shard
@@ -287,9 +296,9 @@ def test_rows_of_a_wider_head_are_never_labels_but_count_as_tail() -> None:
 
 
 def test_the_teacher_itself_as_student_has_no_loss_on_its_own_stored_labels(pretrained: Path) -> None:
-    """Through generation, scoring, storing and reading; shifted by one it does."""
-    run_stage(pretrained, "label", "label", LABEL)
-    labels = read_labels(pretrained / "label" / "done")
+    """Through generation, scoring, storing and reading; shifted by one it does. However the answers were sampled."""
+    run_stage(pretrained, "cold", "label", replace(LABEL, temperature=0.5, top_p=0.8))
+    labels = read_labels(pretrained / "cold" / "done")
     assert labels.header.top_k == 4 and labels.header.temperature == 2.0
     teacher = models.load_stage(pretrained / "pretrain" / "done", context(pretrained, "x", "label", LABEL),
                                 dtype=torch.float32).model.eval()  # fmt: skip
@@ -308,6 +317,33 @@ def test_the_teacher_itself_as_student_has_no_loss_on_its_own_stored_labels(pret
                 ).item()  # fmt: skip
             count += len(s.completion_ids)
         assert (total / count < 1e-4) is small
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("t", [1.0, 2.0, 4.0])
+def test_training_finds_nothing_to_learn_for_the_teacher_itself(pretrained: Path, t: float, packed: bool) -> None:
+    """From the stored labels through training's own batches, shuffled, of uneven lengths; one place off it would."""
+    run_stage(pretrained, f"own-{t:g}", "label", replace(LABEL, label_temperature=t))
+    labels = read_labels(pretrained / f"own-{t:g}" / "done")
+    examples = train.Examples.of(labels, range(len(labels)))
+    ctx = context(pretrained, "x", "label", LABEL)
+    teacher = models.load_stage(pretrained / "pretrain" / "done", ctx, dtype=torch.float32).model
+    if packed:
+        assert models.use_packing(teacher)
+    how = train.Fit(
+        steps=1, batch_size=8, micro_batch=8, learning_rate=1.0, alpha=1.0, temperature=t, use_mass_at_t=True,
+        precision="fp32",
+    )  # fmt: skip
+    picked = torch.tensor([4, 0, 3, 3, 1])
+    batch = examples.batch(picked, soft=True, packed=packed)
+    count = len(batch.labels)
+    loss = train.loss_of(teacher, batch, how, count).total
+    loss.backward()
+    largest = max(float(p.grad.abs().max()) for p in teacher.parameters() if p.grad is not None)
+    assert abs(loss.item()) < 1e-4 and largest < 1e-3
+    assert batch.soft is not None
+    shifted = replace(batch, soft=tuple(part.roll(1, 0) for part in batch.soft))
+    assert train.loss_of(teacher, shifted, how, count).total > 0.01
 
 
 def test_the_header_names_the_teacher_with_its_revision(pretrained: Path) -> None:
@@ -348,6 +384,72 @@ class Scripted:
             cut = text.endswith("...")
             done.append(Completion(ids if cut else [*ids, self._tokenizer.eos_token_id], "length" if cut else "stop"))
         return done
+
+
+def test_ids_stay_as_the_teacher_wrote_them_where_its_text_would_be_cut_otherwise(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = models.tiny_tokenizer()
+    halves = [models.byte_vocabulary(tokenizer)[bytes([one])] for one in (0xC3, 0xFF, 0xA9)]  # no text has these
+    written = [*halves, tokenizer.eos_token_id]
+    assert tokenizer.encode(tokenizer.decode(written)) != written
+
+    class Odd:
+        def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]:
+            return [Completion(list(written), "stop")] * len(prompts)
+
+    monkeypatch.setattr(label._Teacher, "generator", lambda self: Odd())
+    run_stage(pretrained, "odd", "label", replace(LABEL, verify="none"))
+    labels = read_labels(pretrained / "odd" / "done")
+    assert len(labels) == 20
+    assert all(labels.tokens(i)[1].tolist() == written for i in range(20))
+
+
+def test_training_reads_prompt_and_answer_as_they_were_written_with_the_thinking_and_the_end(
+    pretrained: Path, scripted: Any
+) -> None:
+    scripted("w1\n</think>SUM")
+    run_stage(pretrained, "thought", "label", LABEL)
+    labels = read_labels(pretrained / "thought" / "done")
+    tokenizer = models.tiny_tokenizer()
+    examples = train.Examples.of(labels, range(len(labels)))
+    for i in range(len(labels)):
+        prompt, completion = labels.tokens(i)
+        row = examples.ids[examples.offsets[i] : examples.offsets[i + 1]]
+        assert row.tolist() == [*prompt.tolist(), *completion.tolist()]
+        assert "<|assistant|><think>\nw1\n</think>" in tokenizer.decode(row, skip_special_tokens=False)
+        learnt = examples.batch(torch.tensor([i]), soft=True).labels
+        assert learnt.tolist() == completion.tolist() and learnt[-1] == tokenizer.eos_token_id
+
+
+def test_a_generated_answer_holds_its_end_of_sequence_and_nothing_behind_it() -> None:
+    model, tokenizer = tiny_model()
+    made = TransformersGenerator(model, tokenizer, 4)
+    end = tokenizer.eos_token_id
+    assert made._until_end([5, end, 6, end]) == Completion([5, end], "stop")
+    assert made._until_end([5, 6]) == Completion([5, 6], "length")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_head_wider_than_the_vocabulary_stays_as_wide_through_training_and_export(
+    pretrained: Path, tmp_path: Path, method: str
+) -> None:
+    """As Qwen2.5's is: rows without a token are neither cut off nor added, or GGUF files would not load."""
+    run_stage(pretrained, "label", "label", LABEL)
+    tokenizer = models.tiny_tokenizer()
+    wide_one = models.from_architecture(TINY, tokenizer, seed=1)
+    rows = len(tokenizer) + 10
+    wide_one.resize_token_embeddings(rows)
+    models.save(tmp_path, wide_one, tokenizer)
+    settings = TrainSettings(
+        student=ModelSource(path=str(tmp_path)), labels="label", method=method, steps=2, micro_batch=8,
+        learning_rate=1e-2, temperature=2.0,
+    )  # fmt: skip
+    run_stage(pretrained, f"wide-{method}", "train", settings)
+    run_stage(pretrained, f"out-{method}", "export", ExportSettings(f"wide-{method}"))
+    folder = pretrained / f"out-{method}" / "done" / "hf"
+    made = AutoModelForCausalLM.from_pretrained(folder)
+    assert made.config.vocab_size == rows == len(made.get_input_embeddings().weight) == len(models.head_weight(made))
 
 
 @pytest.fixture
@@ -525,8 +627,10 @@ class FakeLlm:
 
     def __init__(self, **kwargs: Any) -> None:
         self.kwargs, self.llm_engine = kwargs, FakeEngine()
+        self.asked: list[Any] = []
 
     def generate(self, prompts: list[dict[str, list[int]]], params: list[Any], use_tqdm: bool) -> list[Any]:
+        self.asked += params
         self.llm_engine.open = [(p["prompt_token_ids"], q) for p, q in zip(prompts, params, strict=True)]
         found = []
         while self.llm_engine.open:
@@ -554,6 +658,9 @@ def test_vllm_moves_with_every_step_and_is_not_asked_for_more_room_than_the_answ
             Completion([5], "length"), Completion([5, 5, end], "stop"), Completion([5, 5], "length"),
         ]  # fmt: skip
     assert len(moved) == 4 and moved[:2] == moved[2:] and 0 < moved[0] < moved[1] < 1
+    # Log-probabilities of an engine carry the sampling temperature, or cost three quarters of its speed.
+    asked = made._llm.asked
+    assert len(asked) == 6 and not any("logprobs" in name for one in asked for name in vars(one))
 
 
 @pytest.mark.parametrize(
