@@ -223,6 +223,20 @@ def test_rows_are_found_wherever_the_shards_were_cut(tmp_path: Path) -> None:
             labels.soft_rows(torch.tensor([outside]))
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_shard_is_the_same_to_the_byte_however_many_samples_are_packed_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    samples = [sample(f"{i}", 2, i * 3 % 7) for i in range(10)]
+    made = []
+    for rows in (1, 6, 2048):
+        monkeypatch.setattr("tasks.labels.PACKED_ROWS", rows)
+        write_shard(tmp_path / shard_name(0), replace(HEADER, logprob_bits=bits), samples)
+        made.append((tmp_path / shard_name(0)).read_bytes())
+    assert made[0] == made[1] == made[2]
+    assert torch.equal(read_labels(tmp_path).sample(9).topk_ids, samples[9].topk_ids)
+
+
 def test_opening_labels_does_not_read_the_soft_ones(tmp_path: Path) -> None:
     """Two shards of 64 MB: in a fresh process, opening them and reading a few rows takes a small part of that."""
     header = replace(HEADER, vocabulary=151_665, top_k=64)
