@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +29,8 @@ from tasks.contract import DataSource, LabelSettings, ModelSource, TaskError
 from tasks.labels import Header, Labels, Sample, read_labels, shard_name, write_shard
 from tasks.labels_text import export_jsonl, import_jsonl, shown
 from tests.plans import make_plan
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +112,7 @@ def test_hard_labels_of_others_end_with_the_end_of_sequence(folder: Path, tmp_pa
     [
         ({"input": "1"}, "no input and target"),
         ({"input": "1", "target": "4", "soft_label": [{"4": 0.5}] * 3}, "target has 1 tokens, soft_label 3"),
-        ({"input": "1", "target": "4", "soft_label": [{"forty": 0.5}]}, "'forty' is not one token"),
+        ({"input": "1", "target": "4", "soft_label": [{"forty": 0.5}]}, '"forty" is not one token'),
         ({"input": "1", "target": "4", "target_ids": [9], "soft_label": [{"999": 0.5}]}, "outside the vocabulary"),
         ({"input": "1", "target": "4", "target_ids": [-9], "soft_label": [{"9": 0.5}]}, "outside the vocabulary"),
         ({"input": "1", "target": "4", "tokenizer": "another"}, "another tokenizer"),
@@ -120,8 +125,104 @@ def test_lines_that_cannot_be_labels_are_refused_in_words(folder: Path, tmp_path
         imported(tmp_path, folder, line)
 
 
+GOOD = '"input": "1", "target": "4", "target_ids": [9]'
+ODD = [
+    ("", "holds no samples"),
+    ("\n  \n", "holds no samples"),
+    ("{" + GOOD, "it is not JSON"),
+    ("input,target", "it is not JSON"),
+    ("[" * 100_000, "it is not JSON"),
+    ('["1", "4"]', "no input and target"),
+    (b"\xff\xfe{", "not UTF-8"),
+    (f'{{{GOOD}, "soft_label": [{{"9": NaN}}]}}', "NaN is no number"),
+    (f'{{{GOOD}, "soft_label": [{{"9": -Infinity}}]}}', "-Infinity is no number"),
+    (f'{{{GOOD}, "soft_label": [{{"9": 1e999}}]}}', "too large a number"),
+    (f'{{{GOOD}, "soft_label": [{{"9": {"9" * 400}}}]}}', "too large a number"),
+    (f'{{{GOOD}, "soft_label": [{{"9": {"9" * 5000}}}]}}', "it is not JSON"),
+    (f'{{{GOOD}, "soft_label": [{{"9": "0.5"}}]}}', 'soft_label[0] of "9" is "0.5", not a number'),
+    (f'{{{GOOD}, "soft_label": [{{"9": true}}]}}', "is true, not a number"),
+    (f'{{{GOOD}, "soft_label": [{{"9": 0.5, "9": 0.25}}]}}', '"9" stands twice'),
+    (f'{{{GOOD}, "soft_label": [{{"9": 0.5, "09": 0.25}}]}}', "soft_label[0] names the token"),
+    (f'{{{GOOD}, "soft_label": [{{"9": -0.5, "8": 0.25}}]}}', "soft_label[0] holds 0.25, and soft_label[0] -0.5"),
+    (f'{{{GOOD}, "soft_label": [{{"9": 1.5}}]}}', "no probability is above 1"),
+    (f'{{{GOOD}, "soft_label": [{{"9": 0.7, "8": 0.7}}]}}', "sum up to 1.4"),
+    (f'{{{GOOD}, "soft_label": [{{"9": -0.1, "8": -0.1}}]}}', "sum up to 1.81"),
+    (f'{{{GOOD}, "soft_label": [{{"-9": 0.5}}]}}', "holds -9, which is outside the vocabulary"),
+    (f'{{{GOOD}, "soft_label": [{{"{"9" * 40}": 0.5}}]}}', "is not one token"),
+    (f'{{{GOOD}, "soft_label": [{{"\\ud800": 0.5}}]}}', "is not one token"),
+    (f'{{{GOOD}, "soft_label": {{"9": 0.5}}}}', "not a list"),
+    (f'{{{GOOD}, "soft_label": [0.5]}}', "soft_label[0] is 0.5"),
+    (f'{{{GOOD}, "soft_label": [{{"9": 0.5}}, {{"9": 0.5}}]}}', "target has 1 tokens, soft_label 2"),
+    (f'{{{GOOD}, "soft_label": [{{"9": 0.5}}], "log_tail_mass": [0.5]}}', "log_tail_mass[0] is 0.5"),
+    (f'{{{GOOD}, "soft_label": [{{"9": 0.5}}], "log_mass_at_t": "x"}}', "not a list"),
+    ('{"input": "1", "target": 4}', "target is 4, not text"),
+    ('{"input": ["1"], "target": "4"}', "not text"),
+    ('{"input": "\\ud800", "target": "4"}', "half a character"),
+    ('{"input": "1", "target": "4", "target_ids": ["9"]}', 'target_ids[0] is "9", not a token id'),
+    ('{"input": "1", "target": "4", "target_ids": [9.0]}', "target_ids[0] is 9.0, not a token id"),
+    ('{"input": "1", "target": "4", "target_ids": 9}', "target_ids is 9, not a list"),
+    ('{"input": "1", "target": "4", "input_ids": []}', "input_ids is [], not a list"),
+    ('{"input": "1", "target": "4", "input_ids": [-1]}', "input_ids holds -1, which is outside the vocabulary"),
+    (f'{{"input": "1", "target": "4", "target_ids": [{"9" * 30}]}}', "outside the vocabulary"),
+    (f'{{{GOOD}, "temperature": 0}}', "temperature is 0"),
+    (f'{{{GOOD}, "temperature": "2"}}', 'temperature is "2", not a number'),
+    (f'{{{GOOD}, "key": 7}}', "key is 7, not text"),
+    (f'{{{GOOD}, "teacher": []}}', "teacher is [], not text"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), ODD, ids=[says for _, says in ODD])
+def test_whatever_stands_in_a_file_there_is_one_error_with_its_line_and_a_cure(
+    folder: Path, tmp_path: Path, text: str | bytes, says: str
+) -> None:
+    """Behind a good line, so that the line is counted and what was written before is taken back."""
+    good = b'{"input": "2", "target": "5", "target_ids": [9]}\n\n'
+    if b"soft_label" in (text if isinstance(text, bytes) else text.encode()):
+        good = good.replace(b"}", b', "soft_label": [{"9": 0.5}]}')
+    if says == "holds no samples":
+        good = b""
+    file = tmp_path / "odd.jsonl"
+    file.write_bytes(good + (text if isinstance(text, bytes) else text.encode()))
+    with pytest.raises(TaskError) as raised:
+        import_jsonl(file, tmp_path / "out", str(folder / "tokenizer"))
+    message = raised.value.message
+    assert says in message and str(file) in message and len(message) < 300 and raised.value.hint
+    assert says == "holds no samples" or message.startswith(f"line 3 of {file}: ")
+    assert not list((tmp_path / "out").glob("labels-*"))
+
+
+def test_a_line_that_never_ends_is_not_read_into_memory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.labels_import.LONGEST_LINE", 1 << 20)
+    file = tmp_path / "huge.jsonl"
+    file.write_bytes(b"[" + b" " * (3 << 20))
+    with pytest.raises(TaskError, match=r"line 1 of .* is longer than 1 MiB") as raised:
+        import_jsonl(file, tmp_path / "out", str(folder / "tokenizer"))
+    assert "JSON array" in raised.value.hint
+
+
+def test_the_command_says_what_is_wrong_without_a_traceback(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"input": "1", "target": "4", "soft_label": [{"4": "high"}]}\n')
+    words = ["labels", "import", "odd.jsonl", "out", "--tokenizer", str(folder / "tokenizer")]
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", *words], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        'error: line 1 of odd.jsonl: soft_label[0] of "4" is "high", not a number\n  -> write it without quotes\n'
+    )
+
+
+def test_log_probabilities_that_rounding_lifted_above_zero_stay_what_they_are(folder: Path, tmp_path: Path) -> None:
+    soft = [{"9": 1e-7, "8": -20.0}]
+    sample = imported(tmp_path, folder, {"input": "1", "target": "4", "target_ids": [9], "soft_label": soft}).sample(0)
+    assert sample.topk_ids.tolist() == [[9, 8]] and abs(sample.topk_logprobs[0, 1] + 20) < 0.02
+
+
 def test_half_an_import_is_taken_back(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.labels_text.SHARD_SAMPLES", 1)
+    monkeypatch.setattr("tasks.labels_import.SHARD_SAMPLES", 1)
     good = {"input": "1", "target": "4"}
     assert len(imported(tmp_path, folder, good, good)) == 2
     (tmp_path / "out").rename(tmp_path / "first")
@@ -133,7 +234,7 @@ def test_half_an_import_is_taken_back(folder: Path, tmp_path: Path, monkeypatch:
 def test_lines_of_different_kinds_are_not_mixed(folder: Path, tmp_path: Path) -> None:
     hard = {"input": "1", "target": "4"}
     for other in ({**hard, "soft_label": [{"4": 0.5}]}, {**hard, "teacher": "another"}):
-        with pytest.raises(TaskError, match="differ in teacher"):
+        with pytest.raises(TaskError, match=r"line 2 of .* differs from line 1 in (teacher|whether)"):
             imported(tmp_path, folder, hard, other)
 
 
