@@ -18,8 +18,9 @@ import tasks
 from orchestrator import access, grants
 from orchestrator.access import head, hub_models
 from orchestrator.errors import UsageError
-from tasks.bucket import Bucket
-from tasks.contract import DataSource, EvaluateSettings, LabelSettings, TrainSettings
+from orchestrator.label_folder import entries_of, label_files
+from tasks.bucket import Bucket, Manifest, files_sha256, read_commit
+from tasks.contract import COMMIT_FILE, LABELS_PREFIX, DataSource, EvaluateSettings, LabelSettings, TrainSettings
 
 S = TypeVar("S")
 
@@ -89,7 +90,10 @@ def fetch_code(bucket: Bucket, sha256: str, folder: Path) -> Path:
 
 
 def upload_data(bucket: Bucket, settings: S) -> S:
-    """The same settings with every local jsonl file put to `data/<sha>-<name>` in the run and named by that key."""
+    """The same settings with every local jsonl file put to `data/<sha>-<name>` in the run and named by that key.
+
+    A folder of labels goes to LABELS_PREFIX with the hash of all its files, which the machine compares.
+    """
     if not is_dataclass(settings):
         return settings
     changed: dict[str, Any] = {}
@@ -97,6 +101,8 @@ def upload_data(bucket: Bucket, settings: S) -> S:
         value = getattr(settings, item.name)
         if isinstance(value, DataSource) and value.sha256 is None and not value.source.startswith("builtin:"):
             changed[item.name] = _put_data(bucket, Path(value.source))
+    if isinstance(settings, TrainSettings) and Path(settings.labels).is_absolute():
+        changed["labels"] = _put_labels(bucket, Path(settings.labels))
     return replace(settings, **changed)  # type: ignore[type-var]
 
 
@@ -109,6 +115,17 @@ def _put_data(bucket: Bucket, path: Path) -> DataSource:
     if bucket.head(key) is None:
         bucket.put_file(path, key)
     return DataSource(source=key, sha256=sha256)
+
+
+def _put_labels(bucket: Bucket, path: Path) -> str:
+    files = label_files(path)
+    entries = entries_of(files)
+    key = f"{LABELS_PREFIX}{files_sha256(entries)}"
+    if read_commit(bucket, key) is None:
+        for rel, file in files.items():
+            bucket.put_file(file, f"{key}/{rel}")
+        bucket.put(f"{key}/{COMMIT_FILE}", Manifest(fence=0, files=entries).to_json().encode())
+    return key
 
 
 def supervisor_argv(bucket_url: str, stage: str, attempt: int, remaining_s: float) -> Sequence[str]:

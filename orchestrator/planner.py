@@ -119,9 +119,10 @@ def _assemble(
         infra=recipe.infra or (),
         notes=(),
     )
-    meaning = recipe.model_dump(mode="json", exclude={"path", "text", "models", "folders", "files", "bucket_url"})
-    files = sorted(file.sha256 for file in recipe.files.values())
-    digest = digest_of([meaning, files], stages, cap, deadline, config.rate)
+    beside = {"path", "text", "models", "folders", "files", "bucket_url", "labels"}
+    meaning = recipe.model_dump(mode="json", exclude=beside)
+    hashes = sorted([file.sha256 for file in recipe.files.values()] + [one.sha256 for one in recipe.labels.values()])
+    digest = digest_of([meaning, hashes], stages, cap, deadline, config.rate)
     return replace(plan, digest=digest, notes=(*_plan_notes(plan, now), *access.notes(plan, recipe.allow_account_key)))
 
 
@@ -313,6 +314,7 @@ def _storage(stages: tuple[StagePlan, ...], world: World, bucket: str) -> Iterat
     if not bucket.startswith("s3:"):
         return
     labels = sum(stage.uses.get("label_gib", 0.0) for stage in stages)
+    labels += sum(folder.size for folder in world.recipe.labels.values()) / 2**30
     trained = [world.student_shape(stage) for stage in world.recipe.stages if isinstance(stage, TrainStage)]
     gigabytes = labels * 1.074 + sum(shape.params * 2 / 1e9 for shape in trained)
     month = math.ceil(gigabytes * STORAGE_USD_MICROS_PER_GB)
@@ -345,7 +347,7 @@ def _stage_notes(stage: Stage, world: World) -> Iterator[str]:
             yield f"temperature {stage.loss.temperature:g} is nearly flat: 1 to 4 teaches more"
         if stage.loss.temperature < 1:
             yield f"temperature {stage.loss.temperature:g} is nearly one-hot: 1 to 4 teaches more"
-        stored = world.label_temperature(world.label(stage.labels))
+        stored = world.taught(stage).temperature
         if stage.loss.alpha > 0 and stage.loss.temperature not in (1.0, stored):
             held = "1" if stored == 1 else f"1 and {stored:g}"
             yield f"the labels hold masses at T {held}: at {stage.loss.temperature:g} the tail is not learned"
@@ -442,7 +444,8 @@ def _widen(stage: Stage, world: World, offers_for: OffersFor, calibration: Calib
     ):
         return "method: lora would fit"
     if isinstance(stage, TrainStage):
-        length = stage.max_seq_len or sum((world.label_lengths(world.label(stage.labels)).limit, LONGEST_PROMPT_TOKENS))
+        lengths = world.taught(stage).lengths
+        length = stage.max_seq_len or lengths.limit + max(lengths.longest_prompt, LONGEST_PROMPT_TOKENS)
         while length > 512:
             length //= 2
             if fits(need, stage.model_copy(update={"max_seq_len": length})):

@@ -25,6 +25,7 @@ from pydantic import (
 
 from orchestrator.catalog import GPUS, ModelShape, UnknownModel, shape_of
 from orchestrator.errors import UsageError
+from orchestrator.label_folder import LabelFolder, read_label_folder
 from orchestrator.money import Amount, parse_amount, parse_budget, parse_duration
 
 Loc = tuple[str | int, ...]
@@ -265,7 +266,7 @@ class TrainStage(_Working):
         Discriminator(lambda value: "id" if isinstance(value, str) else "architecture"),
     ] = Field(description="a model as owner/name, a folder, an earlier pretrain or train stage, or an architecture")
     revision: Name | None = Field(None, description="commit of a hub model")
-    labels: Name = Field(description="an earlier label stage")
+    labels: Name = Field(description="an earlier label stage, or a folder of labels (`kdcloud labels import`)")
     method: Literal["lora", "qlora", "full"] = Field("lora", description="qlora: LoRA on weights held in 4 bits")
     lora: LoraPart = LoraPart()
     loss: LossPart = LossPart()
@@ -378,6 +379,7 @@ class Recipe(RecipeSpec):
     files: Mapping[str, DataFile]  # by the text that stands in the recipe
     models: Mapping[str, ModelShape]  # by the text that stands in the recipe
     folders: Mapping[str, str]  # model folders made absolute, by the text that stands in the recipe
+    labels: Mapping[str, LabelFolder]  # by the text that stands in the recipe
 
 
 def load_recipe(path_or_name: str) -> Recipe:
@@ -428,6 +430,7 @@ def parse_recipe(text: str, path: Path) -> Recipe:
         files=beside.files,
         models=beside.models,
         folders=beside.folders,
+        labels=beside.labels,
     )
 
 
@@ -663,6 +666,7 @@ class _Beside:
         self.files: dict[str, DataFile] = {}
         self.models: dict[str, ModelShape] = {}
         self.folders: dict[str, str] = {}
+        self.labels: dict[str, LabelFolder] = {}
         self.bucket: str | None = None
 
     def data(self, text: str) -> str | None:
@@ -695,6 +699,20 @@ class _Beside:
         except UnknownModel as error:
             return f"{error.message}; {error.hint}"
         return None
+
+    def label_folder(self, text: str) -> str | None:
+        """What is wrong with a folder of labels; None when it is good."""
+        if text in self.labels:
+            return None
+        try:
+            self.labels[text] = read_label_folder(self.folder / Path(text).expanduser())
+        except UsageError as error:
+            return f"{error.message}; {error.hint}"
+        return None
+
+    def may_be_labels(self, text: str) -> bool:
+        """Whether the text is a folder rather than a stage's name."""
+        return "/" in text or text.startswith((".", "~")) or any((self.folder / text).glob("labels-*.safetensors"))
 
     def may_be_model(self, text: str) -> bool:
         """Whether the text is a model's name rather than a stage's."""
@@ -770,8 +788,11 @@ def _stage_problems(
                 yield "temperature", "0 gives the same answer every time: several samples a prompt need more"
         case "train":
             yield from refer("student", MODEL_STAGES, model=True)
-            yield from refer("labels", ("label",), model=False)
-            if _hard_only(stage, names):
+            if _from_folder(stage, names, beside):
+                yield from (("labels", problem) for _, problem in _problem((), beside.label_folder(stage["labels"])))
+            else:
+                yield from refer("labels", ("label",), model=False)
+            if _hard_only(stage, names, beside):
                 yield (
                     "loss",
                     "alpha above 0 learns from soft labels, and those labels are hard (top_k: 0): set alpha: 0",
@@ -799,11 +820,20 @@ def _stage_problems(
             yield from refer("student", ("train",), model=False)
 
 
-def _hard_only(stage: dict[str, Any], names: _Named) -> bool:
-    """Whether a train stage wants soft labels from a label stage that keeps none."""
+def _from_folder(stage: dict[str, Any], names: _Named, beside: _Beside) -> bool:
+    """Whether a train stage names a folder of labels."""
+    word = stage.get("labels")
+    return isinstance(word, str) and word not in names and beside.may_be_labels(word)
+
+
+def _hard_only(stage: dict[str, Any], names: _Named, beside: _Beside) -> bool:
+    """Whether a train stage wants soft labels where there are none."""
     _, label = names.get(str(stage.get("labels")), (0, {}))
     soft, loss = label.get("soft_labels"), stage.get("loss")
     alpha = loss.get("alpha", LossPart().alpha) if isinstance(loss, dict) else LossPart().alpha
+    folder = beside.labels.get(str(stage.get("labels")))
+    if folder is not None:
+        return folder.top_k == 0 and alpha != 0
     return isinstance(soft, dict) and soft.get("top_k") == 0 and alpha != 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 
 from orchestrator import duration, memory, setup_time
 from orchestrator.catalog import Gpu, ModelShape
@@ -148,12 +149,12 @@ def _label_settings(stage: LabelStage, world: World, batch_size: int) -> LabelSe
 
 
 def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterator[TrainSettings]:
-    lengths = world.label_lengths(world.label(stage.labels))
+    lengths, folder = world.taught(stage).lengths, world.recipe.labels.get(stage.labels)
     half = machine.speed.gpu and (machine.gpu is None or machine.gpu.bf16)
     compare, compared = world.recipe.compare, world.compared(stage)
     whole = TrainSettings(
         student=world.student(stage),
-        labels=stage.labels,
+        labels=stage.labels if folder is None else str(Path(folder.path).absolute()),
         method=stage.method,
         lora=LoraSettings(stage.lora.r, stage.lora.alpha, stage.lora.dropout, stage.lora.targets),
         alpha=stage.loss.alpha,
@@ -352,8 +353,8 @@ def _measure_api(stage: LabelStage, settings: LabelSettings, api: ApiTeacher, wo
 
 
 def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, machine: Machine) -> Measured:
-    label = world.label(settings.labels)
-    shape, lengths, speed = world.student_shape(stage), world.label_lengths(label), machine.speed
+    taught = world.taught(stage)
+    shape, lengths, speed = world.student_shape(stage), taught.lengths, machine.speed
     full = settings.method == "full"
     trainable = shape.params if full else shape.lora_params(settings.lora.r, settings.lora.targets)
     need = memory.training_memory(
@@ -368,7 +369,7 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
         four_bit=settings.method == "qlora",
         eight_bit=settings.optimizer == "adamw_8bit",
     )
-    kept = world.kept(label)
+    kept = taught.samples
     steps = settings.steps or max(1, math.ceil(kept * (settings.epochs or 1.0) / settings.batch_size))
     in_all = _steps_in_all(settings, steps)
     mean_len = min(lengths.prompt + lengths.answer, settings.max_seq_len)

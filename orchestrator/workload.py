@@ -51,6 +51,16 @@ class Lengths:
     cut_share: float
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What a student learns from."""
+
+    lengths: Lengths
+    samples: float
+    temperature: float  # T of the stored masses, besides 1
+    vocab: int | None  # None: that of the teacher's shape
+
+
 class World:
     """The recipe with its references followed."""
 
@@ -103,7 +113,7 @@ class World:
 
     def student_shape(self, stage: TrainStage) -> ModelShape:
         if isinstance(stage.student, ArchitecturePart):
-            vocab = self.shape(self.label(stage.labels).teacher).vocab
+            vocab = self.taught(stage).vocab or self.shape(self.label(stage.labels).teacher).vocab
             return made_shape(stage.name, architecture(stage.student), vocab)
         return self.shape(stage.student)
 
@@ -158,9 +168,23 @@ class World:
         model = stage.teacher if stage.api is None else stage.api.model
         return self.lengths(stage.prompts or self.recipe.data.prompts, model, stage.max_new_tokens)
 
+    def taught(self, stage: TrainStage) -> Taught:
+        """Of a label stage as it is expected to be; of a folder as it is."""
+        folder = self.recipe.labels.get(stage.labels)
+        if folder is None:
+            label = self.label(stage.labels)
+            return Taught(self.label_lengths(label), self.kept(label), self.label_temperature(label), None)
+        rest = folder.longest - folder.longest_prompt  # together they are the longest row
+        lengths = Lengths(folder.prompt, folder.longest_prompt, folder.answer, rest, 0.0)
+        return Taught(lengths, folder.samples, folder.temperature, folder.vocabulary)
+
     def evaluate_lengths(self, stage: EvaluateStage) -> Lengths:
         """Answers at evaluation are as long as those the student learned from."""
-        label = self.label(self.train(stage.student).labels)
+        train = self.train(stage.student)
+        if train.labels in self.recipe.labels:
+            learnt = self.taught(train).lengths
+            return replace(learnt, limit=stage.max_new_tokens or max(1, learnt.limit))
+        label = self.label(train.labels)
         held_out = stage.held_out or self.recipe.data.held_out
         model = label.teacher if label.api is None else label.api.model
         return self.lengths(held_out, model, stage.max_new_tokens or self.label_lengths(label).limit)
@@ -207,7 +231,8 @@ class World:
         """Whether the teacher writes long chains of thought."""
         stage = self._stages.get(model)
         if isinstance(stage, TrainStage):
-            return self._reasons(self.label(stage.labels).teacher)
+            folder = self.recipe.labels.get(stage.labels)
+            return self._reasons(self.label(stage.labels).teacher if folder is None else folder.teacher)
         return any(mark in model for mark in ("R1", "Qwen3", "QwQ", "reasoner"))
 
 

@@ -386,6 +386,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_sha256(files: Mapping[str, FileEntry]) -> str:
+    """SHA-256 of a folder: of its files' names and hashes."""
+    lines = (f"{entry.sha256} {rel}\n" for rel, entry in sorted(files.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def os_trouble(error: OSError, path: Path) -> BucketError:
     """What a failed file operation below `path` means for a person."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -22,6 +22,7 @@ LOG_FILE = "log.txt"
 ENDED_FILE = "ended.json"
 COMMIT_FILE = "COMMIT"
 STAGE_PREFIX = "stage:"
+LABELS_PREFIX = "data/labels-"  # and the sha256 of a folder of labels that came with the recipe
 PROMPT_OVERHEAD_TOKENS = 256  # an API's chat template, and what a provider puts before a prompt unasked
 
 
@@ -165,7 +166,7 @@ class TrainSettings:
     """Distil labels into a student; with `compare_hard`, train the hard-label arms on the same data beside it."""
 
     student: ModelSource
-    labels: str  # name of the label stage
+    labels: str  # name of the label stage, or LABELS_PREFIX and a hash
     method: str = "lora"  # lora | qlora | full
     lora: LoraSettings = field(default_factory=LoraSettings)
     alpha: float = 0.7

@@ -34,12 +34,14 @@ from tasks.bucket import (
     commit_folder,
     delete_prefix,
     fetch_folder,
+    files_sha256,
     open_bucket,
     read_commit,
     sha256_of,
 )
 from tasks.contract import (
     COMMIT_FILE,
+    LABELS_PREFIX,
     METRICS_FILE,
     PROGRESS_FILE,
     RESULT_FILE,
@@ -284,12 +286,24 @@ class StageContext:
     def input(self, stage: str) -> Path:
         folder = self.work.parent / "inputs" / stage
         try:
+            if stage.startswith(LABELS_PREFIX):
+                self._check_labels(stage)
             with self._moving("download") as moved:
                 return fetch_folder(self._bucket, stage, folder, moved=moved)
         except NotFound as error:
             raise TaskError(f"stage {stage} has no committed result", hint="resume the run to make it") from error
         except Corrupt as error:
             raise TaskError(f"the result of stage {stage} is corrupt: {error.message}", hint=error.hint) from error
+
+    def _check_labels(self, key: str) -> None:
+        """Each file is checked against the manifest; here the manifest against the hash that the client named."""
+        manifest = read_commit(self._bucket, key)
+        if manifest is None:
+            raise TaskError(f"{key} is not in the bucket of this run", hint="start a new run from the client")
+        if files_sha256(manifest.files) != key.removeprefix(LABELS_PREFIX):
+            raise TaskError(
+                "the labels in the bucket are not those this run was started with", hint="start a new run for new ones"
+            )
 
     def data(self, source: DataSource) -> list[dict[str, Any]]:
         from tasks import data
