@@ -48,10 +48,12 @@ def show(place: str | None, stage: str | None, first: int, limit: int, as_json: 
     text = _text()
     with _folder(place, stage) as folder:
         samples = text.shown(folder, first=first, limit=limit)
+        how = text.stored(folder)
         if as_json:
-            click.echo(json.dumps({"schema": 1, "samples": list(samples)}, indent=1, ensure_ascii=False))
+            click.echo(json.dumps({"schema": 1, **how, "samples": list(samples)}, indent=1, ensure_ascii=False))
             return
         console = Console(highlight=False)
+        console.print(stored_words(how))
         for sample in samples:
             render_sample(sample, console)
 
@@ -123,6 +125,15 @@ def _folder(place: str | None, stage: str | None) -> Iterator[Path]:
         with bytes_bar(sum(wanted(found).values()), "fetching") as moved:
             fetch(bucket, found, Path(dest), moved=moved)
         yield Path(dest) / names[0]
+
+
+def stored_words(how: dict[str, Any]) -> str:
+    """`64 ids a token; log-probabilities of 8 bit, off by 0.038, 0.13 at worst`."""
+    if how["top_k"] == 0:
+        return "hard labels only"
+    error = how["logprob_error"]
+    off = "error not measured" if error is None else f"off by {error['mean']:.2g}, {error['worst']:.2g} at worst"
+    return f"{how['top_k']} ids a token; log-probabilities of {how['logprob_bits']} bit, {off}"
 
 
 def render_sample(sample: dict[str, Any], console: Console) -> None:

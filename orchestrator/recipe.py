@@ -173,6 +173,7 @@ class SoftLabelsPart(_Part):
 
     top_k: Whole = Field(64, description="ids kept a token; 0 keeps hard labels only")
     temperature: Positive | None = Field(None, description="default: the temperature of the training that uses them")
+    logprob_bits: Literal[16, 8] = Field(16, description="8: 220 bytes a token of 64 ids instead of 284, off by 0.04")
 
 
 class ApiPart(_Part):

@@ -138,6 +138,7 @@ def _label_settings(stage: LabelStage, world: World, batch_size: int) -> LabelSe
         top_p=stage.top_p,
         top_k=stage.soft_labels.top_k if stage.api is None else min(stage.soft_labels.top_k, API_TOP_K),
         label_temperature=world.label_temperature(stage),
+        logprob_bits=stage.soft_labels.logprob_bits,
         engine=stage.engine,
         batch_size=batch_size,
         shard_size=stage.shard_size or LabelSettings.shard_size,
@@ -318,7 +319,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
             "cut_share": lengths.cut_share,
             "kept_share": world.kept_share(stage),
             "kept_samples": kept,
-            "label_gib": kept * lengths.answer * label_bytes(settings.top_k, shape.vocab) / 2**30,
+            "label_gib": _label_gib(kept * lengths.answer, settings, shape.vocab),
         },
     )
 
@@ -327,6 +328,10 @@ def _engine(wanted: str, machine: Machine) -> bool:
     """Whether vLLM writes the answers: on a rented machine wherever its card allows, it is installed there."""
     there = machine.speed.gpu and (machine.offer.infra == "local" or setup_time.runs_vllm(machine.gpu))
     return there and wanted != "transformers"
+
+
+def _label_gib(tokens: float, settings: LabelSettings, vocab: int) -> float:
+    return tokens * label_bytes(settings.top_k, vocab, settings.logprob_bits) / 2**30
 
 
 def _measure_api(stage: LabelStage, settings: LabelSettings, api: ApiTeacher, world: World) -> Measured:
@@ -347,7 +352,7 @@ def _measure_api(stage: LabelStage, settings: LabelSettings, api: ApiTeacher, wo
             "kept_share": world.kept_share(stage),
             "kept_samples": kept,
             "api_expected_micros": answers * api.cost_micros(round(lengths.prompt), round(lengths.answer)),
-            "label_gib": kept * lengths.answer * label_bytes(settings.top_k, API_VOCABULARY) / 2**30,
+            "label_gib": _label_gib(kept * lengths.answer, settings, API_VOCABULARY),
         },
     )
 

@@ -31,13 +31,13 @@ RIGHT_SHARE = {"math": 0.8, "exact": 0.8, "text": 0.8, "none": 1.0}  # of the an
 ROWS_UNKNOWN = 500  # held-out prompts where no file tells
 
 
-def label_bytes(top_k: int, vocab: int) -> int:
-    """Bytes a stored completion token takes: its id and, with soft labels, k packed ids, k fp16 values, two masses.
+def label_bytes(top_k: int, vocab: int, logprob_bits: int = 16) -> int:
+    """Bytes a stored completion token takes: its id and, with soft labels, k packed ids, k values, two masses.
 
-    284 for k = 64 and a vocabulary of 151,665; the shard's header and prompts come on top (1 %).
+    284 for k = 64 and a vocabulary of 151,665, 220 in 8 bit; the shard's header and prompts come on top (1 %).
     """
     k = min(top_k, vocab)
-    return 4 + 4 + 4 + 2 * k + -(-k * vocab.bit_length() // 8)
+    return 4 + 4 + 4 + k * logprob_bits // 8 + -(-k * vocab.bit_length() // 8)
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ class LabelSettings:
     top_p: float = 0.95
     top_k: int = 64  # ids kept a token; 0 = hard labels only
     label_temperature: float = 1.0  # T at which log mass of the k ids is stored, besides T = 1
+    logprob_bits: int = 16  # of a stored log-probability; or 8
     engine: str = "auto"  # auto | vllm | transformers
     batch_size: int = 64
     shard_size: int = 256

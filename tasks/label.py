@@ -122,6 +122,8 @@ def _check(settings: LabelSettings) -> None:
         raise TaskError(f"verify: {settings.verify} is unknown", hint=f"use one of {', '.join(verify.KINDS)}")
     if settings.engine not in ("auto", "vllm", "transformers"):
         raise TaskError(f"engine: {settings.engine} is unknown", hint="use auto, vllm or transformers")
+    if settings.logprob_bits not in (8, 16):
+        raise TaskError(f"logprob_bits: {settings.logprob_bits} cannot be stored", hint="use 16 or 8")
     if settings.samples_per_prompt > 1 and settings.temperature == 0.0:
         raise TaskError(
             f"{settings.samples_per_prompt} samples a prompt at temperature 0 are one answer paid several times",
@@ -364,6 +366,7 @@ class _Teacher:
             teacher=f"{name}@{source.revision}" if source.revision else name, ordinary_sha256=hashes.ordinary,
             special_sha256=hashes.special, top_k=min(self._settings.top_k, len(self.tokenizer)),
             temperature=self._settings.label_temperature, vocabulary=len(self.tokenizer),
+            logprob_bits=self._settings.logprob_bits,
         )  # fmt: skip
 
     def api_header(self, generated: list[list[dict[str, Any]]]) -> Header:
@@ -579,6 +582,7 @@ def _result(
     tails = labels.log_tail_masses() if labels.header.top_k else torch.zeros(0)
     tails = tails[tails < 0.0]  # the whole mass is outside where an API told nothing
     inside = (1.0 - tails.exp()).mean().item() if len(tails) else None
+    rounding = labels.rounding
     dropped = [row for row in rows if not row["kept"]]
     result = {
         "prompts": prompts,
@@ -589,6 +593,7 @@ def _result(
         "tokens_per_s": speed,  # generation; None when every shard came from an earlier attempt
         "cut_share": _cut_share(generated)[0],
         "mass_inside_mean": inside,  # teacher's mass on the stored ids
+        "logprob_error": None if rounding is None else {"mean": rounding.mean, "worst": rounding.worst},
         "samples": [
             {name: row[name] for name in ("key", "input", "answer", "text", "kept", "reason")}
             for row in kept[: SAMPLES_SHOWN - 2] + dropped[:2]

@@ -55,6 +55,22 @@ class Sample:
     log_mass_at_t: Tensor  # [C] fp32
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How far stored log-probabilities are from those that were told, measured as they were written."""
+
+    values: int = 0
+    total: float = 0.0
+    worst: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.values)
+
+    def __add__(self, other: Rounding) -> Rounding:
+        return Rounding(self.values + other.values, self.total + other.total, max(self.worst, other.worst))
+
+
 def shard_name(index: int) -> str:
     return f"labels-{index:05d}.safetensors"
 
@@ -160,7 +176,7 @@ def write_shard(path: Path, header: Header, samples: Sequence[Sample]) -> None:
         parts = [getattr(s, name) for s in samples]
         return torch.cat(parts).to(dtype) if parts else torch.zeros(0, dtype=dtype)
 
-    ids, logprobs = _soft(samples, header)
+    ids, logprobs, rounding = _soft(samples, header)
     tensors = {
         "prompt_ids": joined("prompt_ids", torch.int32),
         "prompt_offsets": _offsets([len(s.prompt_ids) for s in samples]),
@@ -171,12 +187,12 @@ def write_shard(path: Path, header: Header, samples: Sequence[Sample]) -> None:
         "log_tail_mass": joined("log_tail_mass", torch.float32),
         "log_mass_at_t": joined("log_mass_at_t", torch.float32),
     }
-    told = {"header": asdict(header), "keys": [s.key for s in samples]}
+    told = {"header": asdict(header), "keys": [s.key for s in samples], "rounding": asdict(rounding)}
     save_file(tensors, path, metadata={"kdcloud": json.dumps(told)})  # one key: safetensors keeps no order of several
 
 
-def _soft(samples: Sequence[Sample], header: Header) -> tuple[Tensor, Tensor]:
-    """Packed ids and log-probabilities of all rows, [N, ...].
+def _soft(samples: Sequence[Sample], header: Header) -> tuple[Tensor, Tensor, Rounding]:
+    """Packed ids and log-probabilities of all rows, [N, ...], and how far they are from the exact ones.
 
     A few samples at a time, so that what is computed stays in the processor's cache; and in the calling thread, since
     torch's own would wait for each other where others need the cores.
@@ -184,16 +200,29 @@ def _soft(samples: Sequence[Sample], header: Header) -> tuple[Tensor, Tensor]:
     rows, k = sum(len(s.completion_ids) for s in samples), header.top_k
     ids = np.empty((rows, _width(k, header.id_bits)), np.uint8)
     logprobs = np.empty((rows, k), np.float16 if header.logprob_bits == 16 else np.uint8)
-    at, part = 0, list[Sample]()
+    at, part, rounding = 0, list[Sample](), Rounding()
     for i, sample in enumerate(samples):
         part.append(sample)
         n = sum(len(s.completion_ids) for s in part)
         if n >= PACKED_ROWS or i == len(samples) - 1:
-            ids[at : at + n] = _packed_ids(np.concatenate([s.topk_ids.numpy() for s in part]), header)
-            found = np.concatenate([s.topk_logprobs.numpy() for s in part])
-            logprobs[at : at + n] = _packed_logprobs(found, header.logprob_bits)
+            its_ids = np.concatenate([s.topk_ids.numpy() for s in part])
+            exact = np.concatenate([s.topk_logprobs.numpy() for s in part])
+            ids[at : at + n] = _packed_ids(its_ids, header)
+            logprobs[at : at + n] = stored = _packed_logprobs(exact, header.logprob_bits)
+            rounding += _rounding(exact, stored, its_ids >= 0)
             at, part = at + n, []
-    return torch.from_numpy(ids), torch.from_numpy(logprobs)
+    return torch.from_numpy(ids), torch.from_numpy(logprobs), rounding
+
+
+def _rounding(exact: np.ndarray, stored: np.ndarray, there: np.ndarray) -> Rounding:
+    if not there.any():
+        return Rounding()
+    error = _unpacked_logprobs(stored)
+    with np.errstate(invalid="ignore"):  # -inf less what stands for it, in empty places
+        error -= exact
+    np.abs(error, out=error)
+    error[~there] = 0.0
+    return Rounding(int(there.sum()), float(error.sum(dtype=np.float64)), float(error.max()))
 
 
 def _offsets(lengths: list[int]) -> Tensor:
@@ -211,6 +240,7 @@ class Labels:
     """
 
     header: Header
+    rounding: Rounding | None  # of all shards; None: one of them does not tell
     keys: list[str]  # a prompt with several kept samples is there several times
     prompt_ids: Tensor
     prompt_offsets: Tensor
@@ -287,8 +317,10 @@ def read_labels(folder: Path) -> Labels:
     headers: list[Header] = []
     keys: list[str] = []
     parts: list[dict[str, Tensor]] = []
+    rounding: Rounding | None = Rounding()
     for path in paths:
-        header, its_keys, tensors = _read_shard(path)
+        header, its_keys, tensors, its_rounding = _read_shard(path)
+        rounding = rounding + its_rounding if rounding is not None and its_rounding is not None else None
         headers.append(header)
         keys += its_keys
         parts.append(tensors)
@@ -300,7 +332,7 @@ def read_labels(folder: Path) -> Labels:
     prompts, prompt_offsets, _ = _in_order(parts, "prompt", order)
     completions, completion_offsets, starts = _in_order(parts, "completion", order)
     return Labels(
-        headers[0], [keys[i] for i in order], prompts, prompt_offsets, completions, completion_offsets,
+        headers[0], rounding, [keys[i] for i in order], prompts, prompt_offsets, completions, completion_offsets,
         [{name: part[name].numpy() for name in SOFT} for part in parts],
         _offsets([len(part["completion_ids"]) for part in parts]), starts,
     )  # fmt: skip
@@ -316,8 +348,8 @@ def _in_order(parts: list[dict[str, Tensor]], what: str, order: list[int]) -> tu
     return ids[moved], offsets, starts
 
 
-def _read_shard(path: Path) -> tuple[Header, list[str], dict[str, Tensor]]:
-    """Header, keys and tensors, which are views of the mapped file: read when used."""
+def _read_shard(path: Path) -> tuple[Header, list[str], dict[str, Tensor], Rounding | None]:
+    """Header, keys, tensors, which are views of the mapped file: read when used, and rounding where it is told."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, Any] = file.metadata() or {}
@@ -341,4 +373,4 @@ def _read_shard(path: Path) -> tuple[Header, list[str], dict[str, Tensor]]:
     }  # fmt: skip
     if any(tuple(tensors[name].shape) != shape for name, shape in shapes.items()):
         raise TaskError(f"{path.name} is damaged: its tensors do not fit together", hint="label again in a new run")
-    return header, told["keys"], tensors
+    return header, told["keys"], tensors, Rounding(**told["rounding"]) if "rounding" in told else None

@@ -23,7 +23,7 @@ from tasks.contract import ModelSource, TaskError
 from tasks.labels import TOKENIZER_FOLDER, Labels, Sample, read_labels
 from tasks.labels_import import import_jsonl
 
-__all__ = ["export_jsonl", "import_jsonl", "shown"]
+__all__ = ["export_jsonl", "import_jsonl", "shown", "stored"]
 
 
 def shown(folder: Path, *, first: int, limit: int) -> Iterator[dict[str, Any]]:
@@ -53,6 +53,17 @@ def shown(folder: Path, *, first: int, limit: int) -> Iterator[dict[str, Any]]:
                 for token, row, tail in rows
             ],
         }
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """How the log-probabilities are stored, and how far that is from what the teacher said: null where nobody tells."""
+    labels = read_labels(folder)
+    error = labels.rounding if labels.header.top_k else None
+    return {
+        "top_k": labels.header.top_k,
+        "logprob_bits": labels.header.logprob_bits,
+        "logprob_error": None if error is None else {"mean": error.mean, "worst": error.worst},
+    }
 
 
 def export_jsonl(folder: Path, file: Path) -> int:

@@ -163,12 +163,15 @@ def test_a_completion_token_takes_284_bytes_at_k_64_as_the_plan_says_and_288_wit
     tensors = load_file(path)
     rows = [t for t in tensors.values() if len(t) == 32 * 500]
     assert len(rows) == 5 and sum(t[0].nbytes for t in rows) == 284
+    assert label_bytes(64, 151_665, 8) == 220
     for top_k, vocabulary in ((0, 50), (3, 50), (5, 2**17), (64, 50)):
         k = min(top_k, vocabulary)
         one = wide(7, k, vocabulary) if k not in (0, 50) else sample("a", 1, 7, k)
-        write_shard(path, replace(HEADER, vocabulary=vocabulary, top_k=k), [one])
-        stored = sum(t.nbytes for name, t in load_file(path).items() if "prompt" not in name and "offsets" not in name)
-        assert stored == 7 * label_bytes(top_k, vocabulary)
+        for bits in (16, 8):
+            write_shard(path, replace(HEADER, vocabulary=vocabulary, top_k=k, logprob_bits=bits), [one])
+            named = load_file(path).items()
+            stored = sum(t.nbytes for name, t in named if "prompt" not in name and "offsets" not in name)
+            assert stored == 7 * label_bytes(top_k, vocabulary, bits)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +183,12 @@ def test_rounding_of_log_probabilities_stays_within_what_is_promised(
     header = replace(HEADER, vocabulary=2_000, top_k=64, logprob_bits=bits)
     exact = wide(2_000, 64, 2_000)
     write_shard(tmp_path / shard_name(0), header, [exact])
-    got = read_labels(tmp_path).sample(0)
+    labels = read_labels(tmp_path)
+    got = labels.sample(0)
     error = (got.topk_logprobs - exact.topk_logprobs).abs()
+    assert labels.rounding is not None and labels.rounding.values == error.numel()
+    assert math.isclose(labels.rounding.mean, error.mean().item(), rel_tol=1e-4)
+    assert math.isclose(labels.rounding.worst, error.max().item(), rel_tol=1e-6)
     size = exact.topk_logprobs.abs()
     bound = size * 2**-11 + 1e-7 if bits == 16 else (40 * size).sqrt() / 255 + 2e-4
     assert bool((error <= bound).all())
@@ -724,6 +731,35 @@ def test_unfinished_answers_of_any_kind_are_never_labels(pretrained: Path, monke
     assert result is not None and (result["kept"], result["dropped"]) == (10, {"content_filter": 10})
 
 
+def test_labels_in_8_bit_are_half_as_wide_and_say_how_far_off_they_are(pretrained: Path) -> None:
+    made = {}
+    for bits in (16, 8):
+        result = run_stage(pretrained, f"bits-{bits}", "label", replace(LABEL, logprob_bits=bits))
+        labels = read_labels(pretrained / f"bits-{bits}" / "done")
+        assert result is not None and labels.header.logprob_bits == bits
+        made[bits] = (labels, result["logprob_error"])
+    (exact, fine), (coarse, rough) = made[16], made[8]
+    assert torch.equal(exact.completion_ids, coarse.completion_ids)
+    rows = torch.arange(len(exact.completion_ids))
+    gap = (exact.soft_rows(rows)[1] - coarse.soft_rows(rows)[1]).abs()
+    assert 0 < fine["mean"] < fine["worst"] < 0.01 < rough["worst"] < 0.2  # the bound at -10 is 0.08
+    assert math.isclose(gap.max().item(), rough["worst"], abs_tol=2 * fine["worst"])
+
+
+def test_places_without_a_label_count_as_no_rounding_and_old_shards_tell_none(tmp_path: Path) -> None:
+    one = sample("a", 1, 2)
+    one.topk_ids[0], one.topk_logprobs[0] = -1, -math.inf
+    write_shard(tmp_path / shard_name(0), replace(HEADER, logprob_bits=8), [one])
+    found = read_labels(tmp_path).rounding
+    assert found is not None and found.values == 3 and 0 < found.mean <= found.worst < 0.2
+    with safe_open(tmp_path / shard_name(0), framework="pt") as file:
+        told = json.loads(file.metadata()["kdcloud"])
+    del told["rounding"]
+    tensors = load_file(tmp_path / shard_name(0))
+    save_file(tensors, tmp_path / shard_name(0), metadata={"kdcloud": json.dumps(told)})
+    assert read_labels(tmp_path).rounding is None
+
+
 def test_hard_labels_only_store_no_soft_ones(pretrained: Path) -> None:
     result = run_stage(pretrained, "hard", "label", replace(LABEL, top_k=0))
     assert result is not None and result["mass_inside_mean"] is None
@@ -736,6 +772,7 @@ def test_hard_labels_only_store_no_soft_ones(pretrained: Path) -> None:
         ({"keep": "best"}, "keep: best is unknown"),
         ({"verify": "maths"}, "verify: maths is unknown"),
         ({"engine": "tgi"}, "engine: tgi is unknown"),
+        ({"logprob_bits": 4}, "logprob_bits: 4 cannot be stored"),
         ({"engine": "vllm"}, "vLLM is not installed"),
         ({"samples_per_prompt": 2, "temperature": 0.0}, "one answer paid several times"),
         ({"teacher": ModelSource(architecture=TINY)}, "knows nothing"),

@@ -273,7 +273,12 @@ def test_the_commands_show_export_and_import(folder: Path, tmp_path: Path) -> No
     assert [sample["sample"] for sample in document["samples"]] == [0, 1]
     top = document["samples"][1]["tokens"][0]["top"]
     assert len(top) == 2 and 0 < top[1]["probability"] <= top[0]["probability"] < 1
-    assert "teacher's likeliest" in call("show", str(folder))
+    assert document["top_k"] == 5 and document["logprob_bits"] == 16
+    assert 0 < document["logprob_error"]["mean"] < document["logprob_error"]["worst"] < 0.01
+    shown_text = call("show", str(folder))
+    assert "teacher's likeliest" in shown_text
+    line = shown_text.splitlines()[0]
+    assert re.fullmatch(r"5 ids a token; log-probabilities of 16 bit, off by 0\.\d+, 0\.\d+ at worst", line)
     file, out = tmp_path / "x.jsonl", tmp_path / "out"
     call("export", str(folder), str(file))
     call("import", str(file), str(out), "--tokenizer", str(folder / "tokenizer"))

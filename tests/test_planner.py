@@ -109,6 +109,17 @@ def test_labels_are_stored_at_the_temperature_of_the_training_that_uses_them() -
     assert any("tail is not learned" in note for note in said.stages[1].notes)
 
 
+def test_labels_in_8_bit_are_planned_with_their_bytes() -> None:
+    made = {}
+    for bits in (16, 8):
+        soft = f"samples: 1200, soft_labels: {{logprob_bits: {bits}}}"
+        label = plan(RENTED.replace("samples: 1200", soft), *CARDS).stages[0]
+        assert isinstance(label.settings, LabelSettings) and label.settings.logprob_bits == bits
+        made[bits] = label.uses["label_gib"]
+    # ids 4, masses 8, 64 packed ids of 18 bits 144, 64 log-probabilities
+    assert made[8] / made[16] == pytest.approx((4 + 8 + 144 + 64) / (4 + 8 + 144 + 128))
+
+
 def test_the_cheapest_machine_that_fits_is_taken_and_the_others_stay_for_failover() -> None:
     made = plan(RENTED, *CARDS)
     for stage in made.stages:
