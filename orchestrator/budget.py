@@ -27,6 +27,7 @@ def build_budget(month: Month, config: Config) -> dict[str, Any]:
         "cap": None if config.monthly_cap is None else str(config.monthly_cap),
         "cap_micros": cap,
         "spent_micros": month.spent_micros,
+        "api_micros": month.api_micros,
         "open_micros": month.open_micros,
         "left_micros": None if cap is None else month.left_micros(cap),
         "usd_to_cny": str(config.rate.usd_to_cny),
@@ -40,8 +41,10 @@ def describe(document: dict[str, Any], config: Config) -> str:
         return money.both(micros, config.rate, config.currency)
 
     used = f"{document['month']} (UTC): spent {both(document['spent_micros'])}"
+    if document["api_micros"]:
+        used += f", {both(document['api_micros'])} of it on APIs"
     if document["open_micros"]:
-        used += f", reserved for machines that are not settled {both(document['open_micros'])}"
+        used += f", reserved and not settled {both(document['open_micros'])}"
     if document["cap_micros"] is None:
         return f"{used}; no cap for a month is set"
     return f"{used}; left {both(document['left_micros'])} of {both(document['cap_micros'])}"

@@ -18,10 +18,13 @@ from typing import Any
 
 from orchestrator import spend
 from orchestrator.errors import BudgetExceeded, UsageError
+from orchestrator.spend import ApiLine
 from orchestrator.states import TRANSITIONS, Event, State, after
 
 SCHEMA = 1
 LOST = "lost"  # entry of a run whose ledger has gaps: micros is the most that the missing ones may have promised
+API_RESERVE = "api_reserve"  # entry of a stage without a machine: micros are set apart for its API
+API_SETTLE = "api_settle"  # micros were spent since the one before; nothing of it is open any more
 ELSEWHERE = "elsewhere"  # entry of another client that contradicts this ledger: kept whole in its data
 
 _TABLES = """
@@ -101,14 +104,23 @@ class Run:
     ends: tuple[Entry, ...]  # 'ended' entries, oldest first
     entries: tuple[Entry, ...] = field(repr=False, default=())
     lost_micros: int = 0  # counted as spent: what missing entries may have reserved, what unknown machines cost
+    apis: Mapping[str, ApiLine] = field(default_factory=dict)  # by stage
 
     @property
     def spent_micros(self) -> int:
-        return sum(m.settled_micros for m in self.machines) + self.lost_micros
+        return sum(m.settled_micros for m in self.machines) + self.lost_micros + self.api_spent_micros
 
     @property
     def open_micros(self) -> int:
-        return sum(m.open_micros for m in self.machines)
+        return sum(m.open_micros for m in self.machines) + self.api_open_micros
+
+    @property
+    def api_open_micros(self) -> int:
+        return sum(line.open_micros for line in self.apis.values())
+
+    @property
+    def api_spent_micros(self) -> int:
+        return sum(line.settled_micros for line in self.apis.values())
 
     @property
     def live(self) -> tuple[MachineRow, ...]:
@@ -118,11 +130,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Month:
-    """Money of all runs in one calendar month, UTC. A machine counts in the month in which it is settled."""
+    """Money of all runs in one calendar month, UTC. Machines and APIs count in the month in which they are settled."""
 
     name: str  # 2026-01
     spent_micros: int
     open_micros: int  # reserved and not settled yet, whenever it was reserved
+    api_micros: int = 0  # of what was spent
 
     def left_micros(self, cap_micros: int) -> int:
         return max(0, cap_micros - self.spent_micros - self.open_micros)
@@ -225,21 +238,44 @@ class Ledger:
         `month_cap_micros` caps all runs of this ledger together, in the calendar month (UTC) of `at`.
         """
         with self._write():
-            now = self._fold(run)
-            if month_cap_micros is not None and micros > (rest := self.month(at).left_micros(month_cap_micros)):
-                raise BudgetExceeded(
-                    f"stage {stage} would reserve {micros} micro-USD; {rest} are left of this month's budget",
-                    hint="raise it with `kdcloud budget --month AMOUNT`, or wait for the next month",
-                )
-            available = spend.available_micros(
-                cap=now.cap_micros, spent=now.spent_micros, open_=now.open_micros, later_floor=later_floor
-            )
-            if micros < 0 or micros > available:
-                raise BudgetExceeded(
-                    f"stage {stage} would reserve {micros} micro-USD; {available} are left under the cap",
-                    hint="raise --budget, or make the stage smaller",
-                )
+            self._check_room(run, f"stage {stage}", micros, at, later_floor, month_cap_micros)
             self._append(run, stage, machine, "reserve", micros, at, order)
+
+    def reserve_api(
+        self, run: str, stage: str, micros: int, at: datetime, *, later_floor: int, month_cap_micros: int | None = None
+    ) -> None:
+        """Sets money apart for a stage's API, as `reserve` does for a machine. Raises BudgetExceeded."""
+        with self._write():
+            self._check_room(run, f"the API of stage {stage}", micros, at, later_floor, month_cap_micros)
+            self._append(run, stage, None, API_RESERVE, micros, at, {"cap_micros": self._fold(run).cap_micros})
+
+    def settle_api(self, run: str, stage: str, total_micros: int, at: datetime) -> None:
+        """What the API has cost the stage, all attempts together; the rest of what was set apart is free again.
+
+        Never below what was settled before, and never cut to what was set apart: what was used is counted.
+        """
+        with self._write():
+            before = self._fold(run).apis[stage].settled_micros
+            micros = max(0, total_micros - before)
+            self._append(run, stage, None, API_SETTLE, micros, at, {"total_micros": total_micros})
+
+    def _check_room(
+        self, run: str, who: str, micros: int, at: datetime, later_floor: int, month_cap_micros: int | None
+    ) -> None:
+        now = self._fold(run)
+        if month_cap_micros is not None and micros > (rest := self.month(at).left_micros(month_cap_micros)):
+            raise BudgetExceeded(
+                f"{who} would reserve {micros} micro-USD; {rest} are left of this month's budget",
+                hint="raise it with `kdcloud budget --month AMOUNT`, or wait for the next month",
+            )
+        available = spend.available_micros(
+            cap=now.cap_micros, spent=now.spent_micros, open_=now.open_micros, later_floor=later_floor
+        )
+        if micros < 0 or micros > available:
+            raise BudgetExceeded(
+                f"{who} would reserve {micros} micro-USD; {available} are left under the cap",
+                hint="raise --budget, or make the stage smaller",
+            )
 
     def charge(self, machine: MachineRow, micros: int, at: datetime, *, why: str) -> None:
         """Adds what a machine cost after it was settled: it was held for gone and was not."""
@@ -309,7 +345,7 @@ class Ledger:
     def month(self, at: datetime) -> Month:
         """What all runs together spent in the calendar month (UTC) of `at`, and hold open now."""
         name = f"{at.astimezone(UTC):%Y-%m}"
-        billed = sorted({*_EVENTS, "late"})
+        billed = sorted({*_EVENTS, "late", API_SETTLE})
         marks = ",".join("?" * len(billed))
         spent = self._db.execute(
             f"SELECT COALESCE(SUM(micros), 0) FROM entry WHERE substr(at, 1, 7) = ? AND kind IN ({marks})",
@@ -319,7 +355,14 @@ class Ledger:
             "SELECT COALESCE(SUM(micros), 0) FROM entry AS held WHERE kind = 'reserve' AND NOT EXISTS "
             "(SELECT 1 FROM entry WHERE machine = held.machine AND kind IN ('gone', 'dropped'))"
         ).fetchone()[0]
-        return Month(name, int(spent), int(open_))
+        api, api_open = self._db.execute(
+            "SELECT COALESCE(SUM(CASE WHEN kind = ? AND substr(at, 1, 7) = ? THEN micros END), 0), "
+            "COALESCE(SUM(CASE WHEN kind = ? AND NOT EXISTS (SELECT 1 FROM entry WHERE run = held.run "
+            "AND stage = held.stage AND kind = ? AND seq > held.seq) THEN micros END), 0) "
+            "FROM entry AS held WHERE kind IN (?, ?)",
+            (API_SETTLE, name, API_RESERVE, API_SETTLE, API_SETTLE, API_RESERVE),
+        ).fetchone()
+        return Month(name, int(spent), int(open_ + api_open), int(api))
 
     def find(self, text: str) -> str:
         """The run id for what a person typed: the id, its last six characters, or a unique beginning."""
@@ -444,7 +487,7 @@ def _grown(run: Run, fresh: Sequence[Entry]) -> Run:
     """The run with newer entries added: the work is in them and in the machines, not in what was read before."""
     rows = {row.name: row for row in run.machines}
     changes: dict[str, Any] = {}
-    done, ends, lost = dict(run.done), list(run.ends), run.lost_micros
+    done, ends, lost, apis = dict(run.done), list(run.ends), run.lost_micros, dict(run.apis)
     for entry in fresh:
         if entry.machine is not None:
             rows[entry.machine] = _moved(rows.get(entry.machine), entry)
@@ -458,12 +501,23 @@ def _grown(run: Run, fresh: Sequence[Entry]) -> Run:
             done[entry.stage] = entry.data
         elif entry.kind == "ended":
             ends.append(entry)
+        elif entry.kind in (API_RESERVE, API_SETTLE) and entry.stage is not None:
+            apis[entry.stage] = _booked(apis.get(entry.stage, ApiLine()), entry)
         elif entry.kind in (LOST, ELSEWHERE):  # also of a machine whose reservation is not known here
             lost += entry.micros
     return replace(
         run, machines=tuple(rows.values()), done=done, ends=tuple(ends), entries=(*run.entries, *fresh),
-        lost_micros=lost, **changes,
+        lost_micros=lost, apis=apis, **changes,
     )  # fmt: skip
+
+
+def _booked(line: ApiLine, entry: Entry) -> ApiLine:
+    """The line after one more entry of its own."""
+    if entry.kind == API_SETTLE:
+        return replace(line, settled_micros=line.settled_micros + entry.micros, open_micros=0)
+    open_ = line.open_micros + entry.micros
+    limit = max(line.limit_micros, line.settled_micros + open_)
+    return replace(line, open_micros=open_, limit_micros=limit, cap_micros=entry.data["cap_micros"])
 
 
 def _moved(row: MachineRow | None, entry: Entry) -> MachineRow:

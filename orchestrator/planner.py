@@ -7,7 +7,7 @@ the same settings stay in order for failover.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -78,10 +78,34 @@ def make_plan(
     return replace(plan, notes=(advice, *plan.notes))
 
 
-def later_floor_micros(plan: Plan, index: int) -> int:
-    """What must stay for the stages after `index`: their low costs, their machines' reserves, and overheads."""
-    later = sum(stage.cost_micros.low + stage.reserve_micros for stage in plan.stages[index + 1 :])
-    return later + sum(item.cost_micros.low for item in plan.overhead)
+def later_floor_micros(plan: Plan, index: int, apis: Mapping[str, spend.ApiLine] | None = None) -> int:
+    """What must stay for the stages after `index`: their low costs, their machines' reserves, and overheads.
+
+    `apis`: what the ledger holds of APIs' money; what it does not hold yet stays, too, that of `index` included. Of a
+    stage before, which is done, nothing more is needed, unless the ledger knows nothing of it.
+    """
+    apis = apis or {}
+    machines = sum(stage.cost_micros.low + stage.reserve_micros for stage in plan.stages[index + 1 :])
+    asking = {stage.name for stage in plan.stages if api_micros(stage) is not None}
+    rest = sum(item.cost_micros.low for item in plan.overhead if item.row not in asking)
+    needing = [stage for at, stage in enumerate(plan.stages) if at >= index or stage.name not in apis]
+    return machines + rest + unbooked_micros(needing, apis)
+
+
+def unbooked_micros(stages: Iterable[StagePlan], apis: Mapping[str, spend.ApiLine]) -> int:
+    """What the APIs of these stages still need and no ledger holds."""
+    found = 0
+    for stage in stages:
+        whole = api_micros(stage)
+        if whole is not None:
+            found += apis.get(stage.name, spend.ApiLine()).to_book_micros(whole)
+    return found
+
+
+def api_micros(stage: StagePlan) -> int | None:
+    """The worst case of the stage's API; None where it asks none."""
+    api = getattr(stage.settings, "api", None)
+    return None if api is None else int(api.max_cost_micros)
 
 
 def _assemble(

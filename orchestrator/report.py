@@ -36,8 +36,8 @@ def build_report(run: Run, plan: Plan, live: list[dict[str, Any]]) -> dict[str, 
         "currency": plan.currency,
         "bucket": run.bucket,
         "cap_micros": run.cap_micros,
-        "spend_micros": run.spent_micros + _api_micros(run, plan),
-        "api_micros": _api_micros(run, plan),
+        "spend_micros": run.spent_micros,
+        "api_micros": run.api_spent_micros,
         "reserved_micros": run.open_micros,
         "live": live,
         "stages": [_stage(run, stage) for stage in plan.stages],
@@ -51,20 +51,6 @@ def build_report(run: Run, plan: Plan, live: list[dict[str, Any]]) -> dict[str, 
         "message": run.ends[-1].data["message"] if run.ends else "",
         "hint": run.ends[-1].data["hint"] if run.ends else "",
     }
-
-
-def _api_micros(run: Run, plan: Plan) -> int:
-    """What APIs have cost, by their own counts; of a stage that was begun and is not done, all it may have spent."""
-    total = 0
-    for stage in plan.stages:
-        api = getattr(stage.settings, "api", None)
-        if api is None:
-            continue
-        if stage.name in run.done:
-            total += int(run.done[stage.name]["result"]["api"]["cost_micros"])
-        elif any(m.stage == stage.name for m in run.machines):
-            total += api.max_cost_micros
-    return total
 
 
 def _stage(run: Run, stage: Any) -> dict[str, Any]:

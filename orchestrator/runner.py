@@ -28,7 +28,7 @@ from orchestrator.money import human_seconds, shown
 from orchestrator.names import machine_name, parse_machine_name
 from orchestrator.offers import known_price
 from orchestrator.plan import Plan, StagePlan
-from orchestrator.planner import later_floor_micros
+from orchestrator.planner import api_micros, later_floor_micros, unbooked_micros
 from orchestrator.provision import (
     Job,
     JobState,
@@ -43,8 +43,21 @@ from orchestrator.provision import (
     Status,
 )
 from orchestrator.states import FAILED, LOST, LOST_ORDER, TWINS, Do, Event, Machine, State, next_action
-from tasks.bucket import Bucket, BucketError, read_commit
-from tasks.contract import COMMIT_FILE, ENDED_FILE, PROGRESS_FILE, RESULT_FILE, TASK_FILE, Ended, Progress, Task, Watch
+from tasks.bucket import Bucket, BucketError, NotFound, read_commit
+from tasks.contract import (
+    API_SPENT_FILE,
+    COMMIT_FILE,
+    ENDED_FILE,
+    PROGRESS_FILE,
+    RESULT_FILE,
+    TASK_FILE,
+    Ended,
+    LabelSettings,
+    Progress,
+    Settings,
+    Task,
+    Watch,
+)
 
 PROVISION_LIMIT_S = 1200.0
 NO_CAPACITY = "no capacity"
@@ -121,6 +134,7 @@ class Runner:
                 outcome, moved = self.turn()
                 self.mirror.flush()
                 if outcome is not None:
+                    self._settle_apis(ended=True)
                     self.ledger.note(
                         self.run_id,
                         "ended",
@@ -303,7 +317,7 @@ class Runner:
             attempt=attempt,
             fence=self.lease.fence,
             bucket=self.bucket.url,
-            settings=stage.settings,
+            settings=_with_limit(stage.settings, run.apis.get(stage.name)),
             code_sha256=self._code_sha256(),
             watch=Watch(
                 idle_s=self.plan.idle_s,
@@ -428,6 +442,8 @@ class Runner:
     # -- stages ------------------------------------------------------------------------------------------------------
 
     def _next_stage(self, run: Run, stopping: bool) -> tuple[Outcome | None, bool]:
+        if self._settle_apis(ended=False):
+            return None, True
         stage = next((s for s in self.plan.stages if s.name not in run.done), None)
         if stage is None:
             return Outcome("done"), True
@@ -477,7 +493,12 @@ class Runner:
     ) -> tuple[Outcome | None, bool]:
         offer = stage.candidates[offer_index]
         index = self.plan.stages.index(stage)
-        floor = later_floor_micros(self.plan, index)
+        floor = later_floor_micros(self.plan, index, run.apis)
+        try:
+            if self._book_api(run, stage, floor):
+                return None, True
+        except BudgetExceeded as error:
+            return Outcome("cap", error.message, self._more(error.hint), stage.name), True
         available = spend.available_micros(
             cap=run.cap_micros, spent=run.spent_micros, open_=run.open_micros, later_floor=floor
         )
@@ -543,6 +564,65 @@ class Runner:
         again = f"attempt {len(rows) + 1} " if rows else ""
         self.say("start", stage.name, f"{again}on {place(offer)}")
         return None, True
+
+    def _book_api(self, run: Run, stage: StagePlan, floor: int) -> bool:
+        """Sets apart what the stage's API may cost, before a machine is asked for. True: it did. Raises BudgetExceeded.
+
+        A cap that was raised meanwhile fills up a line that attempts have used, as far as it reaches beside the
+        machines' expected cost.
+        """
+        whole = api_micros(stage)
+        if whole is None:
+            return False
+        line = run.apis.get(stage.name)
+        later = floor - unbooked_micros([stage], run.apis)
+        spare = 0
+        if line is not None and run.cap_micros > line.cap_micros:
+            machines = spend.reserve_micros(stage.offer, stage.hours.expected * 3600)
+            spare = run.cap_micros - run.spent_micros - run.open_micros - later - machines
+        micros = (line or spend.ApiLine()).to_book_micros(whole, spare=max(0, spare))
+        if line is not None and micros == 0:
+            return False
+        self.ledger.reserve_api(
+            self.run_id, stage.name, micros, self._now(), later_floor=later, month_cap_micros=self.month_cap_micros
+        )
+        return True
+
+    def _more(self, hint: str) -> str:
+        """Where a raised budget helps, the command that raises it."""
+        if not hint.startswith("raise --budget"):
+            return hint
+        return f"go on with `kdcloud run --resume {self.run_id} --budget MORE`"
+
+    def _settle_apis(self, *, ended: bool) -> bool:
+        """Settles the APIs of stages that are done, with `ended` of all. True: there was something to settle.
+
+        Only while nothing runs: a machine that may live may ask. Where the bucket does not tell what was spent the
+        money stays set apart: all of it may be gone.
+        """
+        run = self.ledger.run(self.run_id)
+        settled = False
+        for stage, line in run.apis.items():
+            if line.open_micros == 0 or _open(run) or not (ended or stage in run.done):
+                continue
+            total = self._api_spent_micros(run, stage)
+            if total is not None:
+                self.ledger.settle_api(self.run_id, stage, total, self._now())
+                settled = True
+        return settled
+
+    def _api_spent_micros(self, run: Run, stage: str) -> int | None:
+        """What the stage's API may have cost: by the stage's result, else by what it wrote down before it spent it."""
+        try:
+            if stage in run.done:
+                return int(run.done[stage]["result"]["api"]["cost_micros"])
+            told = json.loads(self.bucket.get(f"{stage}/{API_SPENT_FILE}")[0])
+            return max(int(told["micros"]), int(told["granted"]))
+        except NotFound:
+            return 0  # it is written before the first question
+        except (BucketError, ValueError, KeyError, TypeError) as error:
+            self._warn(stage, f"what its API has cost is not known, and stays reserved: {error}")
+            return None
 
     def _note_result(self, stage: str) -> bool:
         """Notes a committed result once. True when the stage is done."""
@@ -731,6 +811,14 @@ def worst_case_micros(row: MachineRow, clock: Clock) -> int:
 
 def _open(run: Run) -> list[MachineRow]:
     return [row for row in run.machines if row.state is not State.GONE]
+
+
+def _with_limit(settings: Settings, line: spend.ApiLine | None) -> Settings:
+    """The stage's settings with the money for its API that the ledger holds."""
+    if line is None or not isinstance(settings, LabelSettings) or settings.api is None:
+        return settings
+    limit = line.settled_micros + line.open_micros
+    return replace(settings, api=replace(settings.api, max_cost_micros=limit))
 
 
 def landed_offer(ordered: Offer, found: Offer | None) -> Offer:

@@ -23,6 +23,7 @@ from orchestrator.ledger import Ledger, Run
 from orchestrator.mirror import Follower, adopt, catch_up
 from orchestrator.names import new_run_id
 from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
+from orchestrator.planner import unbooked_micros
 from orchestrator.provision import NotYetGone, Provisioner, ProvisionError
 from orchestrator.provision_local import LocalProvisioner
 from orchestrator.quota import ask_aws, within_quota
@@ -244,8 +245,8 @@ def resume_run(
     run = ledger.run(run_id)
     mark = clock.mark()
     if cap_micros is not None or deadline_s is not None:
-        given_away = sum(item.cost_micros.low for item in plan.overhead)  # an API's worst case is in no ledger
-        if cap_micros is not None and cap_micros < run.spent_micros + run.open_micros + given_away:
+        promised = unbooked_micros([stage for stage in plan.stages if stage.name not in run.done], run.apis)
+        if cap_micros is not None and cap_micros < run.spent_micros + run.open_micros + promised:
             lease.release()
             raise UsageError(
                 f"--budget is below what run {run_id} has spent or reserved already",

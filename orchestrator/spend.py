@@ -7,13 +7,32 @@ D = floor_q(B / p) - latencies. A cost is always rounded up, a lifetime always d
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from orchestrator.provision import Latencies, Offer
 
 DEARER = 2  # what lands may cost so many times what was ordered, and the cap still holds
 MAX_LIFETIME_S = 7 * 24 * 3600.0  # no machine is ordered for longer; also the lifetime of one that costs nothing
+
+
+@dataclass(frozen=True)
+class ApiLine:
+    """The money of one stage for an API, as the ledger has it; the stage may spend settled + open in all."""
+
+    settled_micros: int = 0
+    open_micros: int = 0  # set apart, and not settled
+    limit_micros: int = 0  # the most that settled + open ever were
+    cap_micros: int = 0  # of the run, when something was last set apart
+
+    def to_book_micros(self, whole: int, *, spare: int = 0) -> int:
+        """What must be set apart before the stage goes on, so that it has its worst case of `whole` micro-USD.
+
+        `spare`: after attempts that broke off the line is filled up again, as far as this reaches. Give it after the
+        run's cap was raised, and only then.
+        """
+        limit = max(whole, self.limit_micros, self.settled_micros + min(whole, spare))
+        return limit - self.settled_micros - self.open_micros
 
 
 def cost_micros(offer: Offer, seconds: float) -> int:

@@ -38,7 +38,7 @@ def _one(run: Run, provider_of: Callable[[Run], Provisioner | None]) -> dict[str
         "spend_micros": run.spent_micros,
         "reserved_micros": run.open_micros,
         "bucket": run.bucket,
-        "worst_case_micros": run.spent_micros + sum(m["worst_case_micros"] for m in live),
+        "worst_case_micros": run.spent_micros + run.api_open_micros + sum(m["worst_case_micros"] for m in live),
         "live": live,
     }
 

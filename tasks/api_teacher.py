@@ -105,7 +105,7 @@ class Purse:
                 raise TaskError(
                     f"the API has cost up to {self.spent.micros + self._open} micro-USD, and the next answer could "
                     f"pass the {self.limit_micros} that were set apart for it",
-                    hint="what was answered is kept; start a new run with a larger budget or fewer samples",
+                    hint="what was answered is kept: go on with `kdcloud run --resume RUN --budget MORE`",
                 )
             if needed > self.spent.granted:
                 granted = min(self.limit_micros, needed + self._step)

@@ -21,6 +21,7 @@ METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
 ENDED_FILE = "ended.json"
 COMMIT_FILE = "COMMIT"
+API_SPENT_FILE = "api-spent.json"  # what an API may have cost the stage: written down before it is used
 STAGE_PREFIX = "stage:"
 LABELS_PREFIX = "data/labels-"  # and the sha256 of a folder of labels that came with the recipe
 PROMPT_OVERHEAD_TOKENS = 256  # an API's chat template, and what a provider puts before a prompt unasked

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tasks import api_teacher, losses, models, verify
-from tasks.contract import ApiTeacher, LabelSettings, ModelSource, TaskError
+from tasks.contract import API_SPENT_FILE, ApiTeacher, LabelSettings, ModelSource, TaskError
 from tasks.generate import (
     Completion,
     Generator,
@@ -42,7 +42,6 @@ SCORE_TOKENS = 16384  # tokens of a scoring batch
 COMPILE_TOKENS = 5_000_000  # to score: compiled layers are a quarter faster and take 8 s to compile (H200, 1.5B)
 SCORE_ELEMENTS = 1 << 25  # logits held at once on a CPU; on CUDA as many as the loss holds
 SAMPLES_SHOWN = 8
-SPENT_FILE = "api-spent.json"
 LEAST_TAIL = 1e-7  # an API's log-probabilities are rounded: what is left of 1 is no smaller than that
 
 
@@ -389,8 +388,8 @@ class ApiGenerator:
         self._thinks = models.opens_thinking(tokenizer)
         self._ids = models.byte_vocabulary(tokenizer) if settings.top_k else {}
         before = api_teacher.Spent()
-        if ctx.kept(SPENT_FILE):
-            before = api_teacher.Spent(**json.loads((ctx.out / SPENT_FILE).read_text()))
+        if ctx.kept(API_SPENT_FILE):
+            before = api_teacher.Spent(**json.loads((ctx.out / API_SPENT_FILE).read_text()))
         step = settings.batch_size * api.cost_micros(0, settings.max_new_tokens)
         self.purse = api_teacher.Purse(api.max_cost_micros, before, self._save, step_micros=step)
         self._client = api_teacher.Client(
@@ -399,8 +398,8 @@ class ApiGenerator:
         )  # fmt: skip
 
     def _save(self, spent: api_teacher.Spent) -> None:
-        (self._ctx.out / SPENT_FILE).write_text(json.dumps(asdict(spent)))
-        self._ctx.keep(SPENT_FILE)
+        (self._ctx.out / API_SPENT_FILE).write_text(json.dumps(asdict(spent)))
+        self._ctx.keep(API_SPENT_FILE)
 
     def answers(self, questions: Sequence[Question], *, seed: int, moved: Moved) -> Iterator[tuple[int, Completion]]:
         """No seed is sent: few APIs know one."""

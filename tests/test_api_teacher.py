@@ -23,7 +23,17 @@ from ml_support import context, run_stage
 
 from tasks import api_teacher, label, models
 from tasks.api_teacher import Client, Purse, Spent
-from tasks.contract import ApiTeacher, Architecture, DataSource, LabelSettings, ModelSource, Task, TaskError, Watch
+from tasks.contract import (
+    API_SPENT_FILE,
+    ApiTeacher,
+    Architecture,
+    DataSource,
+    LabelSettings,
+    ModelSource,
+    Task,
+    TaskError,
+    Watch,
+)
 from tasks.labels import read_labels
 from tasks.losses import distillation_loss
 from tasks.stage import Stopped
@@ -487,7 +497,7 @@ def test_a_killed_stage_counts_what_it_may_have_spent_and_stops_before_the_limit
         patch.setattr(label, "_judged", die)
         with pytest.raises(KeyboardInterrupt):
             run_stage(root, "label", "label", given)
-    granted = json.loads((root / "label" / "stored" / label.SPENT_FILE).read_text())["granted"]
+    granted = json.loads((root / "label" / "stored" / API_SPENT_FILE).read_text())["granted"]
     assert granted == 461 + 4 * 200  # the first request's worst case, and a batch of answers
     server.asked.clear()
     result = run_stage(root, "label", "label", given, attempt=2)
@@ -572,6 +582,8 @@ def test_a_run_with_an_api_teacher_is_resumed_after_a_kill_stays_in_its_budget_a
     api = report["labels"]["api"]["cost_micros"]
     assert 40 * 20 <= api <= worst and report["api_micros"] == api
     assert report["spend_micros"] == machines + api <= report["cap_micros"]
+    month = home.json("budget")
+    assert (month["api_micros"], month["spent_micros"], month["open_micros"]) == (api, machines + api, 0)
     texts = [done.stdout, done.stderr, *(home.call(*w).stdout for w in (("report",), ("status", "--json"), ("logs",)))]
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20 and not any(KEY.encode() in text for text in [*files, *(text.encode() for text in texts)])

@@ -141,10 +141,11 @@ def test_the_document_and_the_words_say_the_same():
     document = build_budget(Month("2026-01", 1_000_000, 2_000_000), config)
     assert document == {
         "schema": 1, "month": "2026-01", "currency": "CNY", "cap": "200 CNY", "cap_micros": 25_000_000,
-        "spent_micros": 1_000_000, "open_micros": 2_000_000, "left_micros": 22_000_000, "usd_to_cny": "8",
+        "spent_micros": 1_000_000, "api_micros": 0, "open_micros": 2_000_000, "left_micros": 22_000_000,
+        "usd_to_cny": "8",
     }  # fmt: skip
     assert describe(document, config) == (
-        "2026-01 (UTC): spent ¥8.00 ($1.00), reserved for machines that are not settled ¥16.00 ($2.00); "
+        "2026-01 (UTC): spent ¥8.00 ($1.00), reserved and not settled ¥16.00 ($2.00); "
         "left ¥176.00 ($22.00) of ¥200.00 ($25.00)"
     )
     free = Config("abc123", rate=RATE)

@@ -22,6 +22,7 @@ from orchestrator.money import cap_micros, parse_amount, price_micros
 from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
 from orchestrator.planner import later_floor_micros, make_plan
 from orchestrator.provision import Latencies, Need, Offer
+from orchestrator.spend import ApiLine
 from orchestrator.testing import fake_offer
 from tasks.contract import EvaluateSettings, LabelSettings, ModelSource, PretrainSettings, TrainSettings
 from tests.recipes import API, DATA, RENTED, SMALL, recipe
@@ -361,6 +362,12 @@ def test_what_an_api_may_cost_is_reserved_whole_and_has_its_own_line() -> None:
     assert (item.row, item.by) == ("label", "API, big-reasoner") and "300 answers" in item.what and "4096" in item.what
     for index in range(3):  # whatever stage is at hand, machines never get the API's money
         assert later_floor_micros(made, index) >= worst
+    bare = [later_floor_micros(made, index) - worst for index in range(3)]
+    line = ApiLine(settled_micros=0, open_micros=worst, limit_micros=worst)  # the ledger has it: not kept twice
+    assert [later_floor_micros(made, index, {"label": line}) for index in range(3)] == bare
+    ended = replace(line, settled_micros=worst // 3, open_micros=0)  # what is left must be set apart before it goes on
+    rest = worst - worst // 3
+    assert [later_floor_micros(made, index, {"label": ended}) for index in range(3)] == [bare[0] + rest, *bare[1:]]
     needed = made.needed_micros
     assert plan(API, ROOMY, cap_micros=needed).fits and not plan(API, ROOMY, cap_micros=needed - 1).fits
     assert plan_from_dict(json.loads(json.dumps(plan_to_dict(made)))) == made
