@@ -536,10 +536,7 @@ def run_stage(task_path: Path, work: Path, run: Callable[[Context, Any], Mapping
         known = explain(error, work)
         if known is None:
             raise
-        print(f"error: {known.message}\n{known.hint}".rstrip())
-        with suppress(OSError):  # a full disk: the supervisor then finds the sentence in what was printed
-            write_text(work / FAILED_FILE, json.dumps({"message": known.message, "hint": known.hint}))
-        return Exit.BAD_INPUT
+        return _failed(known, work)
 
 
 def follow_stage(task_path: Path, work: Path) -> Exit:
@@ -553,10 +550,21 @@ def follow_stage(task_path: Path, work: Path) -> Exit:
         ctx = FollowerContext(task, work / f"rank-{rank_of(os.environ)}", open_bucket(task.bucket))
         try:
             follow(ctx, task.settings)
-        except TaskError as error:
-            print(f"error: {error.message}\n{error.hint}".rstrip())
-            return Exit.BAD_INPUT  # torchrun ends the others, which may wait for this one
+        except (TaskError, BucketError, OSError, MemoryError, RuntimeError) as error:
+            known = explain(error, work)
+            if known is None:
+                raise
+            return _failed(known, work)  # torchrun ends the others, which may wait for this one
     return Exit.DONE
+
+
+def _failed(known: TaskError, work: Path) -> Exit:
+    """Tells a person what to do, through the log and the supervisor. Of several processes the first one is heard."""
+    print(f"error: {known.message}\n{known.hint}".rstrip())
+    with suppress(OSError):  # a full disk: the supervisor then finds the sentence in what was printed
+        if not (work / FAILED_FILE).exists():
+            write_text(work / FAILED_FILE, json.dumps({"message": known.message, "hint": known.hint}))
+    return Exit.BAD_INPUT
 
 
 def explain(error: BaseException, work: Path) -> TaskError | None:

@@ -520,8 +520,7 @@ def accumulate_within_memory(
 ) -> tuple[Loss, int, Fit]:  # fmt: skip
     """`accumulate`, and with what micro-batch it went: halved, from the start of the step, where memory ran out.
 
-    Raises TaskError where not even a micro-batch of 1 fits. A sharded model cannot repeat: the others wait in the
-    middle of the step.
+    Raises TaskError where not even a micro-batch of 1 fits, and for a model in shards, which cannot repeat a step.
     """
     device = next(model.parameters()).device
     drawn = _generators(device)
@@ -531,7 +530,7 @@ def accumulate_within_memory(
             break
         except torch.OutOfMemoryError as error:
             if is_sharded(model):
-                raise
+                raise _unrepeatable(error, how) from error
             said = str(error).split("\n")[0]
         # Only out here is nothing left that holds the step's activations: the error's traceback did.
         model.zero_grad(set_to_none=True)
@@ -549,6 +548,20 @@ def accumulate_within_memory(
     if peers is not None:
         loss = _summed(model, loss, peers)
     return loss, count, how
+
+
+def _unrepeatable(error: torch.OutOfMemoryError, how: Fit) -> TaskError:
+    """What to set by hand where memory ran out in shards: each layer gathers its weights from all processes in turn,
+    so the others stand in the middle of the step and wait for this one's next layer."""
+    fitting = [n for n in range(1, how.micro_batch // 2 + 1) if how.batch_size % n == 0]
+    hint = f"start again with micro_batch: {fitting[-1]}, or checkpointing: true" if fitting else (
+        "start again with checkpointing: true, a smaller max_seq_len, method: lora, or more GPUs"
+    )  # fmt: skip
+    return TaskError(
+        f"one of the GPUs ran out of memory with micro_batch {how.micro_batch}, and a step of a model in shards "
+        f"cannot be repeated with less ({str(error).splitlines()[0]})",
+        hint=hint,
+    )
 
 
 def _summed(model: nn.Module, loss: Loss, peers: Peers) -> Loss:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,38 @@ def bucket_of(inputs: Path, tmp_path: Path) -> Bucket:
     return bucket
 
 
+PLANTED = """
+import os, sys
+import torch
+from tasks import train
+from tasks.stage import main
+real, calls = train.distillation_loss_parts, []
+def failing(*args, **kwargs):
+    calls.append(1)
+    if os.environ["RANK"] == RANK and len(calls) == 3:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\\nmore")
+    return real(*args, **kwargs)
+train.distillation_loss_parts = failing
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_runs_out_in_shards_ends_the_stage_with_what_to_set(
+    inputs: Path, tmp_path: Path, rank: int
+) -> None:
+    """In the middle of a step, in one of two processes only: the other one waits, and is ended."""
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED.replace("== RANK", f"== '{rank}'"))
+    settings = replace(FULL, batch_size=8, micro_batch=4)
+    done = started(2, bucket_of(inputs, tmp_path), "full", settings, tmp_path / "work", script=[str(script)])
+    assert done.returncode != Exit.DONE
+    told = json.loads((tmp_path / "work" / "failed.json").read_text())
+    assert told["message"].startswith("one of the GPUs ran out of memory with micro_batch 4")
+    assert "Tried to allocate 2.00 GiB" in told["message"] and "more" not in told["message"]
+    assert told["hint"] == "start again with micro_batch: 2, or checkpointing: true"
+
+
 def train_with(processes: int, bucket: Bucket, stage: str, settings: TrainSettings, work: Path) -> Path:
     """The folder of the stage's result."""
     done = started(processes, bucket, stage, settings, work)
@@ -58,14 +91,15 @@ def train_with(processes: int, bucket: Bucket, stage: str, settings: TrainSettin
 
 
 def started(
-    processes: int, bucket: Bucket, stage: str, settings: TrainSettings, work: Path
+    processes: int, bucket: Bucket, stage: str, settings: TrainSettings, work: Path,
+    script: Sequence[str] = ("-m", "tasks.stage"),
 ) -> subprocess.CompletedProcess[str]:
     task = Task("run", stage, "train", attempt=1, fence=1, bucket=bucket.url, settings=settings)
     work.mkdir(parents=True)
     (work / "task.json").write_text(task.to_json())
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
     return subprocess.run(
-        [sys.executable, *torchrun, "-m", "tasks.stage", "--task", str(work / "task.json"), "--work", str(work)],
+        [sys.executable, *torchrun, *script, "--task", str(work / "task.json"), "--work", str(work)],
         env={"PATH": "/usr/bin:/bin", "HOME": str(work), "PYTHONPATH": str(Path(tasks.__file__).parents[1]),
              "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=200, check=False,
