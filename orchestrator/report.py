@@ -117,8 +117,9 @@ def render_report(report: Mapping[str, Any], plan: Plan, console: Console) -> No
     console.print(Text.assemble(("run ", "bold"), (report["run"], "bold"), "  ", (state, colour)))
     console.print()
     console.print(_stage_table(report["stages"], plan))
-    spent, cap = (both(report[key], plan.rate, plan.currency) for key in ("spend_micros", "cap_micros"))
-    console.print(f"spent {spent} of {cap}; {_running(report['live'], plan)}")
+    spent, cap, api = (both(report[f"{key}_micros"], plan.rate, plan.currency) for key in ("spend", "cap", "api"))
+    asked = f" ({api} on APIs)" if report["api_micros"] else ""
+    console.print(f"spent {spent}{asked} of {cap}; {_running(report['live'], plan)}")
     if any(report["quality"].values()):
         console.print()
         console.print(_quality_table(report["quality"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from orchestrator import spend
 from orchestrator.budget import build_budget, describe
-from orchestrator.config import Config
-from orchestrator.errors import BudgetExceeded
+from orchestrator.clock import SystemClock
+from orchestrator.config import Config, Home
+from orchestrator.errors import BudgetExceeded, UsageError
 from orchestrator.ledger import Ledger, Month
 from orchestrator.mirror import adopt
-from orchestrator.plan import Micros, Overhead, Plan
-from orchestrator.report import build_report
+from orchestrator.plan import Micros, Overhead, Plan, plan_to_dict
+from orchestrator.report import build_report, render_report
 from orchestrator.runner import mark_to_dict
+from orchestrator.session import resume_run
 from orchestrator.spend import ApiLine
 from orchestrator.testing import FakeProvisioner, Faults
+from tasks.bucket import open_bucket
 from tasks.contract import API_SPENT_FILE, ApiTeacher, DataSource, LabelSettings, ModelSource
 from tests.plans import make_plan
 from tests.test_runner import World
@@ -124,6 +129,9 @@ def test_it_is_set_apart_whole_before_a_machine_is_asked_for_and_settled_by_what
     world.check(1_000_000)
     report = build_report(world.run, world.plan, [])
     assert (report["spend_micros"], report["api_micros"], report["reserved_micros"]) == (machines + 50_000, 50_000, 0)
+    console = Console(width=100, record=True, file=io.StringIO())
+    render_report(report, world.plan, console)
+    assert "($0.050) on APIs) of" in console.export_text()
     month = Ledger(world.path).month(world.clock.mark().wall)
     assert (month.spent_micros, month.api_micros, month.open_micros) == (machines + 50_000, 50_000, 0)
     assert "of it on APIs" in describe(build_budget(month, Config("abc123")), Config("abc123"))
@@ -253,6 +261,35 @@ def test_another_computer_reads_the_same_money_from_the_bucket(tmp_path: Path) -
     other = Ledger(tmp_path / "other.sqlite")
     adopt(other, world.bucket)
     assert other.run(RUN).apis == world.run.apis and other.run(RUN).spent_micros == world.run.spent_micros
+
+
+def test_a_cap_cannot_be_lowered_below_what_the_api_still_needs(tmp_path: Path) -> None:
+    """Whether the ledger holds it, or will have to before the stage goes on; not once the stage is done."""
+    plan = asking(cap_micros=10**7)
+    here = replace(plan.stages[0].offer, infra="local", price_micros_per_hour=0)
+    stages = tuple(replace(s, candidates=(here,), candidate_hours=s.candidate_hours[:1]) for s in plan.stages)
+    home, bucket, clock = Home(tmp_path), open_bucket(f"file:{tmp_path}/bucket/{RUN}"), SystemClock()
+    ledger, mark = Ledger(home.ledger), clock.mark()
+    ledger.create_run(
+        RUN, name="t", bucket=bucket.url, cap_micros=10**7, deadline_s=None, mark=mark_to_dict(mark), at=mark.wall,
+        data={"schema": 1, "owner": "owner1", "plan": plan_to_dict(replace(plan, stages=stages))},
+    )  # fmt: skip
+
+    def lowered(cap: int) -> None:
+        resume_run(RUN, ledger=ledger, home=home, cap_micros=cap).lease.release()
+
+    for cap_before in (10**7, WHOLE):
+        with pytest.raises(UsageError, match="below what run"):
+            lowered(WHOLE - 1)
+        assert ledger.run(RUN).cap_micros == cap_before
+        lowered(WHOLE)
+        if cap_before == 10**7:
+            ledger.reserve_api(RUN, "label", WHOLE, mark.wall, later_floor=0)
+    ledger.settle_api(RUN, "label", 7, mark.wall)
+    with pytest.raises(UsageError, match="below what run"):
+        lowered(WHOLE - 1)  # the rest is needed again
+    ledger.note(RUN, "stage_done", mark.wall, stage="label", data={"result": {}, "files": {}})
+    lowered(7)
 
 
 # --- the ledger ------------------------------------------------------------------------------------------------------
