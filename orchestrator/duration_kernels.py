@@ -1,0 +1,75 @@
+"""How long does one kernel of a class take on a card? Rooflines: products, memory-bound work, attention, traffic. Pure.
+
+Seconds, bytes and operations are plain floats. Every constant stands here with where it is from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from orchestrator.gpus import Gpu
+
+# A product of w waves of 128 x 128 tiles runs at w / (w + WAVE_LOSS) of the large-product rate: 1024 and 2048 cubed
+# against 8192 cubed on A10G, RTX 4090, L20 and L4 (torch-performance-test-data, issues 126, 78, 107, 120) give 0.05 to
+# 0.3.
+TILE = 128
+WAVE_LOSS = 0.2
+# Inside a model products run at this share of the large-product rate: 650 to 750 of 790 on an H200 for three products
+# of 8192 x 1536 x 151936 (benchmarks/README.md); the rest of the layer's products are narrower.
+MODEL_SHARE = 0.88
+# Element-wise kernels that follow each other reach this share of a large copy's bandwidth: a training step on an H200
+# (benchmarks/results/training.json: eager less compiled).
+CHAIN_SHARE = 0.75
+# Fused attention against the large-product rate, of the operations that a causal mask leaves: FlashAttention-2's paper
+# (arXiv:2307.08691, figures 4 to 6): A100 forward 170 to 200, backward 150 to 190 of 250 with a causal mask at 2k to
+# 8k; H100 350 to 400 of 790.
+ATTENTION_SHARE = {"ampere": 0.65, "hopper": 0.47}
+SCORE_BYTES = 24.0  # eager attention, a score: written, scaled, masked, softmax in fp32, cast, read again
+KERNEL_S = 3e-6  # a kernel's start and tail on the device when the next one is already queued
+
+
+def product_s(card: Gpu, m: float, k: float, n: float, *, half: bool = True, share: float = MODEL_SHARE) -> float:
+    """Seconds of one (m x k) (k x n) product: at the card's rate for that many tiles, or at its bandwidth."""
+    waves = math.ceil(m / TILE) * math.ceil(n / TILE) / card.processors.value
+    rate = rate_s(card, half=half) * share * waves / (waves + WAVE_LOSS)
+    size = 2 if half else 4
+    # a product that cannot fill the card with tiles is split along k: it never falls below the bytes it moves
+    computing = 2.0 * m * k * n / max(rate, 0.25 * rate_s(card, half=half) * min(1.0, m / TILE))
+    moving = size * (m * k + k * n + m * n) / bytes_s(card)
+    return max(computing if m >= TILE / 2 else 0.0, moving) + KERNEL_S
+
+
+def products_s(card: Gpu, m: float, sides: Iterable[tuple[int, int]], *, half: bool = True) -> float:
+    """Seconds of the products of `m` rows with matrices of (in, out) `sides`."""
+    return sum(product_s(card, m, side_in, side_out, half=half) for side_in, side_out in sides)
+
+
+def rate_s(card: Gpu, *, half: bool) -> float:
+    """Operations a second that large products reach."""
+    return (card.reached_tflops.value if half else card.fp32_tflops.value) * 1e12
+
+
+def bytes_s(card: Gpu) -> float:
+    """Bytes a second of one large copy."""
+    return card.reached_gb_s.value * 1e9
+
+
+def memory_s(card: Gpu, moved: float) -> float:
+    """Seconds of element-wise kernels that read and write `moved` bytes."""
+    return moved / (bytes_s(card) * CHAIN_SHARE)
+
+
+def attention_s(card: Gpu, tokens: float, length: float, width: float, *, eager: bool, half: bool, heads: int) -> float:
+    """Seconds of causal self-attention forward over `tokens` in rows of `length`; `width`: heads x head size."""
+    if eager:  # both products whole, scores to memory and back
+        computing = 4.0 * tokens * length * width / (rate_s(card, half=half) * 0.6)
+        return computing + memory_s(card, tokens * length * heads * SCORE_BYTES)
+    share = ATTENTION_SHARE["hopper" if card.name.startswith("H") else "ampere"]
+    return 2.0 * tokens * length * width / (rate_s(card, half=half) * share)
+
+
+def all_reduce_s(card: Gpu, size: float, ranks: int, link_gb_s: float | None = None) -> float:
+    """Seconds of a ring all-reduce of `size` bytes; a gather or a reduce-scatter takes half."""
+    link = (card.link_gb_s.value if link_gb_s is None else link_gb_s) * 1e9
+    return 2.0 * (ranks - 1) / ranks * size / link if ranks > 1 else 0.0

@@ -1,0 +1,288 @@
+"""How long is one optimizer step? Seconds by kernel class, from the model's shape and the way it is trained. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orchestrator.catalog import ModelShape
+from orchestrator.duration_kernels import (
+    all_reduce_s,
+    attention_s,
+    bytes_s,
+    memory_s,
+    product_s,
+    products_s,
+)
+from orchestrator.gpus import Gpu
+
+BACKWARD_BYTES = 2.0  # element-wise work backward, in forward work: each kernel reads two tensors and writes one
+ATTENTION_BACKWARD = 2.5  # fused attention: five products for the two of forward
+# Forward, bytes a value. RMSNorm as transformers writes it (to fp32, square, mean, scale, back, weight): 7 passes in
+# fp32, 4 in the compute type. Rotation: q cos + rotate_half(q) sin: 10 passes. Fused: read once, written once.
+NORM_PASSES, NORM_FP32_BYTES, FUSED_PASSES = 4, 28, 2
+ROTARY_PASSES = 10
+GATE_PASSES, FUSED_GATE_PASSES = 5, 3  # silu, then the product; one kernel
+ACTIVATION_PASSES = 2
+RESIDUAL_PASSES = 3
+ATTENTION_COPIES = 4  # into and out of the kernel, and the heads put side by side again
+# Adapters (peft), forward, bytes a value of the matrix's input (dropout and its mask, read) and of its output (delta
+# written, scaled, added); backward half as much again.
+ADAPTER_IN_BYTES, ADAPTER_OUT_BYTES, ADAPTER_BACKWARD = 9.0, 14.0, 1.5
+# Loss, bytes a logit, both ways: upcast to fp32, log-softmax, gradient, back to half; in chunks without the shifted
+# copy; compiled; the project's own row kernels (5 + 7.5 GB for 1.24e9 logits, benchmarks/README.md).
+LOSS_BYTES = {"materialised": 40.0, "chunked": 30.0, "compiled": 16.0, "own": 10.0}
+# AdamW: values read and written a parameter: 7 when fused; torch's foreach form goes over them 18 times. Unknown: between.
+ADAM_PASSES = {"fused": 7.0, "foreach": 18.0, "unknown": 12.0}
+CLIP_PASSES = 3.0  # gradient norm, then scaling
+# 4-bit weights, a parameter and use, in bytes moved at full bandwidth. nf4: 0.5 read and 2 written by a kernel at about
+# half the bandwidth (bitsandbytes pull request 1747 doubled it on A100). int4 of auto-gptq while training: unpacked by
+# chains of torch operations on int32, int8 and half tensors.
+UNPACK_BYTES = {"nf4": 5.0, "int4": 18.0}
+# Host seconds a layer: about 40 kernels forward from Python, 60 backward from C++. transformers' forward alone took
+# 0.83 ms a layer and token on an A100 host of 2024 (qwen.readthedocs.io v2.0, speed benchmark: 49.94 tokens/s with 24
+# layers); hosts of today take half.
+HOST_FORWARD_S, HOST_BACKWARD_S, HOST_COMPILED_S = 0.6e-3, 0.5e-3, 0.15e-3
+HOST_ADAPTER_S = 0.15e-3  # both ways, an adapter
+HOST_ZERO3_S = 2.5e-3  # DeepSpeed's hooks around each module, a layer and pass
+HOST_FSDP_S = 0.5e-3
+# Share of the traffic that does not hide behind computing: with NVLink it does, but for the first and the last layer;
+# through host memory the copies stand in the way of each other.
+EXPOSED_NVLINK, EXPOSED_PCIE = 0.1, 0.7
+NVLINK_GB_S = 100.0  # links from here on are NVLink
+NODE_GPUS, NODE_LINK_GB_S = 8, 22.0  # beyond a host: 200 Gbit/s a card, of which 0.9 arrives
+
+
+@dataclass(frozen=True)
+class Training:
+    """One way to train `shape` on cards of one kind; `micro_batch` rows of `length` tokens on each rank.
+
+    `tensor`: ranks that share each layer; `sharded`: fsdp or zero3 (weights gathered layer by layer), else None; `gpus`
+    / `tensor` ranks take rows of their own. `weight_bytes`: of a stored weight; `four_bit`: nf4 or int4, of the layers.
+    `state_bytes`: of one value of the optimizer's state. `trainable`: parameters that learn.
+    """
+
+    shape: ModelShape
+    micro_batch: int
+    length: float
+    accumulation: int = 1
+    full: bool = True
+    lora_r: int = 0
+    lora_targets: tuple[str, ...] = ()
+    half: bool = True
+    weight_bytes: int = 2
+    four_bit: str | None = None
+    optimizer: str = "unknown"
+    state_bytes: float = 2.0
+    checkpointing: bool = False
+    eager_attention: bool = False
+    fused: bool = False
+    compiled: bool = False
+    loss: str = "materialised"
+    gpus: int = 1
+    tensor: int = 1
+    sharded: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Data-parallel ranks."""
+        return max(1, self.gpus // self.tensor)
+
+    @property
+    def tokens(self) -> float:
+        """Of one optimizer step, over all cards."""
+        return self.micro_batch * self.length * self.accumulation * self.ranks
+
+    @property
+    def trainable(self) -> int:
+        return self.shape.params if self.full else self.shape.lora_params(self.lora_r, self.lora_targets)
+
+
+def step_s(card: Gpu, work: Training) -> float:
+    """Seconds of one optimizer step."""
+    return sum(step_parts(card, work).values())
+
+
+def step_parts(card: Gpu, work: Training) -> dict[str, float]:
+    """Seconds of one optimizer step by what they go to; `host`: what the kernels' start takes beyond their work."""
+    micro = _micro_parts(card, work)
+    device = sum(micro.values())
+    traffic = _traffic_s(card, work, device)
+    host = max(0.0, _host_s(work) - device - traffic)
+    parts = {name: seconds * work.accumulation for name, seconds in micro.items()}
+    parts["traffic"] = traffic * work.accumulation + _reduction_s(card, work, device)
+    parts["host"] = host * work.accumulation
+    parts["optimizer"] = optimizer_s(card, work)
+    return parts
+
+
+def forward_parts(card: Gpu, work: Training, *, head_rows: float) -> dict[str, float]:
+    """Seconds of one forward pass of a micro-batch without gradients, `head_rows` of its tokens through the head."""
+    shape, tokens = work.shape, work.micro_batch * work.length
+    width = shape.heads * shape.head_dim / work.tensor
+    return {
+        "products": shape.layers * _layer_products_s(card, work, tokens),
+        "attention": shape.layers
+        * attention_s(
+            card,
+            tokens,
+            work.length,
+            width,
+            eager=work.eager_attention,
+            half=work.half,
+            heads=shape.heads // work.tensor or 1,
+        ),
+        "memory": memory_s(card, tokens * shape.layers * layer_bytes(work)),
+        "head": product_s(card, head_rows, shape.hidden, shape.vocab / work.tensor, half=work.half),
+    }
+
+
+def _micro_parts(card: Gpu, work: Training) -> Mapping[str, float]:
+    """Seconds of a micro-batch, forward and backward."""
+    shape, tokens = work.shape, work.micro_batch * work.length
+    forward = forward_parts(card, work, head_rows=tokens)
+    again = 1.0 if work.checkpointing else 0.0
+    backward = 2.0 if work.full else 1.0
+    parts = {
+        "products": forward["products"] * (1 + again + backward),
+        "attention": forward["attention"] * (1 + again + ATTENTION_BACKWARD),
+        "memory": forward["memory"] * (1 + again + BACKWARD_BYTES),
+        "head": forward["head"] * (1 + (2 if work.full or "lm_head" in work.lora_targets else 1)),
+        "loss": memory_s(card, tokens * shape.vocab / work.tensor * LOSS_BYTES[work.loss]),
+    }
+    if not work.full:
+        parts["adapters"] = memory_s(card, tokens * adapter_bytes(work) * (1 + again + ADAPTER_BACKWARD)) + (
+            _adapter_products_s(card, work, tokens) * (3 + again)
+        )
+    if work.four_bit is not None:
+        unpacked = shape.layers * sum(a * b for a, b in shape.matrices().values())
+        parts["unpacking"] = unpacked * UNPACK_BYTES[work.four_bit] / bytes_s(card) * (2 + again)
+    elif work.half and work.weight_bytes == 4:  # mixed precision: cast for use, gradients cast back
+        shard = work.ranks if work.sharded else 1
+        parts["casts"] = memory_s(card, 6.0 * shape.params / shard * (2 if work.full else 1))
+    return parts
+
+
+def _layer_products_s(card: Gpu, work: Training, tokens: float) -> float:
+    shape = work.shape
+    if shape.experts is not None or shape.latent is not None:  # as if all its products were one
+        per_layer = (shape.active_params - shape.vocab * shape.hidden) / shape.layers
+        return product_s(card, tokens, shape.hidden, per_layer / shape.hidden / work.tensor, half=work.half)
+    return products_s(
+        card, tokens, [(a, max(1, b // work.tensor)) for a, b in shape.matrices().values()], half=work.half
+    )
+
+
+def layer_bytes(work: Training) -> float:
+    """Bytes that element-wise kernels of one layer move for one token, forward."""
+    shape, size, fused = work.shape, 2 if work.half else 4, work.fused or work.compiled
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer_norm = shape.architecture in ("mpt", "phi", "gpt_neox", "falcon", "gpt2", "opt", "bloom")
+    norm = FUSED_PASSES * size if fused or layer_norm else NORM_PASSES * size + NORM_FP32_BYTES
+    rotary = 0 if shape.architecture in ("mpt", "gpt2", "opt", "bloom") else FUSED_PASSES if fused else ROTARY_PASSES
+    if shape.gated:
+        mlp = (FUSED_GATE_PASSES if fused else GATE_PASSES) * size * _mlp_width(shape)
+    else:
+        mlp = ACTIVATION_PASSES * size * _mlp_width(shape)
+    residual = (2 if fused else RESIDUAL_PASSES) * size
+    shared = (ATTENTION_COPIES * (q + kv) + rotary * (q + kv)) * size + mlp
+    if shape.qk_norm:
+        shared += norm * (q + kv)
+    return 2 * shape.hidden * (norm + residual) + shared / work.tensor
+
+
+def _mlp_width(shape: ModelShape) -> int:
+    """Values of the MLP's middle that a token fills."""
+    experts = shape.experts
+    return shape.intermediate if experts is None else experts.active * experts.width + experts.shared_width
+
+
+def adapter_bytes(work: Training) -> float:
+    """Bytes that the adapters' element-wise kernels move for one token, forward, over all layers."""
+    sides = [work.shape.matrices()[target] for target in work.lora_targets if target in work.shape.matrices()]
+    layer = sum(a * ADAPTER_IN_BYTES + b * ADAPTER_OUT_BYTES for a, b in sides)
+    head = 0.0
+    if "lm_head" in work.lora_targets:
+        head = work.shape.hidden * ADAPTER_IN_BYTES + work.shape.vocab * ADAPTER_OUT_BYTES
+    share = 0.5 if work.compiled else 1.0  # scale, sum and dropout in one kernel
+    return share * (work.shape.layers * layer + head) / work.tensor
+
+
+def _adapter_products_s(card: Gpu, work: Training, tokens: float) -> float:
+    sides = [work.shape.matrices()[target] for target in work.lora_targets if target in work.shape.matrices()]
+    pairs = [pair for a, b in sides for pair in ((a, work.lora_r), (work.lora_r, b))]
+    return work.shape.layers * products_s(card, tokens, pairs, half=work.half) / work.tensor
+
+
+def optimizer_s(card: Gpu, work: Training) -> float:
+    """Seconds of clipping and AdamW, on this rank's share."""
+    mine = work.trainable / work.tensor / (work.ranks if work.sharded else 1)
+    weight = 4 if not work.full else work.weight_bytes
+    passes = ADAM_PASSES[work.optimizer if work.optimizer in ADAM_PASSES else "unknown"]
+    adam = passes / 7 * (3 * weight + 4 * work.state_bytes)  # p twice, g, both moments twice
+    if work.optimizer == "8bit":
+        adam = 3 * weight + 4 * 1.0
+    elif work.optimizer == "sgd":
+        adam = 3.0 * weight
+    return mine * (adam + CLIP_PASSES * weight) / bytes_s(card)
+
+
+# --- the host, and the other cards
+
+
+def _host_s(work: Training) -> float:
+    """Seconds in which the host starts the kernels of a micro-batch."""
+    again = 1.0 if work.checkpointing else 0.0
+    if work.compiled:
+        layer = HOST_COMPILED_S * (2 + again)
+    else:
+        layer = HOST_FORWARD_S * (1 + again) + HOST_BACKWARD_S
+    layer += HOST_ADAPTER_S * len(work.lora_targets) * (1 + again / 2)
+    if work.sharded == "zero3":
+        layer += HOST_ZERO3_S * (2 + again)
+    elif work.sharded:
+        layer += HOST_FSDP_S * (2 + again)
+    return work.shape.layers * layer
+
+
+def _link(card: Gpu, work: Training) -> float:
+    return NODE_LINK_GB_S if work.gpus > NODE_GPUS else card.link_gb_s.value
+
+
+def _exposed(card: Gpu, traffic: float, device: float) -> float:
+    """Seconds of traffic that computing of `device` seconds does not hide."""
+    share = EXPOSED_NVLINK if card.link_gb_s.value >= NVLINK_GB_S else EXPOSED_PCIE
+    return max(share * traffic, traffic - device)
+
+
+def _traffic_s(card: Gpu, work: Training, device: float) -> float:
+    """Seconds of a micro-batch's traffic that computing does not hide."""
+    shape, seconds = work.shape, 0.0
+    if work.tensor > 1:  # two sums a layer and pass, each waited for
+        size = work.micro_batch * work.length * shape.hidden * 2
+        passes = 2 + (1 if work.checkpointing else 0)
+        seconds += 2 * shape.layers * passes * all_reduce_s(card, size, work.tensor)
+    if work.sharded and work.ranks > 1:
+        gathered = all_reduce_s(card, _stored_bytes(work) / work.tensor, work.ranks, _link(card, work)) / 2 * 2
+        scattered = 0.0
+        if work.full:
+            scattered = all_reduce_s(card, 2.0 * work.trainable / work.tensor, work.ranks, _link(card, work)) / 2
+        seconds += _exposed(card, gathered + scattered, device)
+    return seconds
+
+
+def _reduction_s(card: Gpu, work: Training, device: float) -> float:
+    """Seconds of the gradients' sum over ranks that hold whole models, beyond the last backward pass."""
+    if work.sharded or work.ranks == 1:
+        return 0.0
+    size = float(work.trainable * (2 if work.full and work.weight_bytes == 2 else 4)) / work.tensor
+    return _exposed(card, all_reduce_s(card, size, work.ranks, _link(card, work)), device / 2)
+
+
+def _stored_bytes(work: Training) -> float:
+    """Bytes of the weights as they travel."""
+    shape = work.shape
+    if work.four_bit is None:
+        return 2.0 * shape.params
+    layers = shape.layers * sum(a * b for a, b in shape.matrices().values())
+    return 0.53 * layers + 2.0 * (shape.params - layers)
