@@ -15,23 +15,25 @@ from orchestrator.gpus import Gpu
 # 0.3.
 TILE = 128
 WAVE_LOSS = 0.2
-# Inside a model products run at this share of the large-product rate: 650 to 750 of 790 on an H200 for three products
-# of 8192 x 1536 x 151936 (benchmarks/README.md); the rest of the layer's products are narrower.
-MODEL_SHARE = 0.88
+# Inside a model products run at this share of the large-product rate. Hopper: three products of 8192 x 1536 x 151936 at
+# 607, 721 and 570 of 790 on an H200 (benchmarks/README.md). Slower cards lose less at the ends of a tile: assumed.
+MODEL_SHARE, MODEL_SHARE_HOPPER = 0.88, 0.80
 # Element-wise kernels that follow each other reach this share of a large copy's bandwidth: a training step on an H200
 # (benchmarks/results/training.json: eager less compiled).
 CHAIN_SHARE = 0.75
+CACHED_SHARE = 0.5  # of the bytes of such a chain are read where the kernel before wrote them
 # Fused attention against the large-product rate, of the operations that a causal mask leaves: FlashAttention-2's paper
 # (arXiv:2307.08691, figures 4 to 6): A100 forward 170 to 200, backward 150 to 190 of 250 with a causal mask at 2k to
 # 8k; H100 350 to 400 of 790.
 ATTENTION_SHARE = {"ampere": 0.65, "hopper": 0.47}
 SCORE_BYTES = 24.0  # eager attention, a score: written, scaled, masked, softmax in fp32, cast, read again
-KERNEL_S = 3e-6  # a kernel's start and tail on the device when the next one is already queued
+KERNEL_S = 4e-6  # a kernel's start and tail on the device, when the next one is already queued: 3 to 5 microseconds
 
 
-def product_s(card: Gpu, m: float, k: float, n: float, *, half: bool = True, share: float = MODEL_SHARE) -> float:
+def product_s(card: Gpu, m: float, k: float, n: float, *, half: bool = True) -> float:
     """Seconds of one (m x k) (k x n) product: at the card's rate for that many tiles, or at its bandwidth."""
     waves = math.ceil(m / TILE) * math.ceil(n / TILE) / card.processors.value
+    share = MODEL_SHARE_HOPPER if hopper(card) else MODEL_SHARE
     rate = rate_s(card, half=half) * share * waves / (waves + WAVE_LOSS)
     size = 2 if half else 4
     # a product that cannot fill the card with tiles is split along k: it never falls below the bytes it moves
@@ -45,6 +47,10 @@ def products_s(card: Gpu, m: float, sides: Iterable[tuple[int, int]], *, half: b
     return sum(product_s(card, m, side_in, side_out, half=half) for side_in, side_out in sides)
 
 
+def hopper(card: Gpu) -> bool:
+    return card.name.startswith("H")
+
+
 def rate_s(card: Gpu, *, half: bool) -> float:
     """Operations a second that large products reach."""
     return (card.reached_tflops.value if half else card.fp32_tflops.value) * 1e12
@@ -55,9 +61,13 @@ def bytes_s(card: Gpu) -> float:
     return card.reached_gb_s.value * 1e9
 
 
-def memory_s(card: Gpu, moved: float) -> float:
-    """Seconds of element-wise kernels that read and write `moved` bytes."""
-    return moved / (bytes_s(card) * CHAIN_SHARE)
+def memory_s(card: Gpu, moved: float, tensor: float | None = None, *, kernels: float = 0.0) -> float:
+    """Seconds of `kernels` element-wise kernels that move `moved` bytes, in chains over tensors of `tensor` bytes.
+
+    What one kernel wrote the next one finds in the cache, as far as two such tensors fit.
+    """
+    kept = 0.0 if tensor is None else min(1.0, card.cache_mb.value * 1e6 / (2 * max(tensor, 1.0)))
+    return moved * (1 - CACHED_SHARE * kept) / (bytes_s(card) * CHAIN_SHARE) + kernels * KERNEL_S
 
 
 def attention_s(card: Gpu, tokens: float, length: float, width: float, *, eager: bool, half: bool, heads: int) -> float:
@@ -65,7 +75,7 @@ def attention_s(card: Gpu, tokens: float, length: float, width: float, *, eager:
     if eager:  # both products whole, scores to memory and back
         computing = 4.0 * tokens * length * width / (rate_s(card, half=half) * 0.6)
         return computing + memory_s(card, tokens * length * heads * SCORE_BYTES)
-    share = ATTENTION_SHARE["hopper" if card.name.startswith("H") else "ampere"]
+    share = ATTENTION_SHARE["hopper" if hopper(card) else "ampere"]
     return 2.0 * tokens * length * width / (rate_s(card, half=half) * share)
 
 

@@ -26,13 +26,18 @@ GATE_PASSES, FUSED_GATE_PASSES = 5, 3  # silu, then the product; one kernel
 ACTIVATION_PASSES = 2
 RESIDUAL_PASSES = 3
 ATTENTION_COPIES = 4  # into and out of the kernel, and the heads put side by side again
-# Adapters (peft), forward, bytes a value of the matrix's input (dropout and its mask, read) and of its output (delta
-# written, scaled, added); backward half as much again.
-ADAPTER_IN_BYTES, ADAPTER_OUT_BYTES, ADAPTER_BACKWARD = 9.0, 14.0, 1.5
+# Adapters (peft), bytes a value of the matrix's input and of its output beside their products. Half precision: dropout
+# and its mask 5, where there is one (half of the recipes); scaled 4, added 6; backward the gradient of the input is a
+# sum 6, dropout again, scaled 4. fp32, as peft keeps them: the input cast 6, dropout in fp32; scaled 8, added 10, cast 6.
+ADAPTER_FORWARD, ADAPTER_BACKWARD = (2.5, 10.0), (8.5, 4.0)
+ADAPTER_FORWARD_FP32, ADAPTER_BACKWARD_FP32 = (10.5, 24.0), (16.5, 14.0)
+# Kernels that are no products, forward, a layer: two norms of 7, rotations of 10, attention 4, MLP 2, residuals 2, reshapes;
+# fused or compiled. An adapter: dropout, scale, sum, casts. Backward twice as many.
+KERNELS, KERNELS_FUSED, KERNELS_ADAPTER = 42, 12, 5
 # Loss, bytes a logit, both ways: upcast to fp32, log-softmax, gradient, back to half; in chunks without the shifted
 # copy; compiled; the project's own row kernels (5 + 7.5 GB for 1.24e9 logits, benchmarks/README.md).
 LOSS_BYTES = {"materialised": 40.0, "chunked": 30.0, "compiled": 16.0, "own": 10.0}
-# AdamW: values read and written a parameter: 7 when fused; torch's foreach form goes over them 18 times. Unknown: between.
+# AdamW, values read and written a parameter: 7 when fused; torch's foreach form goes over them 18 times; unknown: between.
 ADAM_PASSES = {"fused": 7.0, "foreach": 18.0, "unknown": 12.0}
 CLIP_PASSES = 3.0  # gradient norm, then scaling
 # 4-bit weights, a parameter and use, in bytes moved at full bandwidth. nf4: 0.5 read and 2 written by a kernel at about
@@ -48,7 +53,7 @@ HOST_ZERO3_S = 2.5e-3  # DeepSpeed's hooks around each module, a layer and pass
 HOST_FSDP_S = 0.5e-3
 # Share of the traffic that does not hide behind computing: with NVLink it does, but for the first and the last layer;
 # through host memory the copies stand in the way of each other.
-EXPOSED_NVLINK, EXPOSED_PCIE = 0.1, 0.7
+EXPOSED_NVLINK, EXPOSED_PCIE, EXPOSED_ZERO3 = 0.1, 0.7, 0.5  # ZeRO-3 fetches module by module
 NVLINK_GB_S = 100.0  # links from here on are NVLink
 NODE_GPUS, NODE_LINK_GB_S = 8, 22.0  # beyond a host: 200 Gbit/s a card, of which 0.9 arrives
 
@@ -72,6 +77,7 @@ class Training:
     half: bool = True
     weight_bytes: int = 2
     four_bit: str | None = None
+    fp32_adapters: bool | None = None  # None: not known
     optimizer: str = "unknown"
     state_bytes: float = 2.0
     checkpointing: bool = False
@@ -132,7 +138,12 @@ def forward_parts(card: Gpu, work: Training, *, head_rows: float) -> dict[str, f
             half=work.half,
             heads=shape.heads // work.tensor or 1,
         ),
-        "memory": memory_s(card, tokens * shape.layers * layer_bytes(work)),
+        "memory": memory_s(
+            card,
+            tokens * shape.layers * layer_bytes(work),
+            _row_bytes(work),
+            kernels=shape.layers * (KERNELS_FUSED if work.fused or work.compiled else KERNELS),
+        ),
         "head": product_s(card, head_rows, shape.hidden, shape.vocab / work.tensor, half=work.half),
     }
 
@@ -151,9 +162,10 @@ def _micro_parts(card: Gpu, work: Training) -> Mapping[str, float]:
         "loss": memory_s(card, tokens * shape.vocab / work.tensor * LOSS_BYTES[work.loss]),
     }
     if not work.full:
-        parts["adapters"] = memory_s(card, tokens * adapter_bytes(work) * (1 + again + ADAPTER_BACKWARD)) + (
-            _adapter_products_s(card, work, tokens) * (3 + again)
-        )
+        moved = adapter_bytes(work, again)
+        kernels = (3 + again) * shape.layers * len(work.lora_targets) * (1 if work.compiled else KERNELS_ADAPTER)
+        products = _adapter_products_s(card, work, tokens) * (3 + again)
+        parts["adapters"] = memory_s(card, tokens * moved, _row_bytes(work), kernels=kernels) + products
     if work.four_bit is not None:
         unpacked = shape.layers * sum(a * b for a, b in shape.matrices().values())
         parts["unpacking"] = unpacked * UNPACK_BYTES[work.four_bit] / bytes_s(card) * (2 + again)
@@ -161,6 +173,11 @@ def _micro_parts(card: Gpu, work: Training) -> Mapping[str, float]:
         shard = work.ranks if work.sharded else 1
         parts["casts"] = memory_s(card, 6.0 * shape.params / shard * (2 if work.full else 1))
     return parts
+
+
+def _row_bytes(work: Training) -> float:
+    """Bytes of one tensor of the hidden size."""
+    return work.micro_batch * work.length * work.shape.hidden * (2.0 if work.half else 4.0)
 
 
 def _layer_products_s(card: Gpu, work: Training, tokens: float) -> float:
@@ -197,15 +214,21 @@ def _mlp_width(shape: ModelShape) -> int:
     return shape.intermediate if experts is None else experts.active * experts.width + experts.shared_width
 
 
-def adapter_bytes(work: Training) -> float:
-    """Bytes that the adapters' element-wise kernels move for one token, forward, over all layers."""
+def adapter_bytes(work: Training, again: float = 0.0) -> float:
+    """Bytes that the adapters' element-wise kernels move for one token both ways, `again` forward passes more."""
     sides = [work.shape.matrices()[target] for target in work.lora_targets if target in work.shape.matrices()]
-    layer = sum(a * ADAPTER_IN_BYTES + b * ADAPTER_OUT_BYTES for a, b in sides)
-    head = 0.0
+    ins, outs = (work.shape.layers * sum(side[i] for side in sides) for i in (0, 1))
     if "lm_head" in work.lora_targets:
-        head = work.shape.hidden * ADAPTER_IN_BYTES + work.shape.vocab * ADAPTER_OUT_BYTES
+        ins, outs = ins + work.shape.hidden, outs + work.shape.vocab
+
+    def moved(forward: tuple[float, float], backward: tuple[float, float]) -> float:
+        return (1 + again) * (ins * forward[0] + outs * forward[1]) + ins * backward[0] + outs * backward[1]
+
+    half = moved(ADAPTER_FORWARD, ADAPTER_BACKWARD)
+    full = moved(ADAPTER_FORWARD_FP32, ADAPTER_BACKWARD_FP32)
     share = 0.5 if work.compiled else 1.0  # scale, sum and dropout in one kernel
-    return share * (work.shape.layers * layer + head) / work.tensor
+    each = {True: full, False: half, None: (full + half) / 2}[work.fp32_adapters]
+    return share * each / work.tensor
 
 
 def _adapter_products_s(card: Gpu, work: Training, tokens: float) -> float:
@@ -233,10 +256,7 @@ def optimizer_s(card: Gpu, work: Training) -> float:
 def _host_s(work: Training) -> float:
     """Seconds in which the host starts the kernels of a micro-batch."""
     again = 1.0 if work.checkpointing else 0.0
-    if work.compiled:
-        layer = HOST_COMPILED_S * (2 + again)
-    else:
-        layer = HOST_FORWARD_S * (1 + again) + HOST_BACKWARD_S
+    layer = HOST_COMPILED_S * (2 + again) if work.compiled else HOST_FORWARD_S * (1 + again) + HOST_BACKWARD_S
     layer += HOST_ADAPTER_S * len(work.lora_targets) * (1 + again / 2)
     if work.sharded == "zero3":
         layer += HOST_ZERO3_S * (2 + again)
@@ -249,9 +269,11 @@ def _link(card: Gpu, work: Training) -> float:
     return NODE_LINK_GB_S if work.gpus > NODE_GPUS else card.link_gb_s.value
 
 
-def _exposed(card: Gpu, traffic: float, device: float) -> float:
+def _exposed(card: Gpu, work: Training, traffic: float, device: float) -> float:
     """Seconds of traffic that computing of `device` seconds does not hide."""
     share = EXPOSED_NVLINK if card.link_gb_s.value >= NVLINK_GB_S else EXPOSED_PCIE
+    if work.sharded == "zero3":
+        share = max(share, EXPOSED_ZERO3)
     return max(share * traffic, traffic - device)
 
 
@@ -267,7 +289,7 @@ def _traffic_s(card: Gpu, work: Training, device: float) -> float:
         scattered = 0.0
         if work.full:
             scattered = all_reduce_s(card, 2.0 * work.trainable / work.tensor, work.ranks, _link(card, work)) / 2
-        seconds += _exposed(card, gathered + scattered, device)
+        seconds += _exposed(card, work, gathered + scattered, device)
     return seconds
 
 
@@ -276,7 +298,7 @@ def _reduction_s(card: Gpu, work: Training, device: float) -> float:
     if work.sharded or work.ranks == 1:
         return 0.0
     size = float(work.trainable * (2 if work.full and work.weight_bytes == 2 else 4)) / work.tensor
-    return _exposed(card, all_reduce_s(card, size, work.ranks, _link(card, work)), device / 2)
+    return _exposed(card, work, all_reduce_s(card, size, work.ranks, _link(card, work)), device / 2)
 
 
 def _stored_bytes(work: Training) -> float:

@@ -20,7 +20,7 @@ class Gpu:
     `vram_gib`: memory that PyTorch can use of it. `half_tflops`: dense matrix products as the vendor states them, in
     bf16, or in fp16 where there is no bf16, with fp32 accumulation. `reached_*`: what large products and copies reach
     by others' measurement, or a share of the data sheet that the source states. `link_gb_s`: bus bandwidth of NCCL to
-    the other cards of its host. `processors`: streaming multiprocessors.
+    the other cards of its host. `processors`: streaming multiprocessors; `cache_mb`: L2, 1e6 bytes.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Gpu:
     reached_gb_s: Figure
     link_gb_s: Figure
     processors: Figure
+    cache_mb: Figure
     bf16: bool = True
 
     @property
@@ -45,6 +46,7 @@ class Gpu:
             self.reached_gb_s,
             self.link_gb_s,
             self.processors,
+            self.cache_mb,
         )
 
 
@@ -75,6 +77,7 @@ def _gpu(
     reached_gb_s: tuple[float, str],
     link: tuple[float, str],
     processors: int,
+    cache_mb: float,
     *,
     vram: str = _OOM,
     bf16: bool = True,
@@ -89,6 +92,7 @@ def _gpu(
         Figure(*reached_gb_s),
         Figure(*link),
         Figure(processors, half[1]),
+        Figure(cache_mb, half[1]),
         bf16,
     )
 
@@ -106,6 +110,7 @@ GPUS: dict[str, Gpu] = {
             (240, _COPY),
             (9.6, _PCIE3),
             40,
+            4,
             bf16=False,
         ),
         _gpu(
@@ -118,6 +123,7 @@ GPUS: dict[str, Gpu] = {
             (766, _COPY),
             (100, _NVLINK + ", 150 GB/s"),
             80,
+            6,
             bf16=False,
         ),
         _gpu(
@@ -130,6 +136,7 @@ GPUS: dict[str, Gpu] = {
             (766, _COPY),
             (100, _NVLINK + ", 150 GB/s"),
             80,
+            6,
             bf16=False,
         ),
         _gpu(
@@ -142,6 +149,7 @@ GPUS: dict[str, Gpu] = {
             (240, _GDDR_SHARE),
             (19, _PCIE4),
             58,
+            48,
         ),
         _gpu(
             "A10",
@@ -153,6 +161,7 @@ GPUS: dict[str, Gpu] = {
             (469, _COPY),
             (19, _PCIE4),
             72,
+            6,
         ),
         _gpu(
             "A10G",
@@ -164,6 +173,7 @@ GPUS: dict[str, Gpu] = {
             (480, _GDDR_SHARE),
             (19, _PCIE4),
             80,
+            6,
         ),
         _gpu(
             "RTX3090",
@@ -175,6 +185,7 @@ GPUS: dict[str, Gpu] = {
             (831, _COPY),
             (4, _NO_P2P + "; mostly on boards with 8 lanes a card"),
             82,
+            6,
         ),
         _gpu(
             "RTX4090",
@@ -186,6 +197,7 @@ GPUS: dict[str, Gpu] = {
             (912, _COPY),
             (8, _NO_P2P),
             128,
+            72,
         ),
         _gpu(
             "A6000",
@@ -197,6 +209,7 @@ GPUS: dict[str, Gpu] = {
             (614, _GDDR_SHARE),
             (19, _PCIE4),
             84,
+            6,
         ),
         _gpu(
             "L40S",
@@ -208,6 +221,7 @@ GPUS: dict[str, Gpu] = {
             (691, _GDDR_SHARE),
             (19, _PCIE4),
             142,
+            96,
         ),
         _gpu(
             "A100",
@@ -219,6 +233,7 @@ GPUS: dict[str, Gpu] = {
             (1320, _HBM_SHARE),
             (220, _NVLINK + ", 300 GB/s"),
             108,
+            40,
         ),
         _gpu(
             "A100-80GB",
@@ -230,6 +245,7 @@ GPUS: dict[str, Gpu] = {
             (1640, _HBM_SHARE),
             (220, _NVLINK + ", 300 GB/s"),
             108,
+            40,
         ),
         _gpu(
             "A100-80GB-SXM",
@@ -241,6 +257,7 @@ GPUS: dict[str, Gpu] = {
             (1735, _HBM_SHARE),
             (220, _NVLINK + ", 300 GB/s"),
             108,
+            40,
         ),
         _gpu(
             "H100",
@@ -252,6 +269,7 @@ GPUS: dict[str, Gpu] = {
             (1700, _HBM_SHARE),
             (30, "PCIe 5.0 x16 between two cards: 0.5 of 64 GB/s"),
             114,
+            50,
         ),
         _gpu(
             "H100-SXM",
@@ -263,6 +281,7 @@ GPUS: dict[str, Gpu] = {
             (2850, _HBM_SHARE),
             (340, _NVLINK + ", 450 GB/s"),
             132,
+            50,
         ),
         _gpu(
             "H200",
@@ -274,6 +293,7 @@ GPUS: dict[str, Gpu] = {
             (3900, "row kernels over 5 and 7.5 GB of logits (benchmarks/README.md)"),
             (340, _NVLINK + ", 450 GB/s"),
             132,
+            50,
         ),
     )
 }
