@@ -188,13 +188,27 @@ def _family(
 
 
 def _qwen2(names: tuple[str, ...], *sizes: int, tied: bool = False) -> list[ModelShape]:
-    return _family(names, *sizes, tied=tied, architecture="qwen2", qkv_bias=True)
+    hidden, intermediate, layers, heads, kv_heads, vocab = sizes
+    return _family(
+        names, hidden, intermediate, layers, heads, kv_heads, vocab, tied=tied, architecture="qwen2", qkv_bias=True
+    )
 
 
 def _qwen3(names: tuple[str, ...], *sizes: int, tied: bool = False, experts: Experts | None = None) -> list[ModelShape]:
-    kind = "qwen3" if experts is None else "qwen3_moe"
+    hidden, intermediate, layers, heads, kv_heads = sizes
     return _family(
-        names, *sizes, 151936, tied=tied, head_dim=128, architecture=kind, qk_norm=True, experts=experts
+        names,
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        kv_heads,
+        151936,
+        tied=tied,
+        head_dim=128,
+        architecture="qwen3" if experts is None else "qwen3_moe",
+        qk_norm=True,
+        experts=experts,
     )
 
 

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from orchestrator.cases import Case
+from orchestrator.duration import around
 from orchestrator.duration_serving import Serving, serving_s
 from orchestrator.duration_training import Training, step_s
 from orchestrator.gpus import GPUS, Gpu, gpu_named
@@ -87,10 +88,7 @@ def _train(case: Case, card: Gpu) -> Times:
     elif case.steps is not None:
         seconds = case.steps * step
 
-    def around(value: float) -> Range:
-        return Range(value / 1.4, value, value * 1.4)
-
-    return Times(around(rate), None if seconds is None else around(seconds), around(step))
+    return Times(around(rate, "train"), None if seconds is None else around(seconds, "train"), around(step, "train"))
 
 
 def serving_of(case: Case) -> Serving | None:
@@ -129,10 +127,7 @@ def _generate(case: Case, card: Gpu) -> Times:
     seconds = serving_s(card, work)
     rate = work.prompts * work.answer_len / seconds
 
-    def around(value: float) -> Range:
-        return Range(value / 1.4, value, value * 1.4)
-
-    return Times(around(rate), around(seconds))
+    return Times(around(rate, "generate"), around(seconds, "generate"))
 
 
 def _parallel(word: str, gpus: int) -> tuple[int, str | None]:

@@ -1,4 +1,4 @@
-"""How long does writing answers take? Prefill and decoding steps of an engine, from bytes, products and host work. Pure.
+"""How long does writing answers take? Prefill and decoding steps, from bytes, products and host work. Pure.
 
 An engine (vLLM) keeps as many answers in flight as its limits and its cache allow; transformers writes whole batches.
 """
@@ -14,12 +14,10 @@ from orchestrator.duration_kernels import (
     all_reduce_s,
     attention_s,
     bytes_s,
-    hopper,
     memory_s,
     product_s,
-    rate_s,
 )
-from orchestrator.duration_training import HOST_FORWARD_S, Training, layer_bytes
+from orchestrator.duration_training import Training, layer_bytes
 from orchestrator.gpus import Gpu
 
 GIB = 2**30
@@ -34,7 +32,7 @@ ENGINE_GIB = 1.0  # CUDA context, graphs' and NCCL's buffers outside of torch
 # answers of a 1.5 B model and 26,003 to 28,897 at 1,024 (benchmarks/README.md): 8 to 12 ms and 35 to 39 ms a step, of
 # which the card works 3 and 7.
 HOST_STEP_S, HOST_SEQUENCE_S = 1.2e-3, 24e-6
-# Log-probabilities become Python objects, a token: 117 microseconds for 64 at 256 answers, 103 for 20 (as above; flat 36).
+# Log-probabilities become Python objects, a token: 117 microseconds for 64 of them, 103 for 20 (as above; flat 36).
 LOGPROBS_S, LOGPROB_S = 93e-6, 0.4e-6
 GRAPH_KERNELS = 14  # a layer and decoding step inside a CUDA graph: 4 products, norms, rotation, cache, attention in 2
 CACHE_SHARE = 0.8  # of the bandwidth, for reading a paged cache
@@ -45,7 +43,7 @@ SAMPLE_BYTES = 24.0  # a logit of a sampled row: fp32, temperature, softmax, top
 # transformers' generate writes a layer's kernels from Python: HOST_FORWARD_S a layer was 0.83 ms on a host of 2024 with
 # cache and mask; its cache is written anew each step.
 GENERATE_LAYER_S = 0.8e-3
-PLAIN_CACHE_PASSES = 3.0  # read and written by the joining, read by attention; and once for each query head of its group
+PLAIN_CACHE_PASSES = 3.0  # joined (read, written), read by attention; and once more for each query head of a group
 TAIL_ANSWERS = 4.0  # most mean lengths that the last answers take longer where lengths vary; else ln of those in flight
 
 
@@ -53,8 +51,8 @@ TAIL_ANSWERS = 4.0  # most mean lengths that the last answers take longer where 
 class Serving:
     """`prompts` of `prompt_len` tokens, answers of `answer_len` tokens on average, at most `concurrency` at once.
 
-    `varied`: answers end by themselves, so the last ones run in small batches. `server`: asked over HTTP. `logprobs`: of
-    how many candidates a token. `tensor`: cards that share each layer; `replicas`: whole engines beside each other.
+    `varied`: answers end by themselves, so the last ones run in small batches. `server`: asked over HTTP. `logprobs`:
+    candidates a token that are told. `tensor`: cards that share each layer; `replicas`: whole engines beside each other.
     """
 
     shape: ModelShape
@@ -70,6 +68,7 @@ class Serving:
     four_bit: bool = False
     tensor: int = 1
     replicas: int = 1
+    longest: float | None = None  # most tokens of an answer
 
 
 def serving_s(card: Gpu, work: Serving) -> float:
@@ -96,7 +95,7 @@ def serving_parts(card: Gpu, work: Serving) -> dict[str, float]:
         whole = (full - 1) * work.answer_len * decode_step_s(card, work, flight, context)
         return {"prefill": prefill, "decode": whole + work.answer_len * decode_step_s(card, work, in_last, context)}
     # once nobody waits any more those in flight leave one after the other
-    end = work.answer_len * min(math.log(flight), TAIL_ANSWERS)
+    end = min(work.answer_len * min(math.log(flight), TAIL_ANSWERS), work.longest or math.inf)
     pieces = 8
     tail, written = 0.0, 0.0
     for piece in range(pieces):
@@ -197,6 +196,7 @@ def _plain_parts(card: Gpu, work: Serving) -> dict[str, float]:
     shape, batch = work.shape, max(1.0, min(work.concurrency, work.prompts))
     rounds = math.ceil(work.prompts / batch)
     longest = work.answer_len * (min(1 + math.log(batch) / 2, TAIL_ANSWERS) if work.varied else 1.0)
+    longest = min(longest, work.longest or math.inf)
     context = work.prompt_len + longest / 2
     weights = shape.layers * sum(_few_rows_s(card, work, batch, a, b) for a, b in _sides(work))
     head = _few_rows_s(card, work, batch, shape.hidden, shape.vocab / work.tensor)

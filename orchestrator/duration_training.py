@@ -28,17 +28,18 @@ RESIDUAL_PASSES = 3
 ATTENTION_COPIES = 4  # into and out of the kernel, and the heads put side by side again
 # Adapters (peft), bytes a value of the matrix's input and of its output beside their products. Half precision: dropout
 # and its mask 5, where there is one (half of the recipes); scaled 4, added 6; backward the gradient of the input is a
-# sum 6, dropout again, scaled 4. fp32, as peft keeps them: the input cast 6, dropout in fp32; scaled 8, added 10, cast 6.
+# sum 6, dropout again, scaled 4. fp32, as peft keeps them: input cast 6, dropout in fp32; scaled 8, added 10, cast 6.
 ADAPTER_FORWARD, ADAPTER_BACKWARD = (2.5, 10.0), (8.5, 4.0)
 ADAPTER_FORWARD_FP32, ADAPTER_BACKWARD_FP32 = (10.5, 24.0), (16.5, 14.0)
-# Kernels that are no products, forward, a layer: two norms of 7, rotations of 10, attention 4, MLP 2, residuals 2, reshapes;
-# fused or compiled. An adapter: dropout, scale, sum, casts. Backward twice as many.
+# Kernels that are no products, forward, a layer: norms 14, rotations 10, attention 4, MLP 2, residuals 2, reshapes; fused
+# or compiled. An adapter: dropout, scale, sum, casts. Backward twice as many.
 KERNELS, KERNELS_FUSED, KERNELS_ADAPTER = 42, 12, 5
 # Loss, bytes a logit, both ways: upcast to fp32, log-softmax, gradient, back to half; in chunks without the shifted
 # copy; compiled; the project's own row kernels (5 + 7.5 GB for 1.24e9 logits, benchmarks/README.md).
 LOSS_BYTES = {"materialised": 40.0, "chunked": 30.0, "compiled": 16.0, "own": 10.0}
-# AdamW, values read and written a parameter: 7 when fused; torch's foreach form goes over them 18 times; unknown: between.
-ADAM_PASSES = {"fused": 7.0, "foreach": 18.0, "unknown": 12.0}
+# AdamW, values read and written a parameter: 7 when fused; torch's default takes 8 kernels (decay 2, lerp 3, mul 2,
+# addcmul 3, sqrt 2, div 2, add 2, addcdiv 4: torch/optim/adamw.py). Not known: mostly the default.
+ADAM_PASSES = {"fused": 7.0, "foreach": 20.0, "unknown": 16.0}
 CLIP_PASSES = 3.0  # gradient norm, then scaling
 # 4-bit weights, a parameter and use, in bytes moved at full bandwidth. nf4: 0.5 read and 2 written by a kernel at about
 # half the bandwidth (bitsandbytes pull request 1747 doubled it on A100). int4 of auto-gptq while training: unpacked by
@@ -55,7 +56,9 @@ HOST_FSDP_S = 0.5e-3
 # through host memory the copies stand in the way of each other.
 EXPOSED_NVLINK, EXPOSED_PCIE, EXPOSED_ZERO3 = 0.1, 0.7, 0.5  # ZeRO-3 fetches module by module
 NVLINK_GB_S = 100.0  # links from here on are NVLink
-NODE_GPUS, NODE_LINK_GB_S = 8, 22.0  # beyond a host: 200 Gbit/s a card, of which 0.9 arrives
+# Beyond a host: eight adapters of 200 Gbit/s carry one copy of the weights into it (a DGX A100's), 0.85 of it arrives;
+# hosts without NVLink have one of 100 Gbit/s.
+NODE_GPUS, NODE_NVLINK_GB_S, NODE_GB_S = 8, 170.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,10 @@ def _host_s(work: Training) -> float:
 
 
 def _link(card: Gpu, work: Training) -> float:
-    return NODE_LINK_GB_S if work.gpus > NODE_GPUS else card.link_gb_s.value
+    within = card.link_gb_s.value
+    if work.gpus <= NODE_GPUS:
+        return within
+    return min(within, NODE_NVLINK_GB_S if within >= NVLINK_GB_S else NODE_GB_S)
 
 
 def _exposed(card: Gpu, work: Training, traffic: float, device: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 from orchestrator import duration, memory, setup_time
 from orchestrator.catalog import Gpu, ModelShape
@@ -276,6 +276,7 @@ def _measure_pretrain(settings: PretrainSettings, machine: Machine) -> Measured:
         mean_len=length,
         full=True,
         checkpointing=False,
+        half=False,
     )
     return Measured(
         need, duration.stage_s(machine.speed, downloads_gb=0.0) + work, {"params": shape.params, "row_tokens": length}
@@ -309,7 +310,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
     scoring = duration.scoring_s(speed, shape, tokens=scored, mean_len=lengths.prompt + lengths.answer)
     return Measured(
         need,
-        duration.stage_s(speed, downloads_gb=_download_gb(settings.teacher, shape)) + writing + scoring,
+        duration.stage_s(speed, downloads_gb=_download_gb(settings.teacher, shape), engine=engine) + writing + scoring,
         {
             "params": shape.params,
             "answers": answers,
@@ -381,9 +382,13 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
         mean_len=mean_len,
         full=full,
         checkpointing=settings.checkpointing,
+        lora_r=settings.lora.r,
+        lora_targets=settings.lora.targets,
+        half=settings.precision == "bf16",
+        four_bit=settings.method == "qlora",
+        eight_bit=settings.optimizer == "adamw_8bit",
+        compiled=settings.compile,
     )
-    if settings.method == "qlora":
-        work = Range(*(at * slower for at, slower in zip(astuple(work), astuple(duration.QLORA_SLOWER), strict=True)))
     if not speed.gpu:
         work = work.times(duration.side_by_side(min(settings.arms_at_once, _runs(settings))))
     source = world.student(stage)
