@@ -6,7 +6,7 @@ What a case leaves out is taken as most people run it; `measured` is never read.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.cases import Case
 from orchestrator.duration import around
@@ -80,15 +80,13 @@ def _train(case: Case, card: Gpu) -> Times:
     work = training_of(case)
     if work is None:
         return Times()
-    step = step_s(card, work)
-    rate = work.tokens / step
-    seconds = None
-    if case.train_tokens is not None:
-        seconds = case.train_tokens / rate
-    elif case.steps is not None:
-        seconds = case.steps * step
-
-    return Times(around(rate, "train"), None if seconds is None else around(seconds, "train"), around(step, "train"))
+    step = around(step_s(card, work), "train")
+    if case.gradient_checkpointing is None:  # it may have been on
+        again = around(step_s(card, replace(work, checkpointing=True)), "train")
+        step = Range(step.low, (step.expected + again.expected) / 2, again.high)
+    rate = Range(work.tokens / step.high, work.tokens / step.expected, work.tokens / step.low)
+    steps = case.steps if case.train_tokens is None else case.train_tokens / work.tokens
+    return Times(rate, None if steps is None else step.times(steps), step)
 
 
 def serving_of(case: Case) -> Serving | None:

@@ -52,7 +52,7 @@ class Serving:
     """`prompts` of `prompt_len` tokens, answers of `answer_len` tokens on average, at most `concurrency` at once.
 
     `varied`: answers end by themselves, so the last ones run in small batches. `server`: asked over HTTP. `logprobs`:
-    candidates a token that are told. `tensor`: cards that share each layer; `replicas`: whole engines beside each other.
+    candidates told a token. `tensor`: cards that share each layer; `replicas`: whole engines beside each other.
     """
 
     shape: ModelShape

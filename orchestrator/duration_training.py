@@ -31,8 +31,8 @@ ATTENTION_COPIES = 4  # into and out of the kernel, and the heads put side by si
 # sum 6, dropout again, scaled 4. fp32, as peft keeps them: input cast 6, dropout in fp32; scaled 8, added 10, cast 6.
 ADAPTER_FORWARD, ADAPTER_BACKWARD = (2.5, 10.0), (8.5, 4.0)
 ADAPTER_FORWARD_FP32, ADAPTER_BACKWARD_FP32 = (10.5, 24.0), (16.5, 14.0)
-# Kernels that are no products, forward, a layer: norms 14, rotations 10, attention 4, MLP 2, residuals 2, reshapes; fused
-# or compiled. An adapter: dropout, scale, sum, casts. Backward twice as many.
+# Kernels that are no products, forward, a layer: norms 14, rotations 10, attention 4, MLP 2, residuals 2, reshapes; as
+# fused or compiled. An adapter: dropout, scale, sum, casts. Backward twice as many.
 KERNELS, KERNELS_FUSED, KERNELS_ADAPTER = 42, 12, 5
 # Loss, bytes a logit, both ways: upcast to fp32, log-softmax, gradient, back to half; in chunks without the shifted
 # copy; compiled; the project's own row kernels (5 + 7.5 GB for 1.24e9 logits, benchmarks/README.md).
