@@ -147,6 +147,7 @@ def decode_step_s(card: Gpu, work: Serving, flight: float, context: float) -> fl
     """Seconds of one step that writes a token of each of `flight` answers with `context` tokens behind them."""
     shape = work.shape
     layers = shape.layers * sum(_few_rows_s(card, work, flight, a, b) for a, b in _sides(work))
+    layers += _more_experts(shape, flight) * work.weight_bytes / work.tensor / (bytes_s(card) * DECODE_SHARE)
     head = _few_rows_s(card, work, flight, shape.hidden, shape.vocab / work.tensor)
     cache = flight * context * shape.kv_bytes(2) / work.tensor / (bytes_s(card) * CACHE_SHARE)
     sampling = memory_s(card, flight * shape.vocab * SAMPLE_BYTES)
@@ -155,6 +156,17 @@ def decode_step_s(card: Gpu, work: Serving, flight: float, context: float) -> fl
     if work.logprobs:
         host += flight * (LOGPROBS_S + work.logprobs * LOGPROB_S)
     return layers + head + cache + sampling + kernels + host
+
+
+def _more_experts(shape: ModelShape, rows: float) -> float:
+    """Weights of the experts that `rows` tokens reach together, beyond those that one of them does."""
+    experts = shape.experts
+    if experts is None:
+        return 0.0
+    idle = 1.0 - experts.active / experts.routed
+    reached = experts.routed * (1.0 - math.pow(idle, max(1.0, rows)))
+    each = (3 if shape.gated else 2) * shape.hidden * experts.width
+    return (shape.layers - experts.dense_layers) * each * max(0.0, reached - experts.active)
 
 
 def _few_rows_s(card: Gpu, work: Serving, rows: float, side_in: float, side_out: float) -> float:
