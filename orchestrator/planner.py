@@ -14,9 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator import access, duration, money, setup_time, spend, teachers
-from orchestrator.catalog import GPUS, MODELS, ModelShape
+from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
+from orchestrator.gpus import gpu_named
 from orchestrator.handover import environments
 from orchestrator.offers import known_price
 from orchestrator.plan import Micros, Overhead, Plan, Range, Rejected, StagePlan, digest_of
@@ -176,7 +177,7 @@ def _machine(offer: Offer, stage: Stage, world: World) -> Machine | str:
     if offer.gpu is None:
         local = world.recipe.local
         return Machine(offer, duration.cpu_speed(local.gflops if local else None), None)
-    gpu = GPUS.get(offer.gpu)
+    gpu = gpu_named(offer.gpu, offer.instance)
     if gpu is None:
         if stage.kind == "rehearse":
             return Machine(offer, duration.Speed(True, 1e12, 1e9), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -187,8 +188,9 @@ def test_a_model_in_the_hubs_cache_is_known(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     config, params = CONFIGS["google/gemma-2-2b"]
-    old = cache(tmp_path, "aaa", {"model_type": "mamba"})
     new = cache(tmp_path, "bbb", config)
+    old = cache(tmp_path, "aaa", {"model_type": "mamba"})  # of another branch, fetched later
+    os.utime(old, (2e9, 2e9))
     (tmp_path / "hub" / "models--org--tiny" / "refs").mkdir()
     (tmp_path / "hub" / "models--org--tiny" / "refs" / "main").write_text("bbb")
     assert cached_config("org/tiny") == new != old

@@ -64,8 +64,10 @@ def test_several_cards_share_layers_or_take_whole_answers() -> None:
     one = serving_s(H200, replace(OURS, shape=LLAMA))
     assert one / 2 < serving_s(H200, replace(OURS, shape=LLAMA, tensor=2)) < one
     assert serving_s(H200, replace(OURS, shape=LLAMA, replicas=2)) < serving_s(H200, replace(OURS, shape=LLAMA))
-    fast = decode_step_s(A10G, Serving(LLAMA, 1, 1, 1, 1, tensor=2), 1, 0)
-    assert fast > decode_step_s(A10G, Serving(LLAMA, 1, 1, 1, 1), 1, 0) / 2  # sums over the ranks are waited for
+    # through PCIe 64 sums of 60 us are waited for; kernels and the host are not shared
+    alone, fixed = decode_step_s(A10G, Serving(LLAMA, 1, 1, 1, 1), 1, 0), 32 * 14 * 4e-6 + 1.2e-3
+    shared = decode_step_s(A10G, Serving(LLAMA, 1, 1, 1, 1, tensor=2), 1, 0)
+    assert shared == pytest.approx((alone - fixed) / 2 + fixed + 64 * 60e-6, rel=0.01)
 
 
 def test_plain_generation_starts_its_kernels_from_python() -> None:
