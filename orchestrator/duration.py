@@ -6,10 +6,11 @@ published measurements by (SPREAD).
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
-from orchestrator.catalog import Gpu, ModelShape
+from orchestrator.catalog import GPUS, Gpu, ModelShape
 from orchestrator.duration_kernels import memory_s
 from orchestrator.duration_serving import Serving, serving_s
 from orchestrator.duration_training import Training, forward_parts, step_s
@@ -113,7 +114,7 @@ def training_s(
         compiled=compiled,
         loss="own",
     )
-    return around(steps * step_s(speed.card, work), "train", OWN_HOST)
+    return around(steps * _step_s(speed.card.name, work), "train", OWN_HOST)
 
 
 def side_by_side(arms: int) -> float:
@@ -150,7 +151,7 @@ def generation_s(
         plain=not engine,
         longest=longest,
     )
-    return around(max(rounds, sequences / batch) * serving_s(speed.card, work), "generate", OWN_HOST)
+    return around(max(rounds, sequences / batch) * _serving_s(speed.card.name, work), "generate", OWN_HOST)
 
 
 def scoring_s(speed: Speed, shape: ModelShape, *, tokens: float, mean_len: float) -> Range:
@@ -186,6 +187,17 @@ def around(seconds: float, kind: str, host: Range | None = None) -> Range:
     """The range of a time by the rooflines: as far off as they were on measurements of that kind."""
     spread, slower = SPREAD[kind], host or Range(1.0, 1.0, 1.0)
     return Range(seconds / spread * slower.low, seconds * slower.expected, seconds * spread * slower.high)
+
+
+@functools.lru_cache(4096)
+def _step_s(card: str, work: Training) -> float:
+    """The same for every offer of a card."""
+    return step_s(GPUS[card], work)
+
+
+@functools.lru_cache(4096)
+def _serving_s(card: str, work: Serving) -> float:
+    return serving_s(GPUS[card], work)
 
 
 def _spread(seconds: float) -> Range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,9 @@ def test_the_last_answers_run_in_small_batches() -> None:
     even, varied = serving_parts(A100, OURS), serving_parts(A100, replace(OURS, varied=True))
     assert "tail" not in even and varied["tail"] > 0
     assert sum(varied.values()) > sum(even.values())
+    many = serving_parts(A100, replace(OURS, varied=True, prompts=2560))
+    ends = 256 * (1 - math.exp(-4))  # mean answers' worth of steps that the last 256 write while they leave
+    assert many["decode"] == pytest.approx((2560 - ends) * decode_step_s(A100, OURS, 256, 128 + 256), rel=0.01)
     cut = serving_parts(A100, replace(OURS, varied=True, longest=300))
     assert sum(cut.values()) < sum(varied.values())
 

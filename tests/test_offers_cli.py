@@ -121,7 +121,7 @@ def test_without_skypilot_it_says_so_and_shows_what_it_has(home: Home, monkeypat
 
 
 def test_every_enabled_infra_is_asked_by_itself(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One without an answer leaves the others; a price of 0 is unknown; those that cannot end a machine are not asked."""
+    """One without an answer leaves the others; a price of 0 is unknown; a cloud that ends no machine is not asked."""
 
     def offers(self: object, need: Need) -> list[Offer]:
         if need.infra == ("lambda",):
