@@ -17,15 +17,17 @@ TILE = 128
 WAVE_LOSS = 0.2
 # Inside a model products run at this share of the large-product rate. Hopper: three products of 8192 x 1536 x 151936 at
 # 607, 721 and 570 of 790 on an H200 (benchmarks/README.md). Slower cards lose less at the ends of a tile: assumed.
-MODEL_SHARE, MODEL_SHARE_HOPPER = 0.88, 0.80
+MODEL_SHARE, MODEL_SHARE_HOPPER = 0.90, 0.80
 # Element-wise kernels that follow each other reach this share of a large copy's bandwidth: a training step on an H200
 # (benchmarks/results/training.json: eager less compiled).
 CHAIN_SHARE = 0.75
 CACHED_SHARE = 0.5  # of the bytes of such a chain are read where the kernel before wrote them
-# Fused attention against the large-product rate, of the operations that a causal mask leaves: FlashAttention-2's paper
-# (arXiv:2307.08691, figures 4 to 6): A100 forward 170 to 200, backward 150 to 190 of 250 with a causal mask at 2k to
-# 8k; H100 350 to 400 of 790.
-ATTENTION_SHARE = {"ampere": 0.65, "hopper": 0.47}
+# Fused attention, of the operations that a causal mask leaves, forward and backward together, against the large-product
+# rate: it rises with the length of the rows to ATTENTION_SHARE, half of which rows of ATTENTION_LENGTH reach. From
+# FlashAttention-2's figures for heads of 128 (arXiv:2307.08691, figures 4 to 7): A100 137 at 2k and 175 at 8k of 266;
+# H100 about 310 and 390 of 786.
+ATTENTION_SHARE, ATTENTION_SHARE_HOPPER, ATTENTION_LENGTH = 0.71, 0.55, 750.0
+ATTENTION_SHORTEST = 256.0  # shorter rows are as many blocks of a kernel: no slower than this
 SCORE_BYTES = 24.0  # eager attention, a score: written, scaled, masked, softmax in fp32, cast, read again
 KERNEL_S = 4e-6  # a kernel's start and tail on the device, when the next one is already queued: 3 to 5 microseconds
 
@@ -75,7 +77,8 @@ def attention_s(card: Gpu, tokens: float, length: float, width: float, *, eager:
     if eager:  # both products whole, scores to memory and back
         computing = 4.0 * tokens * length * width / (rate_s(card, half=half) * 0.6)
         return computing + memory_s(card, tokens * length * heads * SCORE_BYTES)
-    share = ATTENTION_SHARE["hopper" if hopper(card) else "ampere"]
+    share = ATTENTION_SHARE_HOPPER if hopper(card) else ATTENTION_SHARE
+    share *= max(length, ATTENTION_SHORTEST) / (max(length, ATTENTION_SHORTEST) + ATTENTION_LENGTH)
     return 2.0 * tokens * length * width / (rate_s(card, half=half) * share)
 
 

@@ -15,9 +15,9 @@ SIZES = st.integers(1, 20_000)
 
 
 def test_a_large_product_runs_at_the_measured_rate() -> None:
-    """8192 cubed on an A100: 64 x 64 tiles on 108 processors are 37.9 waves; 1.0995e12 operations at 0.88 x 266e12."""
+    """8192 cubed on an A100: 64 x 64 tiles on 108 processors are 37.9 waves; 1.0995e12 operations at 0.9 x 266e12."""
     waves = 64 * 64 / 108
-    expected = 2 * 8192**3 / (0.88 * 266e12 * waves / (waves + 0.2)) + 4e-6
+    expected = 2 * 8192**3 / (0.9 * 266e12 * waves / (waves + 0.2)) + 4e-6
     assert product_s(A100, 8192, 8192, 8192) == pytest.approx(expected)
 
 
@@ -52,8 +52,8 @@ def test_what_the_cache_holds_is_not_read_again() -> None:
 def test_attention_is_quadratic_and_eager_attention_goes_through_memory() -> None:
     """Fused: 2 x tokens x length x width operations, half of the square; eager: all of it, and 24 bytes a score."""
     one = attention_s(A100, 2048, 2048, 4096, eager=False, half=True, heads=32)
-    assert one == pytest.approx(2 * 2048 * 2048 * 4096 / (266e12 * 0.65))
-    assert attention_s(A100, 4096, 4096, 4096, eager=False, half=True, heads=32) == pytest.approx(4 * one)
+    assert one == pytest.approx(2 * 2048 * 2048 * 4096 / (266e12 * 0.71 * 2048 / 2798))
+    assert 3 * one < attention_s(A100, 4096, 4096, 4096, eager=False, half=True, heads=32) < 4 * one
     eager = attention_s(A100, 2048, 2048, 4096, eager=True, half=True, heads=32)
     assert eager == pytest.approx(4 * 2048 * 2048 * 4096 / (266e12 * 0.6) + 2048 * 2048 * 32 * 24 / (1735e9 * 0.75))
 
