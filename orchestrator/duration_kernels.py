@@ -15,9 +15,9 @@ from orchestrator.gpus import Gpu
 # 0.3.
 TILE = 128
 WAVE_LOSS = 0.2
-# Inside a model products run at this share of the large-product rate. Hopper: three products of 8192 x 1536 x 151936 at
-# 607, 721 and 570 of 790 on an H200 (benchmarks/README.md). Slower cards lose less at the ends of a tile: assumed.
-MODEL_SHARE, MODEL_SHARE_HOPPER = 0.90, 0.80
+# Inside a model products run at this share of the large-product rate: 71.4 ms of a compiled LoRA step on an H200
+# (benchmarks/results/training.json), where 64.5 would be all of it. Taken for other cards as well.
+MODEL_SHARE = 0.90
 # Element-wise kernels that follow each other reach this share of a large copy's bandwidth: a training step on an H200
 # (benchmarks/results/training.json: eager less compiled).
 CHAIN_SHARE = 0.75
@@ -35,8 +35,7 @@ KERNEL_S = 4e-6  # a kernel's start and tail on the device, when the next one is
 def product_s(card: Gpu, m: float, k: float, n: float, *, half: bool = True) -> float:
     """Seconds of one (m x k) (k x n) product: at the card's rate for that many tiles, or at its bandwidth."""
     waves = math.ceil(m / TILE) * math.ceil(n / TILE) / card.processors.value
-    share = MODEL_SHARE_HOPPER if hopper(card) else MODEL_SHARE
-    rate = rate_s(card, half=half) * share * waves / (waves + WAVE_LOSS)
+    rate = rate_s(card, half=half) * MODEL_SHARE * waves / (waves + WAVE_LOSS)
     size = 2 if half else 4
     # a product that cannot fill the card with tiles is split along k: it never falls below the bytes it moves
     computing = 2.0 * m * k * n / max(rate, 0.25 * rate_s(card, half=half) * min(1.0, m / TILE))

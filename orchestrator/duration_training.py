@@ -45,16 +45,21 @@ CLIP_PASSES = 3.0  # gradient norm, then scaling
 # half the bandwidth (bitsandbytes pull request 1747 doubled it on A100). int4 of auto-gptq while training: unpacked by
 # chains of torch operations on int32, int8 and half tensors.
 UNPACK_BYTES = {"nf4": 5.0, "int4": 18.0}
-# Host seconds a layer: about 40 kernels forward from Python, 60 backward from C++. transformers' forward alone took
-# 0.83 ms a layer and token on an A100 host of 2024 (qwen.readthedocs.io v2.0, speed benchmark: 49.94 tokens/s with 24
-# layers); hosts of today take half.
-HOST_FORWARD_S, HOST_BACKWARD_S, HOST_COMPILED_S = 0.6e-3, 0.5e-3, 0.15e-3
-HOST_ADAPTER_S = 0.15e-3  # both ways, an adapter
+# Host seconds a layer: some 40 kernels forward from Python (transformers' forward alone took 0.83 ms a layer and token
+# on an A100 host of 2024: qwen.readthedocs.io v2.0, 49.94 tokens/s with 24 layers), 60 backward from C++, and adapters.
+# Compiled layers check their guards at each call. The hosts of rented H200s were SLOW_HOST times slower at all of it:
+# there 28 layers with three adapters took 173 to 175 ms a step whatever was fused, 278 with recomputation, 207 compiled
+# and recomputed (benchmarks/results/training.json).
+HOST_FORWARD_S, HOST_BACKWARD_S = 0.9e-3, 0.8e-3
+HOST_COMPILED_FORWARD_S, HOST_COMPILED_BACKWARD_S = 1.4e-3, 0.3e-3
+HOST_ADAPTER_FORWARD_S, HOST_ADAPTER_BACKWARD_S = 0.2e-3, 0.1e-3
+SLOW_HOST = 2.4
+ONE_QKV = ("qwen", "phi3", "mpt", "gpt_neox", "falcon", "bloom", "gpt2")  # q, k and v are one matrix
 HOST_ZERO3_S = 2.5e-3  # DeepSpeed's hooks around each module, a layer and pass
 HOST_FSDP_S = 0.5e-3
 # Share of the traffic that does not hide behind computing: with NVLink it does, but for the first and the last layer;
 # through host memory the copies stand in the way of each other.
-EXPOSED_NVLINK, EXPOSED_PCIE, EXPOSED_ZERO3 = 0.1, 0.7, 0.5  # ZeRO-3 fetches module by module
+EXPOSED_NVLINK, EXPOSED_PCIE, EXPOSED_ZERO3 = 0.5, 0.7, 0.5  # ZeRO-3 fetches module by module
 NVLINK_GB_S = 100.0  # links from here on are NVLink
 # Beyond a host: eight adapters of 200 Gbit/s carry one copy of the weights into it (a DGX A100's), 0.85 of it arrives;
 # hosts without NVLink have one of 100 Gbit/s.
@@ -91,6 +96,7 @@ class Training:
     gpus: int = 1
     tensor: int = 1
     sharded: str | None = None
+    host: float = 1.0  # times slower than a usual host
 
     @property
     def ranks(self) -> int:
@@ -166,7 +172,7 @@ def _micro_parts(card: Gpu, work: Training) -> Mapping[str, float]:
     }
     if not work.full:
         moved = adapter_bytes(work, again)
-        kernels = (3 + again) * shape.layers * len(work.lora_targets) * (1 if work.compiled else KERNELS_ADAPTER)
+        kernels = (3 + again) * shape.layers * _adapters(work) * (1 if work.compiled else KERNELS_ADAPTER)
         products = _adapter_products_s(card, work, tokens) * (3 + again)
         parts["adapters"] = memory_s(card, tokens * moved, _row_bytes(work), kernels=kernels) + products
     if work.four_bit is not None:
@@ -234,6 +240,12 @@ def adapter_bytes(work: Training, again: float = 0.0) -> float:
     return share * each / work.tensor
 
 
+def _adapters(work: Training) -> int:
+    """Adapters of a layer: one for q, k and v where they are one matrix."""
+    together = {"q_proj", "k_proj", "v_proj"} & set(work.lora_targets)
+    return len(work.lora_targets) - (max(0, len(together) - 1) if work.shape.architecture in ONE_QKV else 0)
+
+
 def _adapter_products_s(card: Gpu, work: Training, tokens: float) -> float:
     sides = [work.shape.matrices()[target] for target in work.lora_targets if target in work.shape.matrices()]
     pairs = [pair for a, b in sides for pair in ((a, work.lora_r), (work.lora_r, b))]
@@ -259,13 +271,17 @@ def optimizer_s(card: Gpu, work: Training) -> float:
 def _host_s(work: Training) -> float:
     """Seconds in which the host starts the kernels of a micro-batch."""
     again = 1.0 if work.checkpointing else 0.0
-    layer = HOST_COMPILED_S * (2 + again) if work.compiled else HOST_FORWARD_S * (1 + again) + HOST_BACKWARD_S
-    layer += HOST_ADAPTER_S * len(work.lora_targets) * (1 + again / 2)
+    if work.compiled:
+        layer = HOST_COMPILED_FORWARD_S * (1 + again) + HOST_COMPILED_BACKWARD_S
+    else:
+        adapters = _adapters(work)
+        layer = (HOST_FORWARD_S + adapters * HOST_ADAPTER_FORWARD_S) * (1 + again)
+        layer += HOST_BACKWARD_S + adapters * HOST_ADAPTER_BACKWARD_S
     if work.sharded == "zero3":
         layer += HOST_ZERO3_S * (2 + again)
     elif work.sharded:
         layer += HOST_FSDP_S * (2 + again)
-    return work.shape.layers * layer
+    return work.host * work.shape.layers * layer
 
 
 def _link(card: Gpu, work: Training) -> float:

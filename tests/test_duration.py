@@ -155,13 +155,16 @@ def test_arms_that_train_side_by_side_take_less_time_but_not_half():
     assert 0.5 < duration.side_by_side(2) < 1.0
 
 
-def test_the_projects_own_training_is_slower_than_the_rooflines_where_the_host_is() -> None:
-    """benchmarks/results/training.json, two runs each: 8 x 1,024 tokens, LoRA r 8 on q, k and v, on an H200."""
+def test_the_projects_own_training_takes_what_it_took_on_a_rented_machine() -> None:
+    """benchmarks/results/training.json: 8 x 1,024 tokens, LoRA r 8 on q, k and v, on an H200; four machines differed."""
     for more, measured in (
-        ({"checkpointing": False}, (45_294, 41_804)),
-        ({"checkpointing": True}, (33_457, 26_071)),
-        ({"checkpointing": False, "compiled": True}, (67_185, 65_062)),
+        ({"checkpointing": False}, (47_350, 41_804)),
+        ({"checkpointing": True}, (29_486, 26_071)),
+        ({"checkpointing": False, "compiled": True}, (71_705, 65_062)),
+        ({"checkpointing": True, "compiled": True}, (39_473,)),
     ):
-        took = training_s(H200, SHAPE, steps=1, batch_size=8, micro_batch=8, mean_len=1024, full=False, **more)  # type: ignore[arg-type]
-        assert took.expected == pytest.approx(2 * 8192 / sum(measured), rel=0.12)
+        took = training_s(
+            H200, SHAPE, steps=1, batch_size=8, micro_batch=8, mean_len=1024, full=False, **more  # type: ignore[arg-type]
+        )
+        assert took.expected == pytest.approx(8192 / measured[0], rel=0.05)
         assert all(took.low < 8192 / rate < took.high for rate in measured)

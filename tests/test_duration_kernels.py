@@ -27,9 +27,10 @@ def test_a_product_of_few_rows_reads_its_weights() -> None:
 
 
 def test_the_heads_products_on_an_h200_take_what_was_measured() -> None:
-    """Forward 6.3 ms, backward 5.3 and 6.7 for 8192 x 1536 x 151936 (benchmarks/README.md)."""
+    """Forward 6.3 ms, backward 5.3 and 6.7 for 8192 x 1536 x 151936; the last one adds to what is there, 1.6 ms
+    (benchmarks/README.md)."""
     three = products_s(H200, 8192, [(1536, 151936)] * 3)
-    assert three == pytest.approx((6.3 + 5.3 + 6.7) / 1e3, rel=0.05)
+    assert three == pytest.approx((6.3 + 5.3 + 6.7 - 1.6) / 1e3, rel=0.05)
 
 
 @given(CARDS, SIZES, SIZES, SIZES, st.booleans())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from orchestrator.catalog import MODELS
 from orchestrator.duration_kernels import bytes_s
-from orchestrator.duration_training import Training, layer_bytes, optimizer_s, step_parts, step_s
+from orchestrator.duration_training import SLOW_HOST, Training, layer_bytes, optimizer_s, step_parts, step_s
 from orchestrator.gpus import GPUS, Gpu
 
 QWEN, LLAMA = MODELS["Qwen/Qwen2.5-1.5B"], MODELS["meta-llama/Llama-2-7b-hf"]
@@ -63,10 +63,12 @@ def test_four_bit_weights_are_unpacked_in_each_pass() -> None:
 
 
 def test_small_batches_wait_for_the_host() -> None:
-    """28 layers of 0.6 ms forward and 0.5 ms backward, whatever the card."""
+    """28 layers of 0.9 ms forward and 0.8 ms backward, whatever the card; the host may be slower."""
     small = Training(QWEN, 1, 16, optimizer="fused")
     parts = step_parts(H200, small)
-    assert sum(parts.values()) - parts["optimizer"] == pytest.approx(28 * 1.1e-3)
+    assert sum(parts.values()) - parts["optimizer"] == pytest.approx(28 * 1.7e-3)
+    slow = step_parts(H200, replace(small, host=2.0))
+    assert sum(slow.values()) - slow["optimizer"] == pytest.approx(2 * 28 * 1.7e-3)
     assert step_parts(H200, replace(small, micro_batch=64, length=512))["host"] == 0
 
 
@@ -82,7 +84,7 @@ def test_traffic_hides_behind_computing_with_nvlink_and_not_through_host_memory(
     sharded = Training(LLAMA, 6, 2048, full=False, lora_r=64, lora_targets=QKV, gpus=2, sharded="fsdp")
     moved = 2 * LLAMA.params * 2 / 2
     assert step_parts(RTX3090, sharded)["traffic"] == pytest.approx(0.7 * moved / 4e9)
-    assert step_parts(A100, sharded)["traffic"] == pytest.approx(0.1 * moved / 220e9)
+    assert step_parts(A100, sharded)["traffic"] == pytest.approx(0.5 * moved / 220e9)
 
 
 @given(
@@ -114,23 +116,36 @@ def test_more_work_takes_longer_and_every_part_is_counted(
     assert step_s(card, replace(work, micro_batch=rows + 1)) >= step * 0.97  # a wave of tiles may just be filled
     assert step_s(card, replace(work, micro_batch=2 * rows)) > step * 0.999
     assert step_s(card, replace(work, accumulation=2)) > step
-    assert step_s(card, replace(work, checkpointing=True)) >= step
-    assert step_s(card, replace(work, eager_attention=True)) >= step
+    assert step_s(card, replace(work, checkpointing=True)) >= step * (1 - 1e-9)  # the host may be all that counts
+    assert step_s(card, replace(work, eager_attention=True)) >= step * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(
     ("work", "measured"),
     [
-        (OWN, (45_294, 41_804)),
-        (replace(OWN, compiled=True), (67_185, 65_062)),
-        (replace(OWN, checkpointing=True), (33_457, 26_071)),
-        (replace(OWN, loss="materialised"), (42_279, 41_143)),
+        (OWN, 47_350),
+        (replace(OWN, compiled=True), 71_705),
+        (replace(OWN, checkpointing=True), 29_486),
+        (replace(OWN, compiled=True, checkpointing=True), 39_473),
+        (replace(OWN, loss="materialised"), 41_954),
+        (replace(OWN, fused=True, loss="chunked"), 46_681),
+        (replace(OWN, checkpointing=True, loss="materialised"), 29_945),
+        (replace(OWN, checkpointing=True, fused=True, loss="chunked"), 29_337),
     ],
-    ids=["own", "own compiled", "own checkpointed", "TRL"],
 )
 def test_the_projects_own_training_on_an_h200_takes_what_was_measured(
-    work: Training, measured: tuple[int, int]
+    work: Training, measured: int
 ) -> None:
-    """benchmarks/results/training.json, two runs each: the same machine differed by up to 28 %."""
-    rate = work.tokens / step_s(H200, work)
-    assert min(measured) / 1.4 < rate < max(measured) * 1.4
+    """benchmarks/results/training.json: ours, TRL's, TRL's with Liger, on one slow host."""
+    assert work.tokens / step_s(H200, replace(work, host=SLOW_HOST)) == pytest.approx(measured, rel=0.13)
+
+
+def test_a_compiled_steps_time_goes_where_it_was_measured_to_go() -> None:
+    """benchmarks/results/training.json: products 71.4 ms, fused kernels and single operations 16.9, attention 7.7, loss
+    3.8 of 110.6."""
+    parts = step_parts(H200, replace(OWN, compiled=True, host=SLOW_HOST))
+    ms = {name: seconds * 1000 for name, seconds in parts.items()}
+    assert ms["products"] + ms["head"] == pytest.approx(71.4, rel=0.1)
+    assert ms["memory"] == pytest.approx(14.7 + 2.2, rel=0.1)
+    assert ms["attention"] == pytest.approx(7.7, rel=0.35)
+    assert ms["loss"] == pytest.approx(3.8, rel=0.15)
