@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 
 from orchestrator.cases import Case
+from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.duration import around
 from orchestrator.duration_serving import Serving, serving_s
 from orchestrator.duration_training import SLOW_HOST, Training, step_s
@@ -42,6 +43,12 @@ def card_of(case: Case) -> Gpu | None:
     return None if found is None else GPUS.get(f"{found.name}-SXM", found)
 
 
+def shape_of(case: Case) -> ModelShape:
+    """The case's shape; of a mixture of experts, which a case cannot describe, the catalogue's of that name."""
+    known = {name.lower(): shape for name, shape in MODELS.items()}.get(case.shape.name.lower())
+    return known if known is not None and known.experts is not None else case.shape
+
+
 def training_of(case: Case) -> Training | None:
     """How the case trains; None where batch or length are not known."""
     length = case.mean_tokens_per_sample
@@ -54,7 +61,7 @@ def training_of(case: Case) -> Training | None:
     compute = case.compute_dtype or ("bf16" if stored != "fp32" else "fp32")
     compiled, chunked = bool(case.compile), bool(case.chunked_loss)
     return Training(
-        case.shape,
+        shape_of(case),
         case.batch_size,
         length,
         case.grad_accum or 1,
@@ -110,7 +117,7 @@ def serving_of(case: Case) -> Serving | None:
     if plain:  # several cards hold a layer each, and wait for each other
         tensor = 1
     return Serving(
-        case.shape,
+        shape_of(case),
         case.prompts,
         case.input_tokens or 1.0,
         case.output_tokens,

@@ -27,7 +27,7 @@ LARGE_CARD_GIB = 70.0
 LIBRARY_LIMITS, LIBRARY_LIMITS_LARGE = (256, 8192), (1024, 16384)
 SERVER_LIMITS, SERVER_LIMITS_LARGE = (256, 2048), (1024, 8192)
 MEMORY_SHARE = 0.9  # gpu_memory_utilization
-ENGINE_GIB = 1.0  # CUDA context, graphs' and NCCL's buffers outside of torch
+ENGINE_GIB = 1.5  # CUDA context 0.5, attention's work space 0.4, buffers outside of torch
 # A step's work on the host: scheduling, inputs, sampling, detokenising. An H200 wrote 21,321 to 30,507 tokens/s at 256
 # answers of a 1.5 B model and 26,003 to 28,897 at 1,024 (benchmarks/README.md): 8 to 12 ms and 35 to 39 ms a step, of
 # which the card works 3 and 7.
@@ -42,9 +42,10 @@ TENSOR_SUM_S = 20e-6  # a sum over ranks of few rows: latency with NVLink; throu
 SAMPLE_BYTES = 24.0  # a logit of a sampled row: fp32, temperature, softmax, top-p's sort
 # transformers' generate writes a layer's kernels from Python: HOST_FORWARD_S a layer was 0.83 ms on a host of 2024 with
 # cache and mask; its cache is written anew each step.
-GENERATE_LAYER_S = 0.8e-3
+GENERATE_LAYER_S = 0.83e-3
 PLAIN_CACHE_PASSES = 3.0  # joined (read, written), read by attention; and once more for each query head of a group
-TAIL_ANSWERS = 4.0  # most mean lengths that the last answers take longer where lengths vary; else ln of those in flight
+# Where lengths vary they are taken as exponential: n in flight leave over ln n mean lengths once nobody waits any more.
+TAIL_ANSWERS = 6.0  # at most
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ def serving_parts(card: Gpu, work: Serving) -> dict[str, float]:
         alive = flight * math.exp(-(piece + 0.5) / pieces * end / work.answer_len)
         tail += end / pieces * decode_step_s(card, work, max(1.0, alive), work.prompt_len + 2 * work.answer_len)
         written += end / pieces * alive
-    before = max(0.0, steps - written / flight)
-    return {"prefill": prefill, "decode": before * decode_step_s(card, work, flight, context), "tail": tail}
+    before = max(0.0, steps - written / flight) * decode_step_s(card, work, flight, context)
+    shared = max(0.0, work.prompts - flight) * _shared_step_s(card, work, flight)
+    return {"prefill": prefill, "decode": max(0.5 * before, before - shared), "tail": tail}
 
 
 def in_flight(card: Gpu, work: Serving) -> float:
@@ -121,7 +123,7 @@ def cache_tokens(card: Gpu, work: Serving) -> float:
     """Tokens that the cache has room for, beside weights and what the engine's trial run takes."""
     shape, (sequences, tokens) = work.shape, _limits(card, work)
     weights = shape.params * work.weight_bytes
-    widest = tokens * (2 * shape.intermediate + 4 * shape.hidden) * 2.0
+    widest = tokens * (3 * shape.intermediate + 4 * shape.hidden) * 2.0
     sampling = sequences * shape.vocab * 4.0 * 3
     room = card.vram_gib.value * GIB * MEMORY_SHARE - (weights + widest) / work.tensor - sampling - ENGINE_GIB * GIB
     return max(0.0, room * work.tensor / shape.kv_bytes(2))
@@ -167,6 +169,16 @@ def _more_experts(shape: ModelShape, rows: float) -> float:
     reached = experts.routed * (1.0 - math.pow(idle, max(1.0, rows)))
     each = (3 if shape.gated else 2) * shape.hidden * experts.width
     return (shape.layers - experts.dense_layers) * each * max(0.0, reached - experts.active)
+
+
+def _shared_step_s(card: Gpu, work: Serving, flight: float) -> float:
+    """Seconds saved where a prompt is read in a step in which others write: the weights are read once for both."""
+    rows, saved = work.prompt_len, 0.0
+    for side_in, side_out in _sides(work):
+        alone = _few_rows_s(card, work, flight, side_in, side_out)
+        prompt = product_s(card, max(rows, 2048.0), side_in, side_out) * rows / max(rows, 2048.0) / PREFILL_SHARE
+        saved += max(0.0, alone + prompt - _few_rows_s(card, work, flight + rows, side_in, side_out))
+    return work.shape.layers * saved
 
 
 def _few_rows_s(card: Gpu, work: Serving, rows: float, side_in: float, side_out: float) -> float:

@@ -302,6 +302,8 @@ _OTHER_NAMES = {
     "A100-40GB": "A100",
     "A100-SXM4-40GB": "A100",
     "A100-80GB-SXM4": "A100-80GB-SXM",
+    "A800": "A100-80GB-SXM",  # the same chip with two thirds of the links
+    "H800": "H100-SXM",
     "A100-SXM4-80GB": "A100-80GB-SXM",
     "H100-PCIE": "H100",
     "H100-SXM5": "H100-SXM",

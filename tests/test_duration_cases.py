@@ -163,6 +163,15 @@ def test_answers_that_end_by_themselves_have_lengths_that_vary() -> None:
         assert work is not None and work.varied is varied
 
 
+def test_a_mixture_of_experts_is_the_catalogues() -> None:
+    """A case has no place for experts: by its own shape all 671e9 parameters would be multiplied."""
+    plain = case("qwen25-vllm-bs1-7B", gpu="H200", gpus=8, parallel="tp8")
+    r1 = replace(plain, shape=replace(plain.shape, name="deepseek-ai/deepseek-r1"))
+    work = serving_of(r1)
+    assert work is not None and work.shape.active_params < 40e9
+    assert serving_of(plain).shape is plain.shape  # type: ignore[union-attr]
+
+
 def test_transformers_gains_no_speed_from_a_second_card() -> None:
     one = predict(case("qwen25-vllm-bs1-7B", engine="transformers"))
     two = predict(case("qwen25-vllm-bs1-7B", engine="transformers", gpus=2, parallel="tp2"))

@@ -34,10 +34,10 @@ def test_one_answer_is_bound_by_reading_the_weights() -> None:
 
 
 def test_the_cache_is_what_the_weights_leave() -> None:
-    """22 GiB x 0.9, less 16.06 GB of weights, 1 GiB beside torch, the trial run of 8,192 tokens, 256 sampled rows."""
+    """22 GiB x 0.9, less 16.06 GB of weights, 1.5 GiB beside torch, the trial run of 8,192 tokens, 256 sampled rows."""
     work = Serving(LLAMA, 1000, 200, 200, 1000)
-    trial = 8192 * (2 * 14336 + 4 * 4096) * 2
-    room = 22 * 2**30 * 0.9 - 2 * 8_030_261_248 - trial - 256 * 128256 * 4 * 3 - 2**30
+    trial = 8192 * (3 * 14336 + 4 * 4096) * 2
+    room = 22 * 2**30 * 0.9 - 2 * 8_030_261_248 - trial - 256 * 128256 * 4 * 3 - 1.5 * 2**30
     assert cache_tokens(A10G, work) == pytest.approx(room / 131_072)
     assert in_flight(A10G, work) == pytest.approx(room / 131_072 / 400)
     assert in_flight(H200, work) == 1000  # a large card's own limit is 1,024
@@ -58,8 +58,14 @@ def test_the_last_answers_run_in_small_batches() -> None:
     assert "tail" not in even and varied["tail"] > 0
     assert sum(varied.values()) > sum(even.values())
     many = serving_parts(A100, replace(OURS, varied=True, prompts=2560))
-    ends = 256 * (1 - math.exp(-4))  # mean answers' worth of steps that the last 256 write while they leave
-    assert many["decode"] == pytest.approx((2560 - ends) * decode_step_s(A100, OURS, 256, 128 + 256), rel=0.01)
+    ends = 256 * (1 - math.exp(-math.log(256)))  # mean answers' worth of steps that the last 256 write while they leave
+    whole = (2560 - ends) * decode_step_s(A100, OURS, 256, 128 + 256)
+    assert 0.9 * whole < many["decode"] < whole  # a prompt read beside others spares some of its weights' reading
+    waiting = replace(OURS, shape=LLAMA, varied=True, prompts=480, concurrency=48)
+    alone = 48 * 10 * 256 / 48 - 256 * (1 - math.exp(-math.log(48)))
+    spared = alone * decode_step_s(A100, waiting, 48, 128 + 256) - serving_parts(A100, waiting)["decode"]
+    weights = 2 * 6.98e9 / (0.93 * 1735e9)
+    assert 0.3 * 432 * weights < spared < 1.01 * 432 * weights  # 432 prompts come while others write
     cut = serving_parts(A100, replace(OURS, varied=True, longest=300))
     assert sum(cut.values()) < sum(varied.values())
 
@@ -75,7 +81,7 @@ def test_several_cards_share_layers_or_take_whole_answers() -> None:
 
 
 def test_plain_generation_starts_its_kernels_from_python() -> None:
-    """24 layers of 0.8 ms: 52 tokens a second, of which 49.94 were measured on an A100 (qwen.readthedocs.io v2.0)."""
+    """24 layers of 0.83 ms: 50 tokens a second, of which 49.94 were measured on an A100 (qwen.readthedocs.io v2.0)."""
     work = Serving(MODELS["Qwen/Qwen2-0.5B"], 1, 1, 2048, 1, plain=True)
     assert 2048 / serving_s(A100, work) == pytest.approx(49.94, rel=0.08)
     assert serving_s(A100, replace(work, plain=False)) < serving_s(A100, work) / 3
