@@ -61,10 +61,12 @@ _GDDR_SHARE = "0.80 of nominal: what the same memory reaches on an A10 (469 of 6
 _HBM_SHARE = (
     "0.85 of nominal: a V100 copies at 766 of 900, row kernels run at 3900 of 4800 on an H200 (benchmarks/README.md)"
 )
-_NVLINK = "0.7 to 0.8 of NVLink's one-way rate, as nccl-tests reach it at large sizes"
-_PCIE4 = "PCIe 4.0 x16 between two cards, peer to peer through the host bridge: 0.6 of 32 GB/s"
-_PCIE3 = "PCIe 3.0 x16: 0.6 of 16 GB/s"
-_NO_P2P = "no peer access on GeForce cards: every byte goes through host memory, about half of PCIe 4.0's reached rate"
+_NVLINK_A100 = "all_reduce_perf of eight and of two cards: 200 and 208 (github.com/NVIDIA/nccl-tests, issues 149, 178)"
+_NVLINK_H100 = "what protocols leave of 450, by NCCL's maintainer (github.com/NVIDIA/nccl-tests, issue 212)"
+_NVLINK_V100 = "0.68 of the one-way rate of 150, as an A100 reaches of its 300"
+_PCIE4 = "PCIe 4.0 x16 between two cards: 0.6 of 32 GB/s, assumed"
+_PCIE3 = "PCIe 3.0 x16: 0.6 of 16 GB/s, assumed"
+_NO_P2P = "no peer access on GeForce cards, every byte goes through host memory: half of PCIe 4.0, assumed"
 
 
 def _gpu(
@@ -121,7 +123,7 @@ GPUS: dict[str, Gpu] = {
             (13.5, _SIZES),
             900,
             (766, _COPY),
-            (100, _NVLINK + ", 150 GB/s"),
+            (102, _NVLINK_V100),
             80,
             6,
             bf16=False,
@@ -134,7 +136,7 @@ GPUS: dict[str, Gpu] = {
             (13.5, _SIZES),
             900,
             (766, _COPY),
-            (100, _NVLINK + ", 150 GB/s"),
+            (102, _NVLINK_V100),
             80,
             6,
             bf16=False,
@@ -231,7 +233,7 @@ GPUS: dict[str, Gpu] = {
             (18, _SIZES),
             1555,
             (1320, _HBM_SHARE),
-            (220, _NVLINK + ", 300 GB/s"),
+            (205, _NVLINK_A100),
             108,
             40,
         ),
@@ -243,7 +245,7 @@ GPUS: dict[str, Gpu] = {
             (19, _COPY),
             1935,
             (1640, _HBM_SHARE),
-            (220, _NVLINK + ", 300 GB/s"),
+            (205, _NVLINK_A100),
             108,
             40,
         ),
@@ -255,7 +257,7 @@ GPUS: dict[str, Gpu] = {
             (19.2, _SIZES),
             2039,
             (1735, _HBM_SHARE),
-            (220, _NVLINK + ", 300 GB/s"),
+            (205, _NVLINK_A100),
             108,
             40,
         ),
@@ -267,7 +269,7 @@ GPUS: dict[str, Gpu] = {
             (40, "0.8 of the data sheet's 51, as the SXM form reaches of its own"),
             2000,
             (1700, _HBM_SHARE),
-            (30, "PCIe 5.0 x16 between two cards: 0.5 of 64 GB/s"),
+            (30, "PCIe 5.0 x16 between two cards: 0.5 of 64 GB/s, assumed"),
             114,
             50,
         ),
@@ -279,7 +281,7 @@ GPUS: dict[str, Gpu] = {
             (52, _SIZES),
             3350,
             (2850, _HBM_SHARE),
-            (340, _NVLINK + ", 450 GB/s"),
+            (370, _NVLINK_H100),
             132,
             50,
         ),
@@ -291,7 +293,7 @@ GPUS: dict[str, Gpu] = {
             (51, _SIZES),
             4800,
             (3900, "row kernels over 5 and 7.5 GB of logits (benchmarks/README.md)"),
-            (340, _NVLINK + ", 450 GB/s"),
+            (370, _NVLINK_H100),
             132,
             50,
         ),

@@ -76,6 +76,18 @@ class Machine:
 
 def choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
     """Settings to try on a machine, the fastest first."""
+    key = ("choices", id(stage), _card(machine))
+    if key not in world.measured:
+        world.measured[key] = (stage, tuple(_choices(stage, world, machine)))  # the stage stays, so that its id does
+    yield from world.measured[key][1]
+
+
+def _card(machine: Machine) -> tuple[str | None, bool]:
+    """All that choices and needs depend on."""
+    return (machine.gpu.name if machine.gpu else machine.offer.gpu, machine.offer.infra == "local")
+
+
+def _choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
     match stage:
         case PretrainStage():
             yield PretrainSettings(
@@ -238,6 +250,14 @@ def left_open(stage: Stage) -> tuple[str, ...]:
 
 def measure(stage: Stage, settings: Settings, world: World, machine: Machine) -> Measured:
     """What `stage` needs with `settings`, which are its own kind's."""
+    key = ("needs", id(stage), settings, _card(machine))
+    if key not in world.measured:
+        world.measured[key] = (stage, _measure(stage, settings, world, machine))
+    found: Measured = world.measured[key][1]
+    return found
+
+
+def _measure(stage: Stage, settings: Settings, world: World, machine: Machine) -> Measured:
     match stage, settings:
         case PretrainStage(), PretrainSettings():
             return _measure_pretrain(settings, machine)

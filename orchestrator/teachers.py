@@ -43,10 +43,10 @@ class Price:
 
 LIST_PRICES = {
     "deepseek-ai/DeepSeek-R1": Price(
-        Decimal("0.55"), Decimal("2.19"), date(2025, 1, 20), "DeepSeek's price list for deepseek-reasoner"
-    ),
-    "deepseek-ai/DeepSeek-R1-0528": Price(
-        Decimal("0.55"), Decimal("2.19"), date(2025, 5, 28), "DeepSeek's price list for deepseek-reasoner"
+        Decimal("0.55"),
+        Decimal("2.19"),
+        date(2025, 2, 8),
+        "DeepSeek's list for deepseek-reasoner (api-docs.deepseek.com/quick_start/pricing-details-usd)",
     ),
 }
 
@@ -205,7 +205,10 @@ def _apis(stage: LabelStage, world: World, cap_micros: int) -> Iterable[Choice]:
         yield Choice(stage.teacher, "an API", note=note)
         return
     api = ApiTeacher("", stage.teacher, None, int(listed.input_usd * 10**6), int(listed.output_usd * 10**6), 0)
-    note = f"{listed.source} of {listed.as_of}: {listed.input_usd} and {listed.output_usd} USD for a million tokens"
+    note = (
+        f"{listed.source} of {listed.as_of}: {listed.input_usd} and {listed.output_usd} USD for a million tokens; who "
+        "serves it now asks other prices: give them as `api:`"
+    )
     yield _api_choice(stage.teacher, "its API", api, answers, lengths.prompt, lengths.answer, cap_micros, note)
 
 

@@ -95,7 +95,7 @@ def test_an_api_costs_what_its_tokens_cost() -> None:
     assert one.cost_micros is not None
     exact = answers * (150 * Decimal("0.55") + 3500 * Decimal("2.19"))
     assert float(exact) <= one.cost_micros.expected <= float(exact) + answers
-    assert "2025-01-20" in one.note and "0.55" in one.note
+    assert "2025-02-08" in one.note and "0.55" in one.note
 
 
 def test_the_recipes_own_api_prices_come_first() -> None:
