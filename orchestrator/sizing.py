@@ -49,9 +49,6 @@ ARMS = 3  # of a comparison: soft labels, hard labels, hard labels with twice th
 KL_TOKENS = 20_000  # of prompts and answers at most (tasks/evaluate.py: KL_TOKENS)
 ARMS_STEPS = 4  # their optimizer steps together, in those of one
 
-# vLLM 0.24 with a 1.5 B model on an H200: 75 s until it answers (weights, compiling, graphs); elsewhere assumed.
-ENGINE_START_S = Range(40.0, 75.0, 180.0)
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -471,7 +468,7 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
         ),
     )
     for shape, times in shapes:
-        seconds += ENGINE_START_S.times(times if engine else 0)
+        seconds += duration.ENGINE_START_S.times(times if engine else 0)
         seconds += duration.generation_s(
             speed,
             shape,

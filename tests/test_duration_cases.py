@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator import duration
 from orchestrator.cases import Case, Observed, read_cases
@@ -133,6 +135,34 @@ def test_every_other_key_may_be_missing() -> None:
     for line in (lines[0], lines[-1], lines[16]):
         bare = parse_case(json.dumps({key: value for key, value in line.items() if key in needed}))
         assert predict(bare).tokens_per_s is not None
+
+
+ODD = {
+    "gpu": ["T4", "V100", "A800", "H100"],
+    "gpus": [1, 3, 16, 64],
+    "parallel": ["ddp", "zero2", "tp8", "tp2+fsdp4", "pp2"],
+    "attention": ["eager", "flex"],
+    "optimizer": ["sgd", "paged_adamw", "adamw8bit", "adafactor"],
+    "compute_dtype": ["fp32", "fp16"],
+    "weights_dtype": ["fp32", "nf4", "int8", "fp8"],
+    "engine": ["transformers", "sglang"],
+    "batch_size": [1, 512],
+    "mean_tokens_per_sample": [1.0, 131_072.0],
+    "concurrency": [1, 5000],
+    "input_tokens": [0.0, 1e5],
+    "output_tokens": [0.5, 1e5],
+    "prompts": [1, 100_000],
+    "soft_label_k": [0, 64],
+    "gradient_checkpointing": [None, True],
+}
+
+
+@given(st.sampled_from(CASES), st.dictionaries(st.sampled_from(list(ODD)), st.integers(0, 9), max_size=6))
+def test_whatever_a_case_says_its_ranges_are_in_order(one: Case, picked: dict[str, int]) -> None:
+    odd = replace(one, **{key: ODD[key][place % len(ODD[key])] for key, place in picked.items()})  # type: ignore[arg-type]
+    times = predict(odd)
+    for span in (times.tokens_per_s, times.seconds, times.step_seconds):
+        assert span is None or 0 < span.low <= span.expected <= span.high < float("inf")
 
 
 @pytest.mark.parametrize(
