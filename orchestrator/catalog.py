@@ -1,79 +1,54 @@
-"""What is known of GPUs and models? Every number with its source, as data."""
+"""What is known of models? Shapes, exact counts of parameters, any model by its config.json. Cards: gpus.py."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import UsageError
+from orchestrator.gpus import GPUS, Figure, Gpu
+
+__all__ = ["GPUS", "MODELS", "Experts", "Figure", "Gpu", "Latent", "ModelShape", "UnknownModel", "shape_of"]
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A number and where it was read."""
+class Experts:
+    """The MLP of a mixture of experts: `routed` of width `width`, `active` of them a token, a shared one beside them.
 
-    value: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One card: memory that PyTorch can use of it, speed of dense matrix products, memory bandwidth in 1e9 bytes/s.
-
-    `half_tflops`: in bf16, or fp16 where there is no bf16, with fp32 accumulation, as the vendor states it.
+    The first `dense_layers` layers have a plain MLP. `router_bias`: a value an expert that steers the routing.
     """
 
-    name: str
-    vram_gib: Figure
-    half_tflops: Figure
-    bandwidth_gb_s: Figure
-    bf16: bool = True
+    routed: int
+    active: int
+    width: int
+    shared_width: int = 0
+    dense_layers: int = 0
+    router_bias: bool = False
+    shared_gate: bool = False
 
 
-_OOM = "total capacity as PyTorch's out-of-memory messages give it for this card"
-_GA102 = "NVIDIA GA102 architecture white paper"
-_ADA = "NVIDIA Ada architecture white paper"
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek V2 and V3): keys and values are projected up from one compressed vector."""
 
-
-def _gpu(
-    name: str,
-    vram_gib: float,
-    half_tflops: float,
-    bandwidth_gb_s: float,
-    sheet: str,
-    *,
-    vram: str = _OOM,
-    bf16: bool = True,
-) -> Gpu:
-    return Gpu(name, Figure(vram_gib, vram), Figure(half_tflops, sheet), Figure(bandwidth_gb_s, sheet), bf16)
-
-
-GPUS: dict[str, Gpu] = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("T4", 14.6, 65, 320, "NVIDIA T4 data sheet (fp16)", bf16=False),
-        _gpu("V100", 15.7, 125, 900, "NVIDIA V100 SXM2 16 GB data sheet (fp16)", bf16=False),
-        _gpu("L4", 22.0, 121, 300, "NVIDIA L4 data sheet (half of the figure with sparsity)"),
-        _gpu("A10", 22.0, 125, 600, "NVIDIA A10 data sheet"),
-        _gpu("A10G", 22.0, 70, 600, "NVIDIA A10G data sheet (70 dense against 125 for the A10)"),
-        _gpu("RTX3090", 23.6, 71, 936, _GA102),
-        _gpu("RTX4090", 23.6, 165, 1008, _ADA),
-        _gpu("A6000", 47.4, 155, 768, "NVIDIA RTX A6000 data sheet (half of the figure with sparsity)"),
-        _gpu("L40S", 44.4, 362, 864, "NVIDIA L40S data sheet (half of the figure with sparsity)"),
-        _gpu("A100", 39.4, 312, 1555, "NVIDIA A100 40 GB data sheet"),
-        _gpu("A100-80GB", 79.1, 312, 1935, "NVIDIA A100 80 GB PCIe data sheet (SXM: 2039 GB/s)"),
-        _gpu("H100", 79.1, 756, 2000, "NVIDIA H100 PCIe data sheet, the slower of the two forms (SXM: 989 and 3350)"),
-        _gpu("H200", 139.7, 989, 4800, "NVIDIA H200 data sheet (half of the figure with sparsity)"),
-    )
-}
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory and speed depend on. `fixed_params` and `active_params` where the layers are not plain dense ones."""
+    """What memory and speed depend on. `fixed_params`, `fixed_active_params`: counts that stand in for the sums below.
+
+    `gated`: the MLP has three matrices, not two. `layer_extra`, `model_extra`: parameters a layer, and of the whole
+    model, beside matrices, qkv biases and the two plain norms (other biases, further norms, learned positions).
+    """
 
     name: str
     hidden: int
@@ -90,8 +65,12 @@ class ModelShape:
     fixed_params: int | None = None
     fixed_active_params: int | None = None
     kv_bytes_per_token: int | None = None  # of the whole model, where the cache is compressed
-    architecture: str = "llama"  # model_type of transformers' config.json, as far as it decides what is kept in memory
-    gated: bool = True  # the MLP has gate, up and down; False: up and down
+    architecture: str = "llama"
+    gated: bool = True
+    experts: Experts | None = None
+    latent: Latent | None = None
+    layer_extra: int = 0
+    model_extra: int = 0
 
     @property
     def params(self) -> int:
@@ -99,168 +78,247 @@ class ModelShape:
         if self.fixed_params is not None:
             return self.fixed_params
         head = 0 if self.tied else self.vocab * self.hidden
-        return self.vocab * self.hidden + self.layers * self._layer_params() + self.hidden + head
+        return self.vocab * self.hidden + self._all_layers(every_expert=True) + self.hidden + head + self.model_extra
 
     @property
     def active_params(self) -> int:
         """Parameters of the matrix products a token goes through, the head once, the embedding look-up not."""
         if self.fixed_active_params is not None:
             return self.fixed_active_params
-        return self.layers * self._layer_params() + self.vocab * self.hidden
+        return self._all_layers(every_expert=False) + self.vocab * self.hidden
 
     def kv_bytes(self, bytes_per_value: int) -> int:
         """Key and value cache of one token, bytes."""
         if self.kv_bytes_per_token is not None:
             return self.kv_bytes_per_token
+        if self.latent is not None:
+            return self.layers * (self.latent.kv_rank + self.latent.rope_dim) * bytes_per_value
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value
 
     def lora_params(self, r: int, targets: tuple[str, ...]) -> int:
         """Parameters of LoRA adapters on `targets`: r * (in + out) for each matrix. Unknown names count nothing."""
-        head = r * (self.hidden + self.vocab) if "lm_head" in targets else 0
+        sides = {name: sum(pair) for name, pair in self.matrices().items()}
+        layers = self.layers * r * sum(sides.get(target, 0) for target in targets)
+        return layers + (r * (self.hidden + self.vocab) if "lm_head" in targets else 0)
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of the matrices of a plain layer, by the names that LoRA targets use."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        sides = {
-            "q_proj": self.hidden + q,
-            "k_proj": self.hidden + kv,
-            "v_proj": self.hidden + kv,
-            "o_proj": q + self.hidden,
-            "gate_proj": self.hidden + self.intermediate if self.gated else 0,
-            "up_proj": self.hidden + self.intermediate,
-            "down_proj": self.intermediate + self.hidden,
+        found = {
+            "q_proj": (self.hidden, q),
+            "k_proj": (self.hidden, kv),
+            "v_proj": (self.hidden, kv),
+            "o_proj": (q, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
         }
-        return self.layers * r * sum(sides.get(target, 0) for target in targets) + head
+        if not self.gated:
+            del found["gate_proj"]
+        return found
 
-    def _layer_params(self) -> int:
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.hidden * q + 2 * self.hidden * kv + q * self.hidden
-        bias = q + 2 * kv if self.qkv_bias else 0
+    def _all_layers(self, *, every_expert: bool) -> int:
         norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        return attention + bias + (3 if self.gated else 2) * self.hidden * self.intermediate + norms
+        plain = self.layers if self.experts is None else self.experts.dense_layers
+        mlps = plain * (3 if self.gated else 2) * self.hidden * self.intermediate
+        mlps += (self.layers - plain) * self._expert_params(every_expert)
+        return self.layers * (self._attention_params() + norms + self.layer_extra) + mlps
+
+    def _attention_params(self) -> int:
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        latent = self.latent
+        if latent is None:
+            bias = q + 2 * kv if self.qkv_bias else 0
+            return self.hidden * q + 2 * self.hidden * kv + q * self.hidden + bias
+        wide = self.heads * (latent.nope_dim + latent.rope_dim)
+        query = self.hidden * wide
+        if latent.q_rank is not None:
+            query = self.hidden * latent.q_rank + latent.q_rank + latent.q_rank * wide
+        down = self.hidden * (latent.kv_rank + latent.rope_dim) + latent.kv_rank
+        up = latent.kv_rank * self.heads * (latent.nope_dim + latent.v_dim)
+        return query + down + up + self.heads * latent.v_dim * self.hidden
+
+    def _expert_params(self, every_expert: bool) -> int:
+        """Of one layer's experts, all of them or those a token goes through, with the router."""
+        experts = self.experts
+        if experts is None:
+            return 0
+        widths = (experts.routed if every_expert else experts.active) * experts.width + experts.shared_width
+        router = self.hidden * experts.routed + (experts.routed if experts.router_bias else 0)
+        gate = self.hidden if experts.shared_gate else 0
+        return (3 if self.gated else 2) * self.hidden * widths + router + gate
 
 
-def _qwen2(
-    name: str, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool
-) -> ModelShape:
-    return ModelShape(
-        name,
+def _family(
+    names: str | tuple[str, ...],
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    *,
+    tied: bool = False,
+    head_dim: int | None = None,
+    architecture: str = "llama",
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    experts: Experts | None = None,
+    latent: Latent | None = None,
+) -> list[ModelShape]:
+    """Models of one shape, each under its own name."""
+    every = (names,) if isinstance(names, str) else names
+    shape = ModelShape(
+        every[0],
         hidden,
         intermediate,
         layers,
         heads,
         kv_heads,
-        hidden // heads,
+        head_dim or hidden // heads,
         vocab,
         tied,
-        qkv_bias=True,
-        source=f"config.json of {name}",
+        qkv_bias,
+        qk_norm,
+        architecture=architecture,
+        experts=experts,
+        latent=latent,
+    )
+    return [replace(shape, name=name, source=f"config.json of {name}") for name in every]
+
+
+def _qwen2(names: tuple[str, ...], *sizes: int, tied: bool = False) -> list[ModelShape]:
+    hidden, intermediate, layers, heads, kv_heads, vocab = sizes
+    return _family(
+        names, hidden, intermediate, layers, heads, kv_heads, vocab, tied=tied, architecture="qwen2", qkv_bias=True
     )
 
 
-def _qwen3(name: str, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, tied: bool) -> ModelShape:
-    return ModelShape(
-        name,
+def _qwen3(names: tuple[str, ...], *sizes: int, tied: bool = False, experts: Experts | None = None) -> list[ModelShape]:
+    hidden, intermediate, layers, heads, kv_heads = sizes
+    return _family(
+        names,
         hidden,
         intermediate,
         layers,
         heads,
         kv_heads,
-        128,
         151936,
-        tied,
+        tied=tied,
+        head_dim=128,
+        architecture="qwen3" if experts is None else "qwen3_moe",
         qk_norm=True,
-        source=f"config.json of {name}",
+        experts=experts,
     )
 
 
-def _llama(
-    name: str, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool = False
-) -> ModelShape:
-    return ModelShape(
-        name,
-        hidden,
-        intermediate,
-        layers,
-        heads,
-        kv_heads,
-        hidden // heads,
-        vocab,
-        tied,
-        source=f"config.json of {name}",
-    )
+def _and(name: str, *endings: str) -> tuple[str, ...]:
+    return (name, *(name + ending for ending in endings))
 
 
-def _with_variants(shape: ModelShape, *names: str) -> list[ModelShape]:
-    return [shape, *(replace(shape, name=name, source=f"config.json of {name}") for name in names)]
-
-
-_QWEN25 = [
-    _qwen2("Qwen/Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 151936, True),
-    _qwen2("Qwen/Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 151936, True),
-    _qwen2("Qwen/Qwen2.5-3B", 2048, 11008, 36, 16, 2, 151936, True),
-    _qwen2("Qwen/Qwen2.5-7B", 3584, 18944, 28, 28, 4, 152064, False),
-    _qwen2("Qwen/Qwen2.5-14B", 5120, 13824, 48, 40, 8, 152064, False),
-    _qwen2("Qwen/Qwen2.5-32B", 5120, 27648, 64, 40, 8, 152064, False),
-    _qwen2("Qwen/Qwen2.5-72B", 8192, 29568, 80, 64, 8, 152064, False),
-]
-_LLAMA3 = [
-    _llama("meta-llama/Llama-3.2-1B", 2048, 8192, 16, 32, 8, 128256, True),
-    _llama("meta-llama/Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128256, True),
-    _llama("meta-llama/Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256),
-    _llama("meta-llama/Llama-3.1-70B", 8192, 28672, 80, 64, 8, 128256),
-]
+_R1 = "deepseek-ai/DeepSeek-R1-Distill-"
+_DEEPSEEK_V3 = ("deepseek-ai/DeepSeek-R1", "deepseek-ai/DeepSeek-R1-0528", "deepseek-ai/DeepSeek-V3")
 _ALL: list[ModelShape] = [
-    *(variant for shape in _QWEN25 for variant in _with_variants(shape, f"{shape.name}-Instruct")),
-    *_with_variants(
-        _qwen2("Qwen/Qwen2.5-Math-1.5B", 1536, 8960, 28, 12, 2, 151936, True),
-        "Qwen/Qwen2.5-Math-1.5B-Instruct",
-        "Qwen/Qwen2.5-Coder-1.5B",
-        "Qwen/Qwen2.5-Coder-1.5B-Instruct",
+    *_qwen2(_and("Qwen/Qwen2-0.5B", "-Instruct"), 896, 4864, 24, 14, 2, 151936, tied=True),
+    *_qwen2(_and("Qwen/Qwen2-1.5B", "-Instruct"), 1536, 8960, 28, 12, 2, 151936, tied=True),
+    *_qwen2(_and("Qwen/Qwen2-7B", "-Instruct"), 3584, 18944, 28, 28, 4, 152064),
+    *_qwen2(_and("Qwen/Qwen2-72B", "-Instruct"), 8192, 29568, 80, 64, 8, 152064),
+    *_qwen2(_and("Qwen/Qwen2.5-0.5B", "-Instruct"), 896, 4864, 24, 14, 2, 151936, tied=True),
+    *_qwen2(
+        (
+            *_and("Qwen/Qwen2.5-1.5B", "-Instruct"),
+            *_and("Qwen/Qwen2.5-Math-1.5B", "-Instruct"),
+            *_and("Qwen/Qwen2.5-Coder-1.5B", "-Instruct"),
+        ),
+        *(1536, 8960, 28, 12, 2, 151936),
+        tied=True,
     ),
-    *_with_variants(
-        _qwen2("Qwen/Qwen2.5-Math-7B", 3584, 18944, 28, 28, 4, 152064, False),
-        "Qwen/Qwen2.5-Math-7B-Instruct",
+    *_qwen2(_and("Qwen/Qwen2.5-3B", "-Instruct"), 2048, 11008, 36, 16, 2, 151936, tied=True),
+    *_qwen2(
+        (
+            *_and("Qwen/Qwen2.5-7B", "-Instruct"),
+            *_and("Qwen/Qwen2.5-Math-7B", "-Instruct"),
+            *_and("Qwen/Qwen2.5-Coder-7B", "-Instruct"),
+            _R1 + "Qwen-7B",
+        ),
+        *(3584, 18944, 28, 28, 4, 152064),
     ),
-    _qwen2("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1536, 8960, 28, 12, 2, 151936, False),
-    _qwen2("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 3584, 18944, 28, 28, 4, 152064, False),
-    _qwen2("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", 5120, 13824, 48, 40, 8, 152064, False),
-    _qwen2("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", 5120, 27648, 64, 40, 8, 152064, False),
-    _llama("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", 4096, 14336, 32, 32, 8, 128256),
-    _llama("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", 8192, 28672, 80, 64, 8, 128256),
-    # Mixture of experts with compressed attention: 61 layers, cache of 512 + 64 values a token and layer in bf16.
-    ModelShape(
-        "deepseek-ai/DeepSeek-R1",
-        7168,
-        18432,
-        61,
-        128,
-        128,
-        128,
-        129280,
-        False,
-        source="model card: 671B, 37B active",
-        fixed_params=671_000_000_000,
-        fixed_active_params=37_000_000_000,
-        kv_bytes_per_token=61 * (512 + 64) * 2,
+    *_qwen2((*_and("Qwen/Qwen2.5-14B", "-Instruct"), _R1 + "Qwen-14B"), 5120, 13824, 48, 40, 8, 152064),
+    *_qwen2(
+        (*_and("Qwen/Qwen2.5-32B", "-Instruct"), "Qwen/QwQ-32B", _R1 + "Qwen-32B"), 5120, 27648, 64, 40, 8, 152064
     ),
-    *(
-        variant
-        for shape in (
-            _qwen3("Qwen/Qwen3-0.6B", 1024, 3072, 28, 16, 8, True),
-            _qwen3("Qwen/Qwen3-1.7B", 2048, 6144, 28, 16, 8, True),
-            _qwen3("Qwen/Qwen3-4B", 2560, 9728, 36, 32, 8, True),
-            _qwen3("Qwen/Qwen3-8B", 4096, 12288, 36, 32, 8, False),
-            _qwen3("Qwen/Qwen3-14B", 5120, 17408, 40, 40, 8, False),
-        )
-        for variant in _with_variants(shape, f"{shape.name}-Base")
+    *_qwen2(_and("Qwen/Qwen2.5-72B", "-Instruct"), 8192, 29568, 80, 64, 8, 152064),
+    *_qwen2((_R1 + "Qwen-1.5B",), 1536, 8960, 28, 12, 2, 151936),
+    *_qwen3(_and("Qwen/Qwen3-0.6B", "-Base"), 1024, 3072, 28, 16, 8, tied=True),
+    *_qwen3(_and("Qwen/Qwen3-1.7B", "-Base"), 2048, 6144, 28, 16, 8, tied=True),
+    *_qwen3(_and("Qwen/Qwen3-4B", "-Base"), 2560, 9728, 36, 32, 8, tied=True),
+    *_qwen3(_and("Qwen/Qwen3-8B", "-Base"), 4096, 12288, 36, 32, 8),
+    *_qwen3(_and("Qwen/Qwen3-14B", "-Base"), 5120, 17408, 40, 40, 8),
+    *_qwen3(("Qwen/Qwen3-32B",), 5120, 25600, 64, 64, 8),
+    *_qwen3(_and("Qwen/Qwen3-30B-A3B", "-Base"), 2048, 6144, 48, 32, 4, experts=Experts(128, 8, 768)),
+    *_qwen3(("Qwen/Qwen3-235B-A22B",), 4096, 12288, 94, 64, 4, experts=Experts(128, 8, 1536)),
+    *_family(_R1 + "Llama-8B", 4096, 14336, 32, 32, 8, 128256),
+    *_family(_R1 + "Llama-70B", 8192, 28672, 80, 64, 8, 128256),
+    *_family(
+        _DEEPSEEK_V3,
+        *(7168, 18432, 61, 128, 128, 129280),
+        head_dim=128,
+        architecture="deepseek_v3",
+        experts=Experts(256, 8, 2048, shared_width=2048, dense_layers=3, router_bias=True),
+        latent=Latent(1536, 512, 128, 64, 128),
     ),
-    _qwen3("Qwen/Qwen3-32B", 5120, 25600, 64, 64, 8, False),
-    *(variant for shape in _LLAMA3 for variant in _with_variants(shape, f"{shape.name}-Instruct")),
-    *_with_variants(_LLAMA3[3], "meta-llama/Llama-3.3-70B-Instruct"),
-    *_with_variants(
-        _llama("mistralai/Mistral-7B-v0.1", 4096, 14336, 32, 32, 8, 32000), "mistralai/Mistral-7B-Instruct-v0.1"
+    *_family(("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf"), 4096, 11008, 32, 32, 32, 32000),
+    *_family(("meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-13b-chat-hf"), 5120, 13824, 40, 40, 40, 32000),
+    *_family(("meta-llama/Llama-2-70b-hf", "meta-llama/Llama-2-70b-chat-hf"), 8192, 28672, 80, 64, 8, 32000),
+    *_family(
+        (*_and("meta-llama/Meta-Llama-3-8B", "-Instruct"), *_and("meta-llama/Llama-3.1-8B", "-Instruct")),
+        *(4096, 14336, 32, 32, 8, 128256),
     ),
-    *_with_variants(
-        _llama("mistralai/Mistral-7B-v0.3", 4096, 14336, 32, 32, 8, 32768), "mistralai/Mistral-7B-Instruct-v0.3"
+    *_family(
+        (
+            *_and("meta-llama/Meta-Llama-3-70B", "-Instruct"),
+            *_and("meta-llama/Llama-3.1-70B", "-Instruct"),
+            "meta-llama/Llama-3.3-70B-Instruct",
+        ),
+        *(8192, 28672, 80, 64, 8, 128256),
     ),
+    *_family(_and("meta-llama/Llama-3.1-405B", "-Instruct"), 16384, 53248, 126, 128, 8, 128256),
+    *_family(_and("meta-llama/Llama-3.2-1B", "-Instruct"), 2048, 8192, 16, 32, 8, 128256, tied=True),
+    *_family(_and("meta-llama/Llama-3.2-3B", "-Instruct"), 3072, 8192, 28, 24, 8, 128256, tied=True),
+    *_family(
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"),
+        *(2048, 5632, 22, 32, 4, 32000),
+    ),
+    *_family(
+        ("mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-Instruct-v0.1", "mistralai/Mistral-7B-Instruct-v0.2"),
+        *(4096, 14336, 32, 32, 8, 32000),
+        architecture="mistral",
+    ),
+    *_family(
+        ("mistralai/Mistral-7B-v0.3", "mistralai/Mistral-7B-Instruct-v0.3"),
+        *(4096, 14336, 32, 32, 8, 32768),
+        architecture="mistral",
+    ),
+    *_family(
+        ("mistralai/Mistral-Nemo-Base-2407", "mistralai/Mistral-Nemo-Instruct-2407"),
+        *(5120, 14336, 40, 32, 8, 131072),
+        head_dim=128,
+        architecture="mistral",
+    ),
+    *_family(
+        ("mistralai/Mistral-Small-24B-Base-2501", "mistralai/Mistral-Small-24B-Instruct-2501"),
+        *(5120, 32768, 40, 32, 8, 131072),
+        head_dim=128,
+        architecture="mistral",
+    ),
+    *_family(
+        ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+        *(4096, 14336, 32, 32, 8, 32000),
+        architecture="mixtral",
+        experts=Experts(8, 2, 14336),
+    ),
+    *_family("microsoft/phi-4", 5120, 17920, 40, 40, 10, 100352, architecture="phi3"),
+    *_family("microsoft/Phi-3-mini-4k-instruct", 3072, 8192, 32, 32, 32, 32064, architecture="phi3"),
 ]
 MODELS: dict[str, ModelShape] = {shape.name: shape for shape in _ALL}
 
@@ -270,17 +328,23 @@ class UnknownModel(UsageError):
 
 
 def shape_of(model: str) -> ModelShape:
-    """Shape of a built-in model by name, or of a folder with a config.json. Raises UnknownModel."""
+    """Shape of a built-in model by name, of a folder with a config.json, or of one in the hub's cache.
+
+    Raises UnknownModel, which names the file that is missing. Nothing is fetched.
+    """
     known = {name.lower(): name for name in MODELS}
     if model.lower() in known:
         return MODELS[known[model.lower()]]
-    config = Path(model) / "config.json"
+    config = Path(model).expanduser() / "config.json"
     if config.is_file():
         return shape_from_config(model, _read(config))
     if model.startswith((".", "/", "~")):
         raise UnknownModel(
             f"there is no model in {model}", hint="name the folder that holds config.json and the weights"
         )
+    cached = cached_config(model)
+    if cached is not None:
+        return shape_from_config(model, _read(cached))
     short = {name.rpartition("/")[2].lower(): name for name in MODELS}
     close = [known[name] for name in difflib.get_close_matches(model.lower(), known, n=2, cutoff=0.6)]
     close = close or [
@@ -289,41 +353,152 @@ def shape_of(model: str) -> ModelShape:
     nearest = f"did you mean {' or '.join(close)}? " if close else ""
     raise UnknownModel(
         f"the shape of model {model!r} is not known",
-        hint=f"{nearest}for any other model name a folder with its config.json",
+        hint=f"{nearest}for any other model fetch its config.json into the hub's cache "
+        f"(`hf download {model} config.json`), or name a folder that holds it",
     )
+
+
+def cached_config(model: str, env: Mapping[str, str] | None = None) -> Path | None:
+    """config.json of `model` in the Hugging Face cache of this machine, of its main revision or else the newest."""
+    values = os.environ if env is None else env
+    home = Path(values.get("HF_HOME") or Path(values.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface").expanduser()
+    hub = Path(values.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    folder = hub / f"models--{model.replace('/', '--')}"
+    try:
+        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        revision = ""
+    named = folder / "snapshots" / revision / "config.json"
+    if revision and named.is_file():
+        return named
+    others = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
+    return others[-1] if others else None
+
+
+# --- config.json
+
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
+_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "deepseek_v2")
+_UNGATED = ("phi", "gpt_neox")
+KNOWN_TYPES = (*_LLAMA_LIKE, *_EXPERTS, *_UNGATED)
+_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text")
+_MORE_NORMS = {"gemma2": 2, "gemma3_text": 2}  # of the hidden size, a layer, beyond two
 
 
 def shape_from_config(name: str, config: Mapping[str, object]) -> ModelShape:
-    """Shape from the contents of a transformers config.json (llama, mistral, qwen2, qwen3). Raises UnknownModel."""
-    kind = config.get("model_type")
-    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise UnknownModel(
-            f"{name}: models of type {kind!r} are not known", hint="known are llama, mistral, qwen2 and qwen3"
-        )
-
-    def number(key: str, default: int | None = None) -> int:
-        value = config.get(key, default)
-        if value is None and default is not None:
-            return default
-        if type(value) is not int or value < 1:
-            raise UnknownModel(f"{name}: config.json has no usable {key}", hint="fetch config.json of the model again")
-        return value
-
-    heads = number("num_attention_heads")
+    """Shape from the contents of a transformers config.json. Raises UnknownModel."""
+    read = _Config(name, config)
+    kind = read.kind()
+    hidden, layers, heads = (
+        read.number("hidden_size"),
+        read.number("num_hidden_layers"),
+        read.number("num_attention_heads"),
+    )
+    kv_heads = read.number("num_key_value_heads", heads)
+    head_dim = read.number("head_dim", hidden // heads)
+    intermediate = read.number("intermediate_size", 4 * hidden)
+    gated = kind not in _UNGATED
+    norms = _MORE_NORMS.get(kind, 0) * hidden
+    biases, final = 0, 0
+    if kind in _UNGATED:  # layer norms with a bias, every matrix with a bias; phi has one norm a layer
+        biases = heads * head_dim + 2 * kv_heads * head_dim + hidden + intermediate + hidden
+        norms = 0 if kind == "phi" else 2 * hidden
+        final = hidden + (read.number("vocab_size") if kind == "phi" else 0)
+    elif read.flag("attention_bias") and kind in ("llama", "mistral", "qwen3"):
+        biases = heads * head_dim + 2 * kv_heads * head_dim + hidden
+    if read.flag("mlp_bias"):
+        biases += 2 * intermediate + hidden
     return ModelShape(
         name,
-        number("hidden_size"),
-        number("intermediate_size"),
-        number("num_hidden_layers"),
+        hidden,
+        intermediate,
+        layers,
         heads,
-        number("num_key_value_heads", heads),
-        number("head_dim", number("hidden_size") // heads),
-        number("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
+        kv_heads,
+        head_dim,
+        read.number("vocab_size"),
+        tied=read.flag("tie_word_embeddings", kind in _TIED_BY_DEFAULT),
+        qkv_bias=kind in ("qwen2", "qwen2_moe"),
+        qk_norm=kind in ("qwen3", "qwen3_moe", "gemma3_text"),
         source=f"{name}/config.json",
+        architecture=kind,
+        gated=gated,
+        experts=_experts(kind, read),
+        latent=_latent(kind, read),
+        layer_extra=biases + norms,
+        model_extra=final,
     )
+
+
+def _experts(kind: str, read: _Config) -> Experts | None:
+    match kind:
+        case "mixtral":
+            return Experts(
+                read.number("num_local_experts"), read.number("num_experts_per_tok"), read.number("intermediate_size")
+            )
+        case "qwen2_moe" | "qwen3_moe":
+            shared = read.number("shared_expert_intermediate_size", 0) if kind == "qwen2_moe" else 0
+            return Experts(
+                read.number("num_experts"),
+                read.number("num_experts_per_tok"),
+                read.number("moe_intermediate_size"),
+                shared_width=shared,
+                shared_gate=shared > 0,
+            )
+        case "deepseek_v2" | "deepseek_v3":
+            width = read.number("moe_intermediate_size")
+            return Experts(
+                read.number("n_routed_experts"),
+                read.number("num_experts_per_tok"),
+                width,
+                shared_width=width * read.number("n_shared_experts", 0),
+                dense_layers=read.number("first_k_dense_replace", 0),
+                router_bias=kind == "deepseek_v3",
+            )
+    return None
+
+
+def _latent(kind: str, read: _Config) -> Latent | None:
+    if kind not in ("deepseek_v2", "deepseek_v3"):
+        return None
+    return Latent(
+        read.number("q_lora_rank", 0) or None,
+        read.number("kv_lora_rank"),
+        read.number("qk_nope_head_dim"),
+        read.number("qk_rope_head_dim"),
+        read.number("v_head_dim"),
+    )
+
+
+class _Config:
+    """Reads values out of a config.json; what cannot be used raises UnknownModel."""
+
+    def __init__(self, name: str, values: Mapping[str, object]) -> None:
+        inner = values.get("text_config")
+        self._name = name
+        self._values: Mapping[str, object] = inner if isinstance(inner, dict) and "hidden_size" in inner else values
+
+    def kind(self) -> str:
+        kind = self._values.get("model_type")
+        if not isinstance(kind, str) or kind not in KNOWN_TYPES:
+            raise UnknownModel(
+                f"{self._name}: models of type {kind!r} are not known", hint=f"known are {', '.join(KNOWN_TYPES)}"
+            )
+        return kind
+
+    def number(self, key: str, default: int | None = None) -> int:
+        value = self._values.get(key, default)
+        if value is None and default is not None:
+            return default
+        if type(value) is not int or value < (1 if default != 0 else 0):
+            raise UnknownModel(
+                f"{self._name}: config.json has no usable {key}", hint="fetch config.json of the model again"
+            )
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self._values.get(key)
+        return default if value is None else bool(value)
 
 
 def _read(path: Path) -> Mapping[str, object]:

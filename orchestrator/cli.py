@@ -18,6 +18,7 @@ import click
 from orchestrator import __version__
 from orchestrator.errors import BudgetExceeded, DrillFailed, KdcloudError, TeardownUnconfirmed, UsageError
 from orchestrator.labels_cli import labels
+from orchestrator.offers_cli import offers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ EXIT_CODES = {"done": 0, "cap": 3, "no_capacity": 4, "failed": 5, "deadline": 5,
 F = TypeVar("F", bound=Callable[..., Any])
 
 SECTIONS = {
-    "Plan": ["plan", "recipe-schema"],
+    "Plan": ["plan", "offers", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down", "adopt"],
     "Look": ["report", "artifacts", "labels"],
     "Safety": ["budget", "reap", "drill"],
@@ -71,6 +72,7 @@ def kdcloud() -> None:
 
 
 kdcloud.add_command(labels)
+kdcloud.add_command(offers)
 
 
 def json_option(function: F) -> F:
@@ -584,7 +586,7 @@ def _plan(
     """
     from datetime import UTC, datetime
 
-    from orchestrator import money
+    from orchestrator import money, price_cache
     from orchestrator.offers import offers_source
     from orchestrator.planner import make_plan
     from orchestrator.recipe import load_recipe, on_infra
@@ -604,7 +606,7 @@ def _plan(
     made = make_plan(
         loaded,
         config=config,
-        offers_for=offers_source(loaded, provider, config),
+        offers_for=offers_source(loaded, provider, config, price_cache.load(home.offers_cache)),
         now=datetime.now(UTC),
         cap_micros=money.cap_micros(_amount(budget), config.rate) if budget else None,
         deadline_s=_duration(deadline) if deadline else None,

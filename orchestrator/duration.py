@@ -1,14 +1,19 @@
-"""How long does a stage work? Low, expected, high, from counted operations and bytes at a stated efficiency. Pure.
+"""How long does a stage work? Low, expected, high: rooflines on a GPU, counted operations on this machine. Pure.
 
-A first model. Every constant that was measured or assumed stands at the top of this file, with how.
+The rooflines are in duration_kernels, duration_training and duration_serving; the width of a range is what they missed
+published measurements by (SPREAD).
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from orchestrator.catalog import Gpu, ModelShape
+from orchestrator.catalog import GPUS, Gpu, ModelShape
+from orchestrator.duration_kernels import memory_s
+from orchestrator.duration_serving import Serving, serving_s
+from orchestrator.duration_training import SLOW_HOST, Training, forward_parts, step_s
 from orchestrator.plan import Range
 
 # --- this machine (infra: local). From steps timed on 2 cores, torch 2.13, transformers' Qwen2, while nothing else
@@ -22,37 +27,34 @@ LOCAL_BARE_S = 1.5  # the same for a stage that needs no torch
 LOCAL_SIDE_BY_SIDE = 0.58  # of a core more work for each further arm that trains at once (2 at once: 144 s in 91 s)
 LOCAL_SPREAD = Range(0.6, 1.0, 2.0)  # other programs on the machine, turbo, memory speed
 
-# --- rented GPUs. Share of the vendor's dense rate that training reaches (public reports for 1 to 8 B models, sdpa,
-# no compile: 0.3 to 0.5), and share of the bandwidth that decoding reaches.
-TRAIN_EFFICIENCY = Range(0.25, 0.38, 0.5)
-QLORA_SLOWER = Range(1.0, 1.3, 2.0)  # weights are unpacked in each pass: assumed, not measured
-SCORE_EFFICIENCY = Range(0.2, 0.3, 0.45)
-DECODE_EFFICIENCY = Range(0.4, 0.6, 0.75)
-GPU_LAYER_STEP_S = 0.0012  # floor of a forward and backward pass, a layer: kernel starts
-# vLLM beside the bytes it reads: an H200 with a 1.5 B model gave 21,321 tokens/s at 256 and 26,003 at 1,024 sequences,
-# that is 12 ms and 39 ms a step, of which reading weights and cache is 2 ms and 3 ms. Other hosts are faster or slower.
-ENGINE_STEP_S = 0.002
-ENGINE_SEQUENCE_STEP_S = 33e-6
-ENGINE_HOST = Range(0.7, 1.0, 1.8)
-ENGINE_MEMORY_SHARE = 0.9
-ENGINE_MAX_SEQUENCES = 256
-PLAIN_LAYER_STEP_S = 0.0006  # transformers' generate, a layer and token of the whole batch
-GPU_STAGE = Range(60.0, 120.0, 300.0)  # imports, compile and warm-up of the engine, upload of results
+# --- rented GPUs. How far off the rooflines are, as factors of the time: within these lie 93 in 100 published rows, as
+# seen from the rows of all other sources (scripts/time_spread.py over benchmarks/cases/times.jsonl).
+SPREAD = {"train": 1.38, "generate": 1.39}
+OWN_HOST = Range(0.9, 1.0, 1.25)  # generation and scoring on rented machines: hosts of one kind differ by a quarter
+LOGIT_BYTES = 8.0  # scoring, a logit: written, read for its top candidates, read for the tail
+SCORE_BATCH_TOKENS = 8192  # tasks.label scores about so many tokens at once
+COMPILE_FROM_TOKENS = 5e6  # scoring compiles the layers from so many on (tasks.label: COMPILE_TOKENS)
+GPU_STAGE = Range(30.0, 60.0, 180.0)  # process start, imports, weights onto the card, upload of results
+# vLLM 0.24 with a 1.5 B model on an H200: 75 s until it answers (weights, compiling, graphs); elsewhere assumed.
+ENGINE_START_S = Range(40.0, 75.0, 180.0)
 DOWNLOAD_GB_S = Range(0.04, 0.1, 0.4)  # weights from the hub to a rented machine
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a machine can do, as far as time depends on it. `bytes_s` 0: not known (a CPU)."""
+    """What a machine can do, as far as time depends on it. `bytes_s` 0: not known (a CPU); `card`: with a GPU."""
 
     gpu: bool
     flops_s: float
     bytes_s: float = 0.0
     vram_bytes: float = 0.0
+    card: Gpu | None = None
 
 
 def gpu_speed(gpu: Gpu) -> Speed:
-    return Speed(True, gpu.half_tflops.value * 1e12, gpu.bandwidth_gb_s.value * 1e9, gpu.vram_gib.value * 2**30)
+    return Speed(
+        True, gpu.reached_tflops.value * 1e12, gpu.reached_gb_s.value * 1e9, gpu.vram_gib.value * 2**30, card=gpu
+    )
 
 
 def cpu_speed(gflops: float | None) -> Speed:
@@ -84,17 +86,40 @@ def training_s(
     mean_len: float,
     full: bool,
     checkpointing: bool,
+    lora_r: int = 8,
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
+    half: bool = True,
+    four_bit: bool = False,
+    eight_bit: bool = False,
+    compiled: bool = False,
 ) -> Range:
-    """Seconds of `steps` optimizer steps over rows of `mean_len` tokens."""
-    per_step = batch_size * mean_len * training_flops_per_token(shape, mean_len, full=full, checkpointing=checkpointing)
-    if not speed.gpu:
-        return _spread(steps * (per_step / speed.flops_s + LOCAL_TRAIN_STEP_S))
-    floor = math.ceil(batch_size / micro_batch) * shape.layers * GPU_LAYER_STEP_S
+    """Seconds of `steps` optimizer steps over rows of `mean_len` tokens, by the project's own training.
 
-    def at(efficiency: float) -> float:
-        return steps * max(per_step / (speed.flops_s * efficiency), floor)
-
-    return Range(at(TRAIN_EFFICIENCY.high), at(TRAIN_EFFICIENCY.expected), at(TRAIN_EFFICIENCY.low))
+    Expected as on the rented machines that were measured, whose hosts are slow; low as on a fast one.
+    """
+    if speed.card is None:
+        per_row = mean_len * training_flops_per_token(shape, mean_len, full=full, checkpointing=checkpointing)
+        return _spread(steps * (batch_size * per_row / speed.flops_s + LOCAL_TRAIN_STEP_S))
+    work = Training(
+        shape,
+        micro_batch,
+        mean_len,
+        accumulation=math.ceil(batch_size / micro_batch),
+        full=full,
+        lora_r=0 if full else lora_r,
+        lora_targets=() if full else lora_targets,
+        half=half,
+        weight_bytes=4 if full or not half else 2,
+        four_bit="nf4" if four_bit else None,
+        fp32_adapters=True,
+        optimizer="8bit" if eight_bit else "foreach",
+        state_bytes=4.0,
+        checkpointing=checkpointing,
+        compiled=compiled,
+        loss="own",
+    )
+    fast, slow = _step_s(speed.card.name, work), _step_s(speed.card.name, replace(work, host=SLOW_HOST))
+    return Range(steps * fast / SPREAD["train"], steps * slow, steps * slow * SPREAD["train"])
 
 
 def side_by_side(arms: int) -> float:
@@ -114,43 +139,45 @@ def generation_s(
     engine: bool,
 ) -> Range:
     """Seconds to write `sequences` answers of `answer_len` tokens on average. `engine`: a paged-cache engine (vLLM);
-    else transformers in batches, each as long as its longest answer, at most `longest`.
+    else transformers. Both take batches one after the other, each as long as its longest answer, at most `longest`.
     """
-    if not speed.gpu:
-        rounds = math.ceil(sequences / batch_size)
+    rounds = sequences / batch_size if engine else math.ceil(sequences / batch_size)
+    if speed.card is None:
         flops = sequences * (prompt_len + longest) * forward_flops_per_token(shape, prompt_len)
-        return _spread(flops / speed.flops_s + rounds * longest * LOCAL_TOKEN_STEP_S)
-    if engine:
-        return _engine_s(
-            speed, shape, sequences=sequences, prompt_len=prompt_len, answer_len=answer_len, batch_size=batch_size
-        )
-    rounds = math.ceil(sequences / batch_size)
-
-    def at(efficiency: float) -> float:
-        cache = min(batch_size, sequences) * (prompt_len + longest / 2) * shape.kv_bytes(2)
-        step = max((shape.active_params * 2 + cache) / (speed.bytes_s * efficiency), shape.layers * PLAIN_LAYER_STEP_S)
-        return rounds * longest * step
-
-    return Range(at(DECODE_EFFICIENCY.high), at(DECODE_EFFICIENCY.expected), at(DECODE_EFFICIENCY.low))
+        return _spread(flops / speed.flops_s + math.ceil(rounds) * longest * LOCAL_TOKEN_STEP_S)
+    batch = min(float(batch_size), sequences)
+    work = Serving(
+        shape,
+        batch,
+        prompt_len,
+        answer_len,
+        batch,
+        varied=answer_len < longest,
+        plain=not engine,
+        longest=longest,
+    )
+    return around(max(rounds, sequences / batch) * _serving_s(speed.card.name, work), "generate", OWN_HOST)
 
 
 def scoring_s(speed: Speed, shape: ModelShape, *, tokens: float, mean_len: float) -> Range:
     """Seconds of one forward pass over finished answers, for soft labels."""
-    flops = tokens * forward_flops_per_token(shape, mean_len)
-    if not speed.gpu:
-        return _spread(flops / speed.flops_s)
-    low, expected, high = SCORE_EFFICIENCY.high, SCORE_EFFICIENCY.expected, SCORE_EFFICIENCY.low
-    return Range(*(flops / (speed.flops_s * efficiency) for efficiency in (low, expected, high)))
+    if speed.card is None or tokens <= 0:
+        return _spread(tokens * forward_flops_per_token(shape, mean_len) / speed.flops_s)
+    rows = max(1, round(SCORE_BATCH_TOKENS / mean_len))
+    work = Training(shape, rows, mean_len, full=False, compiled=tokens >= COMPILE_FROM_TOKENS)
+    return around(tokens / (rows * mean_len) * _score_s(speed.card.name, work), "generate", OWN_HOST)
 
 
-def stage_s(speed: Speed, *, downloads_gb: float, bare: bool = False) -> Range:
+def stage_s(speed: Speed, *, downloads_gb: float, bare: bool = False, engine: bool = False) -> Range:
     """Seconds a stage takes beside its own work, its process start and fetching of weights included."""
     if not speed.gpu:
         return _spread(LOCAL_BARE_S if bare else LOCAL_STAGE_S)
+    if bare:
+        return Range(2.0, 5.0, 15.0)
     fetch = Range(
         downloads_gb / DOWNLOAD_GB_S.high, downloads_gb / DOWNLOAD_GB_S.expected, downloads_gb / DOWNLOAD_GB_S.low
     )
-    return Range(2.0, 5.0, 15.0) if bare else GPU_STAGE + fetch
+    return GPU_STAGE + fetch + (ENGINE_START_S if engine else Range(0.0, 0.0, 0.0))
 
 
 def hours(seconds: Range, calibration: float | None = None) -> Range:
@@ -158,28 +185,29 @@ def hours(seconds: Range, calibration: float | None = None) -> Range:
     return seconds.times((calibration or 1.0) / 3600)
 
 
-def _engine_s(
-    speed: Speed, shape: ModelShape, *, sequences: float, prompt_len: float, answer_len: float, batch_size: int
-) -> Range:
-    weights = shape.params * 2
-    per_sequence = (prompt_len + answer_len) * shape.kv_bytes(2)
-    room = speed.vram_bytes * ENGINE_MEMORY_SHARE - weights - 1.5 * 2**30
-    flight = max(1.0, min(room / per_sequence, sequences, batch_size, ENGINE_MAX_SEQUENCES))
-    tokens = sequences * answer_len
-    prefill = sequences * prompt_len * forward_flops_per_token(shape, prompt_len)
+def around(seconds: float, kind: str, host: Range | None = None) -> Range:
+    """The range of a time by the rooflines: as far off as they were on measurements of that kind."""
+    spread, slower = SPREAD[kind], host or Range(1.0, 1.0, 1.0)
+    return Range(seconds / spread * slower.low, seconds * slower.expected, seconds * spread * slower.high)
 
-    def at(efficiency: float, host: float) -> float:
-        cache = flight * (prompt_len + answer_len / 2) * shape.kv_bytes(2)
-        reading = (min(weights, shape.active_params * 2) + cache) / (speed.bytes_s * efficiency)
-        computing = flight * forward_flops_per_token(shape, answer_len) / (speed.flops_s * efficiency)
-        step = max(reading, computing) + host * (ENGINE_STEP_S + flight * ENGINE_SEQUENCE_STEP_S)
-        return tokens / flight * step + prefill / (speed.flops_s * efficiency)
 
-    return Range(
-        at(DECODE_EFFICIENCY.high, ENGINE_HOST.low),
-        at(DECODE_EFFICIENCY.expected, ENGINE_HOST.expected),
-        at(DECODE_EFFICIENCY.low, ENGINE_HOST.high),
-    )
+@functools.lru_cache(4096)
+def _step_s(card: str, work: Training) -> float:
+    """The same for every offer of a card."""
+    return step_s(GPUS[card], work)
+
+
+@functools.lru_cache(4096)
+def _serving_s(card: str, work: Serving) -> float:
+    return serving_s(GPUS[card], work)
+
+
+@functools.lru_cache(4096)
+def _score_s(card: str, work: Training) -> float:
+    """One batch of finished answers read, and the head's values over all of it looked through."""
+    tokens = work.micro_batch * work.length
+    reading = sum(forward_parts(GPUS[card], work, head_rows=tokens).values())
+    return reading + memory_s(GPUS[card], tokens * work.shape.vocab * LOGIT_BYTES)
 
 
 def _spread(seconds: float) -> Range:

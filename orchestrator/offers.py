@@ -1,4 +1,4 @@
-"""Which machines can be had, and at what price? The provider's own offers, this machine, or a dated table.
+"""Which machines can be had, and at what price? The provider's own offers, those on file, this machine, a dated table.
 
 The table is a fallback that shows its age: prices are of the whole instance, an hour, on demand unless marked spot.
 """
@@ -14,6 +14,7 @@ from orchestrator.catalog import GPUS
 from orchestrator.config import Config
 from orchestrator.errors import UsageError
 from orchestrator.money import price_micros
+from orchestrator.price_cache import PriceCache
 from orchestrator.provision import Latencies, Need, Offer, Provisioner
 from orchestrator.recipe import Recipe
 
@@ -82,26 +83,32 @@ CLOUD_LATENCIES = Latencies(
     tick_s=5, flush_s=120, api_s=60, provision_s=90, handover_s=60, slack_s=90, unguarded_s=570
 )
 MINIMUM_S = {"aws": 60}
+GCP_PLACEHOLDER_MICROS = 700_000_000
 
 
-def offers_for(need: Need, recipe: Recipe, provider: Provisioner | None, config: Config) -> list[Offer]:
-    """Everything that could serve `need`: asked from `provider` when there is one, else this machine and the table.
+def offers_for(
+    need: Need, recipe: Recipe, provider: Provisioner | None, config: Config, cache: PriceCache | None = None
+) -> list[Offer]:
+    """Everything that could serve `need`: asked from `provider` when there is one, else this machine, what is on file
+    and, for infras that it does not know, the table.
 
     Raises UsageError for an infra that nobody here knows.
     """
     if provider is not None:
-        return [_checked(offer) for offer in provider.offers(need)]
-    infra = need.infra or tuple(dict.fromkeys(row.infra for row in TABLE))
-    return [offer for one in infra for offer in _of_infra(one, need, recipe, config)]
+        return [checked(offer) for offer in provider.offers(need)]
+    all_of_them = tuple(cache.infras) if cache is not None and cache.infras else table_infras()
+    return [offer for one in need.infra or all_of_them for offer in _of_infra(one, need, recipe, config, cache)]
 
 
-def offers_source(recipe: Recipe, provider: Provisioner | None, config: Config) -> Callable[[Need], list[Offer]]:
+def offers_source(
+    recipe: Recipe, provider: Provisioner | None, config: Config, cache: PriceCache | None = None
+) -> Callable[[Need], list[Offer]]:
     """`offers_for` of one recipe, each need asked once."""
     known: dict[Need, list[Offer]] = {}
 
     def source(need: Need) -> list[Offer]:
         if need not in known:
-            known[need] = offers_for(need, recipe, provider, config)
+            known[need] = offers_for(need, recipe, provider, config, cache)
         return known[need]
 
     return source
@@ -113,7 +120,18 @@ def known_price(offer: Offer) -> bool:
     return type(price) is int and (price > 0 or (price == 0 and offer.infra == "local"))
 
 
-def _of_infra(infra: str, need: Need, recipe: Recipe, config: Config) -> list[Offer]:
+def table_infras() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row.infra for row in TABLE))
+
+
+def table_offers(need: Need) -> list[Offer]:
+    """The dated table of the package, as far as it serves `need`."""
+    infras = [name.partition("/")[0] for name in need.infra]
+    rows = [row for row in TABLE if not infras or row.infra in infras]
+    return [offer for row in rows for offer in _of_row(row, need)]
+
+
+def _of_infra(infra: str, need: Need, recipe: Recipe, config: Config, cache: PriceCache | None) -> list[Offer]:
     if infra == "local":
         if need.gpus:
             return []
@@ -121,8 +139,11 @@ def _of_infra(infra: str, need: Need, recipe: Recipe, config: Config) -> list[Of
 
         price = price_micros(recipe.local.price, config.rate) if recipe.local is not None else 0
         return [local_offer(price)]
+    answers = cache.of(infra) if cache is not None else {}
+    if answers:
+        return [checked(offer) for one, asked in answers.items() for offer in asked.offers(one, need)]
     name = infra.partition("/")[0]
-    names = {row.infra for row in TABLE}
+    names = set(table_infras())
     if name in ("slurm", "kubernetes", "k8s", "ssh"):
         return []  # priced by their own provider only
     if name not in names:
@@ -132,7 +153,7 @@ def _of_infra(infra: str, need: Need, recipe: Recipe, config: Config) -> list[Of
             f"no prices are known for infra {infra!r}",
             hint=f"{nearest}the table in this version knows {', '.join(sorted(names))} and local",
         )
-    return [offer for row in TABLE if row.infra == name for offer in _of_row(row, need)]
+    return table_offers(replace(need, infra=(name,)))
 
 
 def _of_row(row: Row, need: Need) -> list[Offer]:
@@ -167,6 +188,8 @@ def _micros(usd: str | None) -> int | None:
     return None if usd is None else int(Decimal(usd) * 1_000_000)
 
 
-def _checked(offer: Offer) -> Offer:
-    """A provider's price that is no whole number above 0 (NaN, a float, 0 off this machine) is unknown."""
-    return offer if known_price(offer) else replace(offer, price_micros_per_hour=None)
+def checked(offer: Offer) -> Offer:
+    """A provider's price that is no whole number above 0 (NaN, a float, 0 off this machine) is unknown, and so is the
+    700 USD that SkyPilot's catalogue of GCP holds in place of a price."""
+    placeholder = offer.infra == "gcp" and offer.price_micros_per_hour == GCP_PLACEHOLDER_MICROS
+    return offer if known_price(offer) and not placeholder else replace(offer, price_micros_per_hour=None)

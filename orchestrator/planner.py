@@ -13,10 +13,11 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator import access, duration, money, setup_time, spend
-from orchestrator.catalog import GPUS, MODELS
+from orchestrator import access, duration, money, setup_time, spend, teachers
+from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
+from orchestrator.gpus import gpu_named
 from orchestrator.handover import environments
 from orchestrator.offers import known_price
 from orchestrator.plan import Micros, Overhead, Plan, Range, Rejected, StagePlan, digest_of
@@ -118,7 +119,7 @@ def _assemble(
     calibration: Calibration,
 ) -> Plan:
     world = World(recipe, config.rate)
-    ranked = [_rank(stage, world, offers_for, calibration) for stage in recipe.stages]
+    ranked = [_rank(stage, world, offers_for, calibration, cap) for stage in recipe.stages]
     picked = _in_time([options for options, _ in ranked], deadline)
     stages = tuple(
         _stage_plan(stage, world, options, rejected, calibration)
@@ -154,12 +155,12 @@ def _assemble(
 
 
 def _rank(
-    stage: Stage, world: World, offers_for: OffersFor, calibration: Calibration
+    stage: Stage, world: World, offers_for: OffersFor, calibration: Calibration, cap: int
 ) -> tuple[list[_Option], list[Rejected]]:
     """Options, cheapest first, and what was refused. Raises NothingFits."""
     options, rejected = _consider(stage, world, offers_for(_need(stage, world.recipe)), calibration)
     if not options:
-        raise _nothing_fits(stage, world, offers_for, rejected, calibration)
+        raise _nothing_fits(stage, world, offers_for, rejected, calibration, cap)
     return sorted(options, key=_order), rejected
 
 
@@ -201,7 +202,7 @@ def _machine(offer: Offer, stage: Stage, world: World) -> Machine | str:
     if offer.gpu is None:
         local = world.recipe.local
         return Machine(offer, duration.cpu_speed(local.gflops if local else None), None)
-    gpu = GPUS.get(offer.gpu)
+    gpu = gpu_named(offer.gpu, offer.instance)
     if gpu is None:
         if stage.kind == "rehearse":
             return Machine(offer, duration.Speed(True, 1e12, 1e9), None)
@@ -433,9 +434,15 @@ def _largest_share(fits: Callable[[float], bool]) -> float | None:
 
 
 def _nothing_fits(
-    stage: Stage, world: World, offers_for: OffersFor, rejected: list[Rejected], calibration: Calibration
+    stage: Stage, world: World, offers_for: OffersFor, rejected: list[Rejected], calibration: Calibration, cap: int
 ) -> NothingFits:
     need = _need(stage, world.recipe)
+    known = isinstance(stage, LabelStage) and stage.api is None and stage.teacher in world.recipe.models
+    if isinstance(stage, LabelStage) and known and teachers.needs_several_cards(world.shape(stage.teacher)):
+        return NothingFits(
+            f"stage {stage.name}: no single card holds {stage.teacher}",
+            hint="\n  -> ".join(_other_teachers(stage, world, offers_for, calibration, cap)),
+        )
     head = f"stage {stage.name}: no machine fits"
     if not rejected:
         where = f" on {', '.join(need.infra)}" if need.infra else ""
@@ -485,6 +492,31 @@ def _widen(stage: Stage, world: World, offers_for: OffersFor, calibration: Calib
     return "choose a smaller model or other machines"
 
 
+def _other_teachers(
+    stage: LabelStage, world: World, offers_for: OffersFor, calibration: Calibration, cap: int
+) -> list[str]:
+    """What the teacher really takes, and those that fit the cap, one a line."""
+    offers = offers_for(_need(stage, world.recipe))
+
+    def best(shape: ModelShape) -> teachers.Found | None:
+        changed = stage.model_copy(update={"teacher": shape.name})
+        options, _ = _consider(changed, _with_teacher(world, changed, shape), offers, calibration)
+        found = min(options, key=_order, default=None)
+        if found is None:
+            return None
+        memory = found.measured.memory.total_gib.expected
+        return teachers.Found(found.machine.offer, memory, found.hours, found.cost, found.reserve)
+
+    choices = teachers.side_by_side(stage, world, offers, best, cap)
+    return teachers.lines(choices, world.rate, "CNY" if world.recipe.budget.currency == "CNY" else "USD")
+
+
+def _with_teacher(world: World, changed: LabelStage, shape: ModelShape) -> World:
+    stages = tuple(changed if one.name == changed.name else one for one in world.recipe.stages)
+    models = {**world.recipe.models, shape.name: shape}
+    return World(world.recipe.model_copy(update={"stages": stages, "models": models}), world.rate)
+
+
 def _smaller_teacher(
     stage: LabelStage, world: World, need: Need, fits: Callable[[Need, Stage, World], _Option | None]
 ) -> str | None:
@@ -497,11 +529,6 @@ def _smaller_teacher(
     )
     for shape in known:
         changed = stage.model_copy(update={"teacher": shape.name})
-        stages = tuple(changed if one.name == stage.name else one for one in world.recipe.stages)
-        other = World(
-            world.recipe.model_copy(update={"stages": stages, "models": {**world.recipe.models, shape.name: shape}}),
-            world.rate,
-        )
-        if fits(need, changed, other):
+        if fits(need, changed, _with_teacher(world, changed, shape)):
             return shape.name
     return None

@@ -24,7 +24,7 @@ UNPACK_GB_S = Range(0.05, 0.09, 0.11)
 PYTHON_S = Range(1.0, 8.0, 40.0)  # uv and a Python of its own (30 MB), where the machine lacks them: assumed
 CHECK_S = Range(2.0, 6.0, 20.0)  # imports torch and computes on the GPU; torch alone took 2.1 to 4.6 s above
 FEW_PACKAGES_S = Range(2.0, 5.0, 20.0)  # psutil and boto3 by version
-VLLM_CARD_MISSING = frozenset({"V100"})  # 7.0; vLLM 0.24 starts at 7.5 (tasks/bootstrap.py: VLLM_CARD)
+VLLM_CARD_MISSING = frozenset({"V100", "V100-32GB"})  # 7.0; vLLM 0.24 starts at 7.5 (tasks/bootstrap.py: VLLM_CARD)
 
 
 def setup_s(environment: str | None, *, first: bool = True) -> Range:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator import duration, memory, setup_time
@@ -50,9 +50,6 @@ ARMS = 3  # of a comparison: soft labels, hard labels, hard labels with twice th
 KL_TOKENS = 20_000  # of prompts and answers at most (tasks/evaluate.py: KL_TOKENS)
 ARMS_STEPS = 4  # their optimizer steps together, in those of one
 
-# vLLM 0.24 with a 1.5 B model on an H200: 75 s until it answers (weights, compiling, graphs); elsewhere assumed.
-ENGINE_START_S = Range(40.0, 75.0, 180.0)
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -77,6 +74,18 @@ class Machine:
 
 def choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
     """Settings to try on a machine, the fastest first."""
+    key = ("choices", id(stage), _card(machine))
+    if key not in world.measured:
+        world.measured[key] = (stage, tuple(_choices(stage, world, machine)))  # the stage stays, so that its id does
+    yield from world.measured[key][1]
+
+
+def _card(machine: Machine) -> tuple[str | None, bool]:
+    """All that choices and needs depend on."""
+    return (machine.gpu.name if machine.gpu else machine.offer.gpu, machine.offer.infra == "local")
+
+
+def _choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
     match stage:
         case PretrainStage():
             yield PretrainSettings(
@@ -240,6 +249,14 @@ def left_open(stage: Stage) -> tuple[str, ...]:
 
 def measure(stage: Stage, settings: Settings, world: World, machine: Machine) -> Measured:
     """What `stage` needs with `settings`, which are its own kind's."""
+    key = ("needs", id(stage), settings, _card(machine))
+    if key not in world.measured:
+        world.measured[key] = (stage, _measure(stage, settings, world, machine))
+    found: Measured = world.measured[key][1]
+    return found
+
+
+def _measure(stage: Stage, settings: Settings, world: World, machine: Machine) -> Measured:
     match stage, settings:
         case PretrainStage(), PretrainSettings():
             return _measure_pretrain(settings, machine)
@@ -278,6 +295,7 @@ def _measure_pretrain(settings: PretrainSettings, machine: Machine) -> Measured:
         mean_len=length,
         full=True,
         checkpointing=False,
+        half=False,
     )
     return Measured(
         need, duration.stage_s(machine.speed, downloads_gb=0.0) + work, {"params": shape.params, "row_tokens": length}
@@ -311,7 +329,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
     scoring = duration.scoring_s(speed, shape, tokens=scored, mean_len=lengths.prompt + lengths.answer)
     return Measured(
         need,
-        duration.stage_s(speed, downloads_gb=_download_gb(settings.teacher, shape)) + writing + scoring,
+        duration.stage_s(speed, downloads_gb=_download_gb(settings.teacher, shape), engine=engine) + writing + scoring,
         {
             "params": shape.params,
             "answers": answers,
@@ -387,9 +405,13 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
         mean_len=mean_len,
         full=full,
         checkpointing=settings.checkpointing,
+        lora_r=settings.lora.r,
+        lora_targets=settings.lora.targets,
+        half=settings.precision == "bf16",
+        four_bit=settings.method == "qlora",
+        eight_bit=settings.optimizer == "adamw_8bit",
+        compiled=settings.compile,
     )
-    if settings.method == "qlora":
-        work = Range(*(at * slower for at, slower in zip(astuple(work), astuple(duration.QLORA_SLOWER), strict=True)))
     if not speed.gpu:
         work = work.times(duration.side_by_side(min(settings.arms_at_once, _runs(settings))))
     source = world.student(stage)
@@ -452,7 +474,7 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
         ),
     )
     for shape, times in shapes:
-        seconds += ENGINE_START_S.times(times if engine else 0)
+        seconds += duration.ENGINE_START_S.times(times if engine else 0)
         seconds += duration.generation_s(
             speed,
             shape,

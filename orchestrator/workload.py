@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from orchestrator.catalog import ModelShape
 from orchestrator.money import Rate, price_micros
@@ -70,6 +72,7 @@ class World:
         self._stages = {stage.name: stage for stage in recipe.stages}
         trains = [stage for stage in recipe.stages if isinstance(stage, TrainStage)]
         self._compared = trains[-1].name if trains else None
+        self.measured: dict[Hashable, Any] = {}  # by sizing: every offer of a card needs the same
 
     def label(self, name: str) -> LabelStage:
         stage = self._stages[name]

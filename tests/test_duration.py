@@ -60,6 +60,7 @@ def test_a_range_is_ordered_and_work_adds_up(speed: Speed) -> None:
         (training(speed), training(speed, steps=2000)),
         (scoring_s(speed, SHAPE, tokens=1e6, mean_len=500), scoring_s(speed, SHAPE, tokens=2e6, mean_len=500)),
         (writing(speed, sequences=1024), writing(speed, sequences=2048)),
+        (writing(speed, engine=False, batch=64, sequences=640), writing(speed, engine=False, batch=64, sequences=1280)),
     ]:
         assert 0 < one.low < one.expected < one.high
         assert two.expected == pytest.approx(2 * one.expected)
@@ -112,10 +113,36 @@ def test_the_recipes_measured_speed_replaces_the_assumed_one() -> None:
     assert floor.expected > 0.5  # steps cost Python time however fast the products are
 
 
+def test_settings_of_the_projects_training_show_in_its_time() -> None:
+    plain = training(A10G).expected
+
+    def other(**more: object) -> float:
+        return training_s(
+            A10G, SHAPE, steps=1000, batch_size=8, micro_batch=4, mean_len=1000, full=False, checkpointing=False, **more
+        ).expected  # type: ignore[arg-type]
+
+    assert other() == plain
+    assert other(compiled=True) < plain
+    assert other(four_bit=True) > plain
+    assert other(lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")) > plain
+    assert other(half=False) > 2 * plain  # fp32 products: 23 of 66
+
+
+def test_scoring_on_an_h200_is_as_fast_as_it_was_measured() -> None:
+    """benchmarks/results/scoring.json: 129,038 tokens/s, 165,352 with compiled layers, a third of them prompts."""
+    assert scoring_s(H200, SHAPE, tokens=2e7, mean_len=384).expected < 19 * (
+        scoring_s(H200, SHAPE, tokens=1e6, mean_len=384).expected
+    )
+    for tokens, measured in ((1e6, 129_038), (2e7, 165_352)):
+        took = scoring_s(H200, SHAPE, tokens=tokens, mean_len=384)
+        assert took.low < tokens / measured < took.high
+
+
 def test_weights_are_fetched_by_rented_machines_only() -> None:
     assert stage_s(A10G, downloads_gb=15).expected > stage_s(A10G, downloads_gb=0).expected + 60
     assert stage_s(CPU, downloads_gb=15) == stage_s(CPU, downloads_gb=0)
     assert stage_s(CPU, downloads_gb=0, bare=True).expected < stage_s(CPU, downloads_gb=0).expected
+    assert stage_s(A10G, downloads_gb=0, engine=True).expected > stage_s(A10G, downloads_gb=0).expected
 
 
 def test_calibration_scales_the_whole_range() -> None:
@@ -126,3 +153,17 @@ def test_calibration_scales_the_whole_range() -> None:
 def test_arms_that_train_side_by_side_take_less_time_but_not_half():
     assert duration.side_by_side(1) == 1.0
     assert 0.5 < duration.side_by_side(2) < 1.0
+
+
+def test_the_projects_own_training_takes_what_it_took_on_a_rented_machine() -> None:
+    """benchmarks/results/training.json: 8 x 1,024 tokens, LoRA r 8 on q, k and v, on an H200; machines differed."""
+    for more, measured in (
+        ({"checkpointing": False}, (47_350, 41_804)),
+        ({"checkpointing": True}, (29_486, 26_071)),
+        ({"checkpointing": False, "compiled": True}, (71_705, 65_062)),
+        ({"checkpointing": True, "compiled": True}, (39_473,)),
+    ):
+        work = {"steps": 1, "batch_size": 8, "micro_batch": 8, "mean_len": 1024, "full": False}
+        took = training_s(H200, SHAPE, **work, **more)  # type: ignore[arg-type]
+        assert took.expected == pytest.approx(8192 / measured[0], rel=0.05)
+        assert all(took.low < 8192 / rate < took.high for rate in measured)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from orchestrator.catalog import GPUS
 from orchestrator.config import Config
 from orchestrator.errors import UsageError
 from orchestrator.offers import TABLE, known_price, offers_for, offers_source
+from orchestrator.price_cache import save
 from orchestrator.provision import Need, Offer
 from orchestrator.testing import fake_offer
 from tests.recipes import RENTED, SMALL, recipe
@@ -81,6 +83,29 @@ def test_a_price_that_is_none_is_unknown_and_never_free(price: Any) -> None:
     assert not known_price(offer)
     (got,) = offers_for(Need(), CLOUD, Fixed(offer), CONFIG)  # type: ignore[arg-type]
     assert got.price_micros_per_hour is None
+
+
+def test_gcps_placeholder_is_no_price() -> None:
+    """SkyPilot's catalogue of GCP holds 700 USD where it knows none; elsewhere that may be one."""
+    for infra, price in (("gcp", None), ("aws", 700_000_000)):
+        (got,) = offers_for(Need(), CLOUD, Fixed(fake_offer(700_000_000, infra=infra)), CONFIG)  # type: ignore[arg-type]
+        assert got.price_micros_per_hour == price
+
+
+def test_what_is_on_file_comes_before_the_table(tmp_path: Path) -> None:
+    """Without an infra in the recipe: those on file, which are the enabled ones. Others are looked up in the table."""
+    mine = fake_offer(500_000, infra="aws", gpu="A10G")
+    free = replace(mine, price_micros_per_hour=0)
+    cache = save(tmp_path, {"aws": [mine, free]}, datetime(2026, 6, 1, tzinfo=UTC))
+    found = offers_for(Need(infra=("aws", "lambda"), gpus=("A10G", "A10")), CLOUD, None, CONFIG, cache)
+    assert [(one.infra, one.price_micros_per_hour) for one in found] == [
+        ("aws", 500_000),
+        ("aws", None),
+        ("lambda", 1_290_000),
+    ]
+    assert {one.infra for one in offers_for(Need(), CLOUD, None, CONFIG, cache)} == {"aws"}
+    asked = Fixed(fake_offer(1))
+    assert offers_for(Need(), CLOUD, asked, CONFIG, cache) == asked.known  # type: ignore[arg-type]
 
 
 def test_nothing_is_a_price_on_the_own_machine_only() -> None:

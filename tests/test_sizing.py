@@ -1,0 +1,32 @@
+"""What stages need on machines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator import sizing
+from tests.recipes import RENTED
+from tests.test_planner import card, plan
+
+
+def test_offers_of_one_card_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    measure = sizing._measure
+
+    def counted(*args: object) -> object:
+        asked.append((args[0].name, args[1], args[3].gpu.name))  # type: ignore[attr-defined]
+        return measure(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sizing, "_measure", counted)
+    offers = [replace(card(gpu, 500_000 + i), region=f"r{i}") for i in range(40) for gpu in ("A10G", "A100-80GB")]
+    made = plan(RENTED, *offers)
+    assert len(made.stages[0].candidates) == 80
+    assert len(asked) == len(set(asked)) and 8 <= len(asked) < 60
+
+
+def test_cards_differ_in_what_a_stage_needs_on_them() -> None:
+    label = plan(RENTED, card("A10G", 500_000), card("A100-80GB", 500_000)).stages[0]
+    hours = {offer.gpu: hours.expected for offer, hours in zip(label.candidates, label.candidate_hours, strict=True)}
+    assert hours["A10G"] > 2 * hours["A100-80GB"]
