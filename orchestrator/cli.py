@@ -40,7 +40,7 @@ EXIT_CODES = {"done": 0, "cap": 3, "no_capacity": 4, "failed": 5, "deadline": 5,
 F = TypeVar("F", bound=Callable[..., Any])
 
 SECTIONS = {
-    "Plan": ["plan", "offers", "recipe-schema"],
+    "Plan": ["plan", "estimate", "offers", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down", "adopt"],
     "Look": ["report", "artifacts", "labels"],
     "Safety": ["budget", "reap", "drill"],
@@ -424,6 +424,39 @@ def budget(month: str | None, as_json: bool) -> None:
         _print_json(document)
     else:
         click.echo(describe(document, config))
+
+
+@kdcloud.command("estimate")
+@click.argument("files", metavar="CASES.jsonl", nargs=-1, required=True)
+@click.option("--score", is_flag=True, help="How far off, against what the cases measured, beside two public rules.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON line a case; with --score one document.")
+def estimate_command(files: tuple[str, ...], score: bool, as_json: bool) -> None:
+    """Memory and time of training and generation cases, one JSON object a line.
+
+    \b
+    kdcloud estimate cases.jsonl --json
+    kdcloud estimate cases.jsonl --score
+    """
+    from orchestrator import estimate
+    from orchestrator.cases import read_cases
+
+    cases = [case for file in files for case in read_cases(file)]
+    for case in cases:
+        if case.unused:
+            _talk(f"{case.id}: not used: {', '.join(case.unused)}")
+    if score:
+        rows = estimate.rows_of(cases)
+        if as_json:
+            _print_json(estimate.score_json(rows))
+        else:
+            estimate.render_scores(rows, _console())
+        return
+    found = [estimate.estimate(case) for case in cases]
+    if as_json:
+        for each in found:
+            click.echo(json.dumps(estimate.as_json(each), ensure_ascii=False))
+    else:
+        estimate.render(found, _console())
 
 
 @kdcloud.command("recipe-schema")

@@ -1,41 +1,47 @@
 """How much memory does a stage need? GiB (2^30) as low, expected, high, with the parts it is made of. Pure.
 
-A first model from the shapes of the tensors. On a GPU it counts the whole process (weights, gradients, optimizer,
-activations, logits, key-value cache, CUDA context, fragmentation); without one, the resident memory of the process.
+Three ways to count, kept apart: what PyTorch has allocated, what its allocator has reserved, and what the process takes
+of the card (CUDA's context with it). What must fit is the last. Without a GPU: the resident memory of the process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.catalog import ModelShape
+from orchestrator.memory_generation import Generation, transformers_generation, vllm_need
+from orchestrator.memory_training import GIB, OURS, Logits, Step, Training, training_step
 from orchestrator.plan import Range
 
-GIB = 2**30
-
-# What a process holds before any model, GiB. GPU: CUDA context and library workspaces. CPU: resident size after
+# What a process holds before any model, GiB. GPU: CUDA context and the libraries' kernels. CPU: resident size after
 # importing torch and transformers and training a model of 0.2 M parameters (0.50 on Linux, torch 2.13).
-CUDA_CONTEXT_GIB = Range(0.5, 0.8, 1.3)
+CUDA_CONTEXT_GIB = Range(0.3, 0.6, 1.1)
 CPU_PROCESS_GIB = Range(0.4, 0.55, 0.9)
 BARE_PROCESS_GIB = Range(0.03, 0.05, 0.1)  # the supervisor and a stage that needs no torch
+NCCL_GIB = Range(0.1, 0.6, 1.5)  # its buffers and kernels, where GPUs work together
+CUBLAS_GIB = 32 / 1024  # work space of matrix products (CUBLAS_WORKSPACE_CONFIG: 8 MiB before Hopper, 32 MiB there)
 
-# bitsandbytes, a value: 4 bits, and for 64 of them a scale in 8 bits, whose own scale (fp32) serves 256; one of AdamW's
-# two moments: 8 bits, and for 256 of them a scale in fp32.
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-EIGHT_BIT_BYTES = 1 + 4 / 256
-LOSS_CHUNK_LOGITS = 1 << 24  # logits that exist at once (tasks.losses works in chunks of so many)
-LOSS_BYTES_PER_LOGIT = 14  # fp32 logits, fp32 softmax, their gradient in fp32 or bf16, one work copy
-FRAGMENTATION = Range(0.0, 0.05, 0.12)  # of everything that is allocated and freed again
-UNSURE = Range(0.8, 1.0, 1.25)  # of activations and logits: what the counts below leave out or count twice
+# How far the counts are off, of what is not weights and optimizer, as shares below and above (docs/estimates.md):
+# where the framework's own loop was read; with 4 bit weights, of which litgpt's published rows show up to a quarter
+# more than its code explains; and where the code that ran was not read.
+READ_SPREAD, FOUR_BIT_SPREAD, UNREAD_SPREAD = (0.08, 0.1), (0.1, 0.28), (0.2, 0.3)
+STATIC_SPREAD = 0.01
+
+# tasks.losses holds so many logits at once, in fp32 (their gradient in the same place); on CUDA with Triton more.
+LOSS_CHUNK_LOGITS, LOSS_BYTES_PER_LOGIT = 1 << 24, 14
+FUSED_LOGITS, FUSED_FROZEN_LOGITS, FUSED_BYTES_PER_LOGIT = 1 << 28, 5 << 25, 4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a stage needs, and the expected size of each part, GiB."""
+    """What a stage needs, and the expected size of each part, GiB. `moment`: when it is most."""
 
-    total_gib: Range
+    total_gib: Range  # of the process
     parts_gib: Mapping[str, float]
+    allocated_gib: Range | None = None
+    reserved_gib: Range | None = None
+    moment: str = ""
 
 
 def training_memory(
@@ -50,55 +56,71 @@ def training_memory(
     gpu: bool,
     four_bit: bool = False,
     eight_bit: bool = False,
+    compiled: bool = False,
+    accumulation: int = 1,
+    lora: tuple[int, tuple[str, ...]] | None = None,
 ) -> Memory:
-    """Training with AdamW on rows of `seq_len` tokens, `micro_batch` at a time; `half`: bf16 or fp16 products.
+    """tasks/train.py on rows of `seq_len` tokens, `micro_batch` at a time; `half`: bf16 or fp16 products.
 
     Full training keeps fp32 weights, gradients and moments; LoRA keeps frozen weights in the compute type and its
-    adapters, gradients and moments in fp32. `four_bit`: frozen layers in NF4; `eight_bit`: moments in 8 bits. Wrong
-    where the loss materialises all logits or attention all scores.
+    adapters, gradients and moments in fp32. `four_bit`: frozen layers in NF4; `eight_bit`: moments in 8 bits. `lora`:
+    rank and targets, where known; else `trainable` adapters on q, k and v.
     """
-    compute_bytes = 2 if half else 4
-    tokens = micro_batch * seq_len
-    weights: float = shape.params * (4 if full else compute_bytes) + (shape.params * 2 if full and half else 0)
-    if four_bit:
-        whole = shape.vocab * shape.hidden * (1 if shape.tied else 2)  # embedding and head
-        weights = whole * compute_bytes + (shape.params - whole) * NF4_BYTES
-    adapters = 0 if full else trainable * 4
-    fixed = {
-        "weights": (weights + adapters) / GIB,
-        "gradients": trainable * 4 / GIB,
-        "optimizer": trainable * 2 * (EIGHT_BIT_BYTES if eight_bit else 4) / GIB,
-    }
-    varying = {
-        "activations": activation_bytes(shape, tokens, compute_bytes, checkpointing=checkpointing) / GIB,
-        "logits": min(LOSS_CHUNK_LOGITS, tokens * shape.vocab) * LOSS_BYTES_PER_LOGIT / GIB,
-    }
-    return _total(fixed, varying, CUDA_CONTEXT_GIB if gpu else CPU_PROCESS_GIB, gpu)
+    rank, targets = lora or (0, ("q_proj", "k_proj", "v_proj"))
+    if not full and lora is None:
+        rank = round(trainable / max(1, shape.lora_params(1, targets)))
+    loss = _own_loss_bytes(shape, micro_batch * seq_len, full=full, fused=gpu and half)
+    job = Training(
+        shape,
+        micro_batch,
+        seq_len,
+        method="full" if full else "qlora" if four_bit else "lora",
+        rank=rank,
+        targets=targets,
+        weights="nf4" if four_bit else "fp32" if full or not half else "bf16",
+        compute_bytes=2 if half else 4,
+        autocast=half,
+        optimizer="adamw8bit" if eight_bit else "adamw",
+        accumulation=accumulation,
+        checkpointing=checkpointing,
+        chunked_loss=True,
+        compiled=compiled,
+        habits=replace(OURS, chunked_logits=Logits(0, 0), fixed_loss_bytes=loss),
+    )
+    return step_memory(training_step(job), FOUR_BIT_SPREAD if four_bit else READ_SPREAD, gpu=gpu)
 
 
-def generation_memory(shape: ModelShape, *, sequences: int, seq_len: int, half: bool, gpu: bool) -> Memory:
+def generation_memory(
+    shape: ModelShape,
+    *,
+    sequences: int,
+    seq_len: int,
+    half: bool,
+    gpu: bool,
+    engine: bool = False,
+    soft_labels: bool = False,
+) -> Memory:
     """Generating `sequences` answers at once, each up to `seq_len` tokens with its prompt.
 
     An engine with a paged cache takes whatever memory is left; this is what it needs to keep that many in flight.
     """
-    compute_bytes = 2 if half else 4
-    fixed = {"weights": shape.params * compute_bytes / GIB}
-    varying = {
-        "kv_cache": sequences * seq_len * shape.kv_bytes(compute_bytes) / GIB,
-        "activations": prefill_bytes(shape, compute_bytes) / GIB,
-        "logits": sequences * shape.vocab * 4 * 3 / GIB,
-    }
-    return _total(fixed, varying, CUDA_CONTEXT_GIB if gpu else CPU_PROCESS_GIB, gpu)
+    job = Generation(
+        shape, sequences, 0.0, float(seq_len), weights="bf16" if half else "fp32", cache_bytes=2 if half else 4,
+        soft_labels=soft_labels,
+    )  # fmt: skip
+    if engine:
+        return step_memory(vllm_need(replace(job, prefill_tokens=2048)), UNREAD_SPREAD, gpu=gpu)
+    # The longest prompt and answer are both `seq_len` at most: the prompt's pass is counted on half of it.
+    job = replace(job, prompt_len=seq_len / 2, answer_len=seq_len / 2)
+    return step_memory(transformers_generation(job), UNREAD_SPREAD, gpu=gpu)
 
 
 def loading_memory(shape: ModelShape, *, half: bool, gpu: bool) -> Memory:
     """Holding the weights once, and one more copy of the largest matrix while saving."""
     compute_bytes = 2 if half else 4
-    fixed = {
-        "weights": shape.params * compute_bytes / GIB,
-        "largest matrix": shape.vocab * shape.hidden * compute_bytes / GIB,
-    }
-    return _total(fixed, {}, CUDA_CONTEXT_GIB if gpu else CPU_PROCESS_GIB, gpu)
+    weights = shape.params * compute_bytes / GIB
+    parts = {"weights": weights, "largest matrix": shape.vocab * shape.hidden * compute_bytes / GIB}
+    return step_memory(Step({"saving": parts}, 0.0, weights), READ_SPREAD, gpu=gpu)
 
 
 def bare_memory() -> Memory:
@@ -116,40 +138,57 @@ def largest(memories: list[Memory]) -> Memory:
     return max(memories, key=lambda memory: memory.total_gib.high)
 
 
-def activation_bytes(shape: ModelShape, tokens: int, compute_bytes: int, *, checkpointing: bool) -> float:
-    """What the forward pass keeps for the backward pass, bytes. Checkpointing keeps each layer's input and one layer.
-
-    Values a token and layer: 4 of the hidden size for the residual stream and norms, as much again for the fp32 copies
-    that RMSNorm keeps; attention's q, k, v before and after the rotation and its output; gate, up, their activation and
-    product. Attention itself keeps no scores (sdpa or flash kernels).
+def step_memory(
+    step: Step, spread: tuple[float, float], *, gpu: bool, card_gib: float | None = None, gpus: int = 1
+) -> Memory:  # fmt: skip
+    """Allocated, reserved and process memory of a step. `spread`: how far its counts may be off, of all but the static
+    part, below and above. `card_gib`: what the card has, where it is known: nothing is reserved beyond it, since
+    PyTorch gives back what it holds unused when the card is full.
     """
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = 4 * shape.hidden * compute_bytes + 2 * shape.hidden * 4
-    attention = (3 * q + 5 * kv) * compute_bytes
-    mlp = 4 * shape.intermediate * compute_bytes
-    layer = norms + attention + mlp
-    if checkpointing:
-        return tokens * (shape.layers * shape.hidden * compute_bytes + layer)
-    return tokens * shape.layers * layer
-
-
-def prefill_bytes(shape: ModelShape, compute_bytes: int, tokens: int = 2048) -> float:
-    """Work space of one forward pass over `tokens` without gradients, bytes: two layers' widest tensors."""
-    return tokens * (2 * shape.intermediate + 4 * shape.hidden) * compute_bytes
-
-
-def _total(fixed: dict[str, float], varying: dict[str, float], base: Range, gpu: bool) -> Memory:
-    base_name = "cuda context" if gpu else "process"
-    sure, unsure = sum(fixed.values()), sum(varying.values())
-    spread = FRAGMENTATION if gpu else Range(0.0, 0.0, 0.1)
-
+    base = CUDA_CONTEXT_GIB + NCCL_GIB if gpus > 1 else CUDA_CONTEXT_GIB
+    if not gpu:
+        base = CPU_PROCESS_GIB
+    allocated = allocated_range(step, spread, CUBLAS_GIB if gpu else 0.0)
+    cached = max(step.cached_gib, step.loaded_gib - allocated.expected) if gpu else 0.0
+    reserved = reserved_range(allocated, cached, None if card_gib is None else card_gib - base.low)
     total = Range(
-        sure + unsure * UNSURE.low * (1 + spread.low) + base.low,
-        sure + unsure * UNSURE.expected * (1 + spread.expected) + base.expected,
-        sure + unsure * UNSURE.high * (1 + spread.high) + base.high,
+        allocated.low + base.low,
+        reserved.expected + base.expected,
+        allocated.high + 1.3 * cached + base.high,
     )
-    parts = {**fixed, **varying, base_name: base.expected}
+    parts = {**step.parts, "cuda context" if gpu else "process": base.expected}
     rest = total.expected - sum(parts.values())
-    if rest > 1e-9:
-        parts["fragmentation"] = rest
-    return Memory(total, parts)
+    if abs(rest) > 1e-9:
+        parts["held by the allocator"] = rest
+    return Memory(total, parts, allocated, reserved, step.peak)
+
+
+def allocated_range(step: Step, spread: tuple[float, float], more_gib: float = 0.0) -> Range:
+    """What PyTorch has allocated at the peak; the static part is a count, the rest may be off by `spread`."""
+    expected = step.allocated_gib + more_gib
+    static = min(step.static_gib, expected)
+    moving = expected - static
+    below, above = (STATIC_SPREAD * static + share * moving for share in spread)
+    return Range(expected - below, expected, expected + above)
+
+
+def reserved_range(allocated: Range, cached_gib: float, limit_gib: float | None = None) -> Range:
+    """What the allocator has reserved: the peak and what it holds of what was freed before. Where that is more than
+    there is (`limit_gib`), it has given back what it could, and ends between the two."""
+    expected, high = allocated.expected + cached_gib, allocated.high + 1.3 * cached_gib
+    if limit_gib is None:
+        return Range(allocated.low, expected, high)
+    if expected > limit_gib:
+        expected = max(allocated.expected, (allocated.expected + limit_gib) / 2)
+    high = max(allocated.high, min(high, limit_gib))
+    return Range(min(allocated.low, expected), expected, max(high, expected))
+
+
+def _own_loss_bytes(shape: ModelShape, tokens: int, *, full: bool, fused: bool) -> float:
+    """tasks.losses: one chunk of logits; where the head is trained, its gradient (fp32) and the head in the compute
+    type. On CUDA with Triton the gradient of a chunk replaces its logits."""
+    logits = float(tokens * shape.vocab)
+    head = shape.vocab * shape.hidden * (4.0 + (2.0 if fused else 0.0)) if full else 0.0
+    if fused:
+        return min(logits, FUSED_LOGITS if full else FUSED_FROZEN_LOGITS) * FUSED_BYTES_PER_LOGIT + head
+    return min(logits, LOSS_CHUNK_LOGITS) * LOSS_BYTES_PER_LOGIT + head

@@ -1,0 +1,95 @@
+"""How much GPU memory does writing text take? Weights, key-value cache, work space, and an engine's share. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.catalog import ModelShape
+from orchestrator.memory_training import FOUR_BIT, GIB, INT4_BYTES, NF4_BYTES, WEIGHT_BYTES, Step
+
+# vLLM takes this share of the card for itself, whatever the model needs: weights, the work space that its profile run
+# measured, and blocks of cache in all that is left (EngineArgs.gpu_memory_utilization; 0.92 since 0.19 or so).
+VLLM_SHARE = 0.9
+VLLM_BATCHED_TOKENS = 8192  # of its profile run, a prefill (max_num_batched_tokens of `vllm serve`; 2,048 before 0.8)
+VLLM_SEQUENCES = 256  # max_num_seqs: the profile run samples for so many
+VLLM_GRAPHS_GIB = 0.6  # CUDA graphs of its batch sizes, beside the share
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What decides the memory of one GPU that generates. Lengths in tokens; bytes are of one value."""
+
+    shape: ModelShape
+    sequences: int  # in flight
+    prompt_len: float
+    answer_len: float
+    weights: str = "bf16"
+    cache_bytes: int = 2
+    soft_labels: bool = False
+    tensor_parallel: int = 1
+    prefill_tokens: int | None = None  # read at once; None: all prompts
+
+
+def weight_bytes(shape: ModelShape, weights: str) -> float:
+    """Weights as stored, bytes; in 4 bit forms embedding and head stay in 2 bytes."""
+    if weights not in FOUR_BIT:
+        return shape.params * WEIGHT_BYTES[weights]
+    whole = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    return (shape.params - whole) * (NF4_BYTES if weights == "nf4" else INT4_BYTES) + whole * 2.0
+
+
+def transformers_generation(job: Generation) -> Step:
+    """transformers' generate: at the end of the prompt's pass, and at the last token.
+
+    The prompt's pass holds, beside the cache, the embedded prompt, a layer's input, the stream after attention and the
+    normed stream, and the gate, its activation and up for their product; 4-bit weights are unpacked one at a time. A
+    token appends to the cache by copying a layer's (DynamicCache: torch.cat).
+    """
+    shape, size = job.shape, 2.0
+    weights = weight_bytes(shape, job.weights) / job.tensor_parallel
+    one = shape.kv_bytes(job.cache_bytes) / job.tensor_parallel
+    prompt = job.sequences * job.prompt_len
+    total = job.sequences * (job.prompt_len + job.answer_len)
+    unpacked = shape.intermediate * shape.hidden * size if job.weights in FOUR_BIT else 0.0
+    read = prompt if job.prefill_tokens is None else min(prompt, job.prefill_tokens)
+    logits = job.sequences * shape.vocab * (size + 4.0) * (2 if job.soft_labels else 1)
+    moments = {
+        "prompt": {
+            "weights": weights, "cache": prompt * one, "work": read * layer_work_bytes(shape) + unpacked,
+            "logits": logits,
+        },
+        "last token": {
+            "weights": weights, "cache": total * one, "work": total * one / shape.layers + unpacked, "logits": logits,
+        },
+    }  # fmt: skip
+    scaled = {name: {part: size / GIB for part, size in parts.items() if size} for name, parts in moments.items()}
+    cached = 0.25 * read * layer_work_bytes(shape) + total * one / shape.layers
+    return Step(scaled, cached / GIB, weights / GIB)
+
+
+def layer_work_bytes(shape: ModelShape, size: float = 2.0) -> float:
+    """Widest moment of a layer without gradients, bytes a token: its MLP."""
+    inner = (3 if shape.gated else 2) * shape.intermediate
+    attention = 2 * shape.heads * shape.head_dim + 3 * shape.heads * shape.head_dim
+    return size * (4 * shape.hidden + max(inner, attention))
+
+
+def vllm_need(job: Generation) -> Step:
+    """What vLLM needs to keep that many sequences in flight: weights, its profile run, and their cache.
+
+    The profile run is a prefill of `prefill_tokens`, and sampling for up to 256 sequences: logits in fp32 and a sorted
+    copy of them; log-probabilities add a log-softmax.
+    """
+    shape = job.shape
+    weights = weight_bytes(shape, job.weights) / job.tensor_parallel
+    read = job.prefill_tokens or VLLM_BATCHED_TOKENS
+    logits = min(VLLM_SEQUENCES, max(job.sequences, 1)) * shape.vocab * 4.0
+    tokens = job.sequences * (job.prompt_len + job.answer_len)
+    parts = {
+        "weights": weights,
+        "cache": tokens * shape.kv_bytes(job.cache_bytes) / job.tensor_parallel,
+        "work": read * layer_work_bytes(shape) / job.tensor_parallel,
+        "logits": logits * (3 if job.soft_labels else 2),
+        "graphs": VLLM_GRAPHS_GIB * GIB,
+    }  # fmt: skip
+    return Step({"serving": {name: size / GIB for name, size in parts.items() if size}}, 0.0, weights / GIB)
