@@ -1,4 +1,4 @@
-"""What would published cases have taken, and how far off is that? Predictions of `kdcloud estimate`, and their score. Pure.
+"""What would published cases have taken, and how far off is that? What `kdcloud estimate` says, and its score. Pure.
 
 A prediction never reads what was measured. Beside the score stands what two public rules of thumb give on the same
 cases, computed here from their published formulas.

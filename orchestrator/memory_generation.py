@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.catalog import ModelShape
-from orchestrator.memory_training import FOUR_BIT, GIB, INT4_BYTES, NF4_BYTES, WEIGHT_BYTES, Step
+from orchestrator.memory_training import FOUR_BIT, GIB, WEIGHT_BYTES, Step
 
 # vLLM takes this share of the card for itself, whatever the model needs: weights, the work space that its profile run
 # measured, and blocks of cache in all that is left (EngineArgs.gpu_memory_utilization; 0.92 since 0.19 or so).
@@ -31,11 +31,12 @@ class Generation:
 
 
 def weight_bytes(shape: ModelShape, weights: str) -> float:
-    """Weights as stored, bytes; in 4 bit forms embedding and head stay in 2 bytes."""
-    if weights not in FOUR_BIT:
-        return shape.params * WEIGHT_BYTES[weights]
+    """Weights as stored, bytes; of a quantised model embedding and head stay in 2 bytes a value."""
+    size = WEIGHT_BYTES[weights]
+    if size >= 2:
+        return shape.params * size
     whole = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    return (shape.params - whole) * (NF4_BYTES if weights == "nf4" else INT4_BYTES) + whole * 2.0
+    return (shape.params - whole) * size + whole * 2.0
 
 
 def transformers_generation(job: Generation) -> Step:

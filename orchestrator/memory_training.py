@@ -22,8 +22,10 @@ NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 INT4_BYTES = 0.5 + (2 + 0.5) / 128
 # bitsandbytes.optim.AdamW8bit: 8 bits, and one fp32 scale for 256 values, a moment.
 EIGHT_BIT_BYTES = 1 + 4 / 256
-WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "fp8": 1.0, "nf4": NF4_BYTES, "int4": INT4_BYTES,
-                "awq": INT4_BYTES, "gptq": INT4_BYTES}  # fmt: skip
+WEIGHT_BYTES = {
+    "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1 + (2 + 1) / 128, "fp8": 1.0, "nf4": NF4_BYTES, "fp4": NF4_BYTES,
+    "int4": INT4_BYTES, "awq": INT4_BYTES, "gptq": INT4_BYTES,
+}  # fmt: skip
 FOUR_BIT = ("nf4", "int4", "fp4", "awq", "gptq")
 ATTENTION_TARGETS, MLP_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
@@ -324,7 +326,8 @@ def weight_copies_bytes(job: Training) -> float:
         return unpacked_bytes(job)
     embedding = job.shape.vocab * job.shape.hidden
     layers = job.shape.params - embedding * (1 if job.shape.tied else 2)
-    return 2.0 * (layers / job.shape.layers if job.checkpointing else layers)
+    head = 0 if job.chunked_loss else embedding
+    return 2.0 * ((layers / job.shape.layers if job.checkpointing else layers) + head) / job.tensor_parallel
 
 
 # --- what the layers keep for their backward passes

@@ -1,0 +1,74 @@
+"""What autograd really keeps of a transformers layer is what the memory model counts."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+
+from orchestrator.catalog import ModelShape
+from orchestrator.memory_training import TRANSFORMERS, Training, layer_bytes
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+HIDDEN, INNER, HEADS, KV, VOCAB, BATCH, LENGTH = 64, 176, 4, 2, 128, 2, 96
+TARGETS = ("q_proj", "k_proj", "v_proj", "down_proj")
+
+
+def saved_bytes(layers: int, kind: str, *, lora: bool, weights: Any, autocast: bool, attention: str) -> int:
+    """Bytes of all tensors that the layers' forward pass saves, each storage once, parameters left out."""
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=KV, head_dim=HIDDEN // HEADS, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=weights, attn_implementation=attention)
+    if lora:
+        peft = pytest.importorskip("peft")
+        how = peft.LoraConfig(r=4, target_modules=list(TARGETS), lora_dropout=0.0, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, how).get_base_model()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            model.train().base_model(input_ids=ids, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "weights", "autocast", "attention"),
+    [
+        ("llama", False, "bf16", False, "sdpa"),
+        ("llama", False, "fp32", True, "sdpa"),
+        ("llama", True, "bf16", False, "sdpa"),
+        ("qwen2", True, "bf16", True, "sdpa"),
+        ("qwen3", False, "bf16", False, "sdpa"),
+        ("llama", False, "bf16", False, "eager"),
+    ],
+)
+def test_a_layer_keeps_what_is_counted(kind: str, lora: bool, weights: str, autocast: bool, attention: str) -> None:
+    """Of one layer more; what is left out of the count is a few bytes a token (1 / rms, rounding)."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[weights]
+    two, three = (
+        saved_bytes(layers, kind, lora=lora, weights=dtype, autocast=autocast, attention=attention) for layers in (2, 3)
+    )
+    shape = ModelShape(
+        "tiny", HIDDEN, INNER, 3, HEADS, KV, HIDDEN // HEADS, VOCAB, True, qk_norm=kind == "qwen3", architecture=kind
+    )
+    job = Training(
+        shape, BATCH, LENGTH, method="lora" if lora else "full", rank=4 if lora else 0, targets=TARGETS if lora else (),
+        weights=weights, autocast=autocast, attention=attention, habits=TRANSFORMERS,
+    )  # fmt: skip
+    layer = sum(layer_bytes(job).values()) * job.tokens
+    if weights == "fp32":  # the copies of its weights in bf16 that autocast's products keep
+        q, kv = HIDDEN, HIDDEN // HEADS * KV
+        layer += 2 * (2 * HIDDEN * q + 2 * HIDDEN * kv + 3 * HIDDEN * INNER)
+    assert three - two == pytest.approx(layer, rel=0.03)
