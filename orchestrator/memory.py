@@ -28,6 +28,8 @@ CUBLAS_GIB = 32 / 1024  # work space of matrix products (CUBLAS_WORKSPACE_CONFIG
 READ_SPREAD, FOUR_BIT_SPREAD, UNREAD_SPREAD = (0.08, 0.1), (0.1, 0.28), (0.2, 0.3)
 STATIC_SPREAD = 0.01
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj")
+
 # tasks.losses holds so many logits at once, in fp32 (their gradient in the same place); on CUDA with Triton more.
 LOSS_CHUNK_LOGITS, LOSS_BYTES_PER_LOGIT = 1 << 24, 14
 FUSED_LOGITS, FUSED_FROZEN_LOGITS, FUSED_BYTES_PER_LOGIT = 1 << 28, 5 << 25, 4
@@ -66,17 +68,41 @@ def training_memory(
     adapters, gradients and moments in fp32. `four_bit`: frozen layers in NF4; `eight_bit`: moments in 8 bits. `lora`:
     rank and targets, where known; else `trainable` adapters on q, k and v.
     """
-    rank, targets = lora or (0, ("q_proj", "k_proj", "v_proj"))
+    rank, targets = lora or (0, LORA_TARGETS)
     if not full and lora is None:
         rank = round(trainable / max(1, shape.lora_params(1, targets)))
-    loss = _own_loss_bytes(shape, micro_batch * seq_len, full=full, fused=gpu and half)
-    job = Training(
+    job = own_training(
+        shape, full=full, micro_batch=micro_batch, seq_len=seq_len, half=half, fused=gpu and half, four_bit=four_bit,
+        eight_bit=eight_bit, checkpointing=checkpointing, compiled=compiled, accumulation=accumulation,
+        lora=(rank, targets),
+    )  # fmt: skip
+    return step_memory(training_step(job), FOUR_BIT_SPREAD if four_bit else READ_SPREAD, gpu=gpu)
+
+
+def own_training(
+    shape: ModelShape,
+    *,
+    full: bool,
+    micro_batch: int,
+    seq_len: int,
+    half: bool = True,
+    fused: bool = True,
+    four_bit: bool = False,
+    eight_bit: bool = False,
+    checkpointing: bool = False,
+    compiled: bool = False,
+    accumulation: int = 1,
+    lora: tuple[int, tuple[str, ...]] = (8, LORA_TARGETS),
+) -> Training:
+    """A step of tasks/train.py. `fused`: with the loss of tasks/kernels.py."""
+    loss = _own_loss_bytes(shape, micro_batch * seq_len, full=full, fused=fused)
+    return Training(
         shape,
         micro_batch,
         seq_len,
         method="full" if full else "qlora" if four_bit else "lora",
-        rank=rank,
-        targets=targets,
+        rank=0 if full else lora[0],
+        targets=() if full else lora[1],
         weights="nf4" if four_bit else "fp32" if full or not half else "bf16",
         compute_bytes=2 if half else 4,
         autocast=half,
@@ -87,7 +113,6 @@ def training_memory(
         compiled=compiled,
         habits=replace(OURS, chunked_logits=Logits(0, 0), fixed_loss_bytes=loss),
     )
-    return step_memory(training_step(job), FOUR_BIT_SPREAD if four_bit else READ_SPREAD, gpu=gpu)
 
 
 def generation_memory(

@@ -37,9 +37,9 @@ def saved_bytes(layers: int, kind: str, *, lora: bool, weights: Any, autocast: b
         return tensor
 
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            model.train().base_model(input_ids=ids, use_cache=False)
+    products = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), products:
+        model.train().base_model(input_ids=ids, use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

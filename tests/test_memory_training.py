@@ -101,7 +101,7 @@ def test_gradients_are_like_what_is_trained_and_shared_where_it_is() -> None:
 
 
 def test_autocast_keeps_a_copy_of_each_fp32_weight_that_is_used() -> None:
-    """Layers and norms 1,192 and the head 80, in bf16; with checkpointing of one layer (596 with its share of norms)."""
+    """Layers and norms 1,192 and the head 80, in bf16; with checkpointing of one layer, 596 with its share of norms."""
     fp32 = replace(BASE, weights="fp32", autocast=True)
     assert weight_copies_bytes(fp32) == (1192 + 80) * 2
     assert weight_copies_bytes(replace(fp32, checkpointing=True)) == (596 + 80) * 2
