@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import memory_cases
+from orchestrator import duration_cases, memory_cases
 from orchestrator.cases import Case
-from orchestrator.catalog import GPUS, ModelShape
+from orchestrator.catalog import ModelShape
+from orchestrator.gpus import gpu_named
 from orchestrator.memory_training import FOUR_BIT, GIB
 from orchestrator.plan import Range
 
@@ -92,8 +93,8 @@ def estimate(case: Case) -> Estimate:
     """What the case should take, as if it had not been run."""
     case = replace(case, measured=None)
     peaks = memory_cases.predict(case, card_gib(case.gpu))
-    times = _times(case)
-    found = Estimate(case.id, **{name: getattr(times, name, None) for name in TIMES})
+    times = duration_cases.predict(case)
+    found = Estimate(case.id, **{name: getattr(times, name) for name in TIMES})
     if peaks is None:
         return found
     return replace(
@@ -103,21 +104,9 @@ def estimate(case: Case) -> Estimate:
 
 
 def card_gib(name: str | None) -> float | None:
-    """Memory of a card by the names that cases use, GiB."""
-    if name is None:
-        return None
-    plain = name.upper().replace("NVIDIA", "").replace(" ", "").replace("_", "-")
-    known = {"A100-40GB": "A100", "RTXA6000": "A6000", "H100-80GB": "H100", "A100-SXM4-80GB": "A100-80GB"}
-    gpu = GPUS.get(known.get(plain, plain))
+    """Memory of a card by the names that cases use, GiB; None where it is not known."""
+    gpu = gpu_named(name or "")
     return None if gpu is None else gpu.vram_gib.value
-
-
-def _times(case: Case) -> Any:
-    try:
-        from orchestrator.duration_cases import predict  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        return None
-    return predict(case)
 
 
 def as_json(found: Estimate) -> dict[str, Any]:

@@ -122,21 +122,22 @@ def generation_memory(
     seq_len: int,
     half: bool,
     gpu: bool,
+    prompt_len: int | None = None,
     engine: bool = False,
     soft_labels: bool = False,
 ) -> Memory:
-    """Generating `sequences` answers at once, each up to `seq_len` tokens with its prompt.
+    """Generating `sequences` answers at once, each up to `seq_len` tokens with its prompt of up to `prompt_len` (None:
+    half of it).
 
     An engine with a paged cache takes whatever memory is left; this is what it needs to keep that many in flight.
     """
+    prompt = seq_len / 2 if prompt_len is None else min(prompt_len, seq_len)
     job = Generation(
-        shape, sequences, 0.0, float(seq_len), weights="bf16" if half else "fp32", cache_bytes=2 if half else 4,
+        shape, sequences, prompt, seq_len - prompt, weights="bf16" if half else "fp32", cache_bytes=2 if half else 4,
         soft_labels=soft_labels,
     )  # fmt: skip
     if engine:
         return step_memory(vllm_need(replace(job, prefill_tokens=2048)), UNREAD_SPREAD, gpu=gpu)
-    # The longest prompt and answer are both `seq_len` at most: the prompt's pass is counted on half of it.
-    job = replace(job, prompt_len=seq_len / 2, answer_len=seq_len / 2)
     return step_memory(transformers_generation(job), UNREAD_SPREAD, gpu=gpu)
 
 

@@ -78,13 +78,13 @@ def layer_work_bytes(shape: ModelShape, size: float = 2.0) -> float:
 def vllm_need(job: Generation) -> Step:
     """What vLLM needs to keep that many sequences in flight: weights, its profile run, and their cache.
 
-    The profile run is a prefill of `prefill_tokens`, and sampling for up to 256 sequences: logits in fp32 and a sorted
+    The profile run is a prefill of `prefill_tokens`, and sampling for 256 sequences: logits in fp32 and a sorted
     copy of them; log-probabilities add a log-softmax.
     """
     shape = job.shape
     weights = weight_bytes(shape, job.weights) / job.tensor_parallel
     read = job.prefill_tokens or VLLM_BATCHED_TOKENS
-    logits = min(VLLM_SEQUENCES, max(job.sequences, 1)) * shape.vocab * 4.0
+    logits = VLLM_SEQUENCES * shape.vocab * 4.0
     tokens = job.sequences * (job.prompt_len + job.answer_len)
     parts = {
         "weights": weights,

@@ -314,6 +314,8 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
         seq_len=lengths.longest_prompt + lengths.limit,
         half=speed.gpu,
         gpu=speed.gpu,
+        prompt_len=lengths.longest_prompt,
+        engine=engine,
     )
     writing = duration.generation_s(
         speed,
@@ -391,6 +393,9 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
         gpu=speed.gpu,
         four_bit=settings.method == "qlora",
         eight_bit=settings.optimizer == "adamw_8bit",
+        compiled=settings.compile and speed.gpu,
+        accumulation=settings.batch_size // settings.micro_batch,
+        lora=None if full else (settings.lora.r, settings.lora.targets),
     )
     kept = taught.samples
     steps = settings.steps or max(1, math.ceil(kept * (settings.epochs or 1.0) / settings.batch_size))
@@ -460,6 +465,7 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
                 seq_len=lengths.longest_prompt + lengths.limit,
                 half=speed.gpu,
                 gpu=speed.gpu,
+                prompt_len=lengths.longest_prompt,
             )
             for shape, _ in shapes
         ]

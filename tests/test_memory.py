@@ -15,6 +15,7 @@ from orchestrator.memory import (
     own_training,
     training_memory,
 )
+from orchestrator.memory_generation import VLLM_GRAPHS_GIB, weight_bytes
 from orchestrator.memory_training import training_step
 
 SMALL = MODELS["Qwen/Qwen2.5-1.5B"]
@@ -120,7 +121,41 @@ def test_the_articles_cases_come_out_as_it_says() -> None:
 
 def test_the_cache_is_two_values_a_layer_head_and_token() -> None:
     # 2 * 28 layers * 2 heads * 128 * 2 bytes = 28,672 a token
-    assert generation(sequences=3, seq=1000).parts_gib["cache"] == pytest.approx(3 * 1000 * 28_672 / GIB)
+    memory = generation_memory(SMALL, sequences=3, seq_len=1000, half=True, gpu=True, prompt_len=10)
+    assert memory.moment == "last token"
+    assert memory.parts_gib["cache"] == pytest.approx(3 * 1000 * 28_672 / GIB)
+
+
+def test_a_long_prompt_is_read_with_a_layers_widest_tensors() -> None:
+    """A token: 4 * 1,536 of the stream and 3 * 8,960 of the MLP, in 2 bytes; the cache of 8,000 tokens."""
+    memory = generation_memory(SMALL, sequences=1, seq_len=8100, half=True, gpu=True, prompt_len=8000)
+    assert memory.moment == "prompt"
+    assert memory.parts_gib["work"] == pytest.approx(8000 * 2 * (4 * 1536 + 3 * 8960) / GIB)
+    assert memory.parts_gib["cache"] == pytest.approx(8000 * 28_672 / GIB)
+
+
+def test_an_engine_needs_its_profile_run_and_graphs_beside_the_cache() -> None:
+    """Logits of 256 sequences in fp32, twice (sorted); with soft labels a log-softmax of them, too."""
+    need = generation_memory(SMALL, sequences=4, seq_len=1000, half=True, gpu=True, engine=True).parts_gib
+    assert need["logits"] == pytest.approx(256 * 151_936 * 4 * 2 / GIB)
+    assert need["graphs"] == VLLM_GRAPHS_GIB and need["weights"] == pytest.approx(2 * SMALL.params / GIB)
+    labels = generation_memory(SMALL, sequences=4, seq_len=1000, half=True, gpu=True, engine=True, soft_labels=True)
+    assert labels.parts_gib["logits"] == pytest.approx(256 * 151_936 * 4 * 3 / GIB)
+
+
+@pytest.mark.parametrize(
+    ("weights", "bytes_"),
+    [
+        ("bf16", 1_543_714_304 * 2),
+        # 1,543,714,304 - 233,373,696 of the embedding, which stays in 2 bytes
+        ("nf4", 1_310_340_608 * (0.5 + 4 / 64) + 233_373_696 * 2),
+        ("int4", 1_310_340_608 * (0.5 + 2.5 / 128) + 233_373_696 * 2),
+        ("int8", 1_310_340_608 * (1 + 3 / 128) + 233_373_696 * 2),
+        ("fp8", 1_310_340_608 + 233_373_696 * 2),
+    ],
+)
+def test_weights_are_stored_in(weights: str, bytes_: float) -> None:
+    assert weight_bytes(SMALL, weights) == pytest.approx(bytes_)
 
 
 def test_without_a_gpu_a_tiny_model_is_the_process_itself() -> None:
