@@ -194,7 +194,7 @@ def scores(rows: list[Row]) -> list[Score]:
     """Scores of the groups that the goals are about, then of each task, method, card and basis. Groups without rows are
     left out."""
     groups: list[tuple[str, Callable[[Row], bool]]] = [
-        ("training memory: high confidence, exact length, known basis", lambda r: _memory(r, "train") and r.counts),
+        ("training memory: sure, exact length, known basis", lambda r: _memory(r, "train") and r.counts),
         ("training memory: length is an upper bound", lambda r: _memory(r, "train") and not r.exact),
         ("training memory: basis unknown", lambda r: _memory(r, "train") and r.exact and r.basis == "unknown"),
         ("training memory: lower confidence", lambda r: _memory(r, "train") and r.exact and r.basis != "unknown"
@@ -272,40 +272,44 @@ def _rounded(value: Any) -> Any:
 
 
 def render(found: list[Estimate], console: Console) -> None:
-    """A line a case: memory on each basis, and times."""
+    """A line a case: memory on each basis, the whole process as a range, and times."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("case", "allocated GiB", "reserved GiB", "process GiB", "peak at", "tokens/s", "step s"):
-        table.add_column(name, justify="left" if name in ("case", "peak at") else "right")
+    table = Table(box=None, pad_edge=False, title="GiB of one GPU; times as expected", title_justify="left")
+    for name in ("case", "allocated", "reserved", "process", "most at", "tokens/s", "step s"):
+        table.add_column(name, justify="left" if name in ("case", "most at") else "right")
     for each in found:
-        numbers = [_shown(each.allocated), _shown(each.reserved), _shown(each.process)]
-        table.add_row(each.id, *numbers, each.moment or "", _shown(each.tokens_per_s), _shown(each.step_seconds))
+        numbers = [_expected(each.allocated), _expected(each.reserved), _shown(each.process)]
+        table.add_row(each.id, *numbers, each.moment or "", _expected(each.tokens_per_s), _expected(each.step_seconds))
     console.print(table)
 
 
+def _expected(value: Range | None) -> str:
+    return "not found" if value is None else f"{value.expected:.4g}"
+
+
 def _shown(value: Range | None) -> str:
-    return "not found" if value is None else f"{value.low:.4g} - {value.expected:.4g} - {value.high:.4g}"
+    return "not found" if value is None else f"{value.low:.1f} - {value.expected:.1f} - {value.high:.1f}"
 
 
 def render_scores(rows: list[Row], console: Console) -> None:
-    """Groups, then every row whose error is above a tenth."""
+    """A line a group."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for name in SCORE_COLUMNS:
-        table.add_column(name, justify="left" if name == "group" else "right")
+        table.add_column(name, justify="left" if name == "group" else "right", overflow="fold")
     for each in scores(rows):
         table.add_row(*score_cells(each))
     console.print(table)
 
 
-SCORE_COLUMNS = (
-    "group", "rows", "median error", "90th percentile", "high holds", "in range", "high/low", "accelerate", "DeepSpeed"
-)  # fmt: skip
+SCORE_COLUMNS = ("group", "rows", "median", "90th", "<= high", "inside", "high/low", "accelerate", "DeepSpeed")
 
 
 def score_cells(each: Score) -> tuple[str, ...]:
+    """Cells under SCORE_COLUMNS: median and 90th percentile of |error|, the share not above `high`, and of those in the
+    range, and the two rules' median |error| with the rows that they have a number for."""
     return (
         each.group, str(each.rows), f"{each.median_error:.1%}", f"{each.p90_error:.1%}", f"{each.below_high:.0%}",
         f"{each.in_range:.0%}", f"{each.median_width:.2f}", _rule(each.accelerate_error, each.accelerate_rows),
