@@ -5,7 +5,7 @@ RECIPE ?= recipes/quickstart.yaml
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm unit integration lint lock wheel clean install install-dev
+.PHONY: help demo test test-slurm unit integration lint lock bench-plan wheel clean install install-dev
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ lint: install-dev  ## ruff and mypy
 
 lock: install-dev  ## write requirements/*.txt anew (UPGRADE=1: with the newest versions)
 	$(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)
+
+bench-plan: install-dev  ## how far the plan's models are off, into docs/estimates.md
+	@$(BIN)/python scripts/bench_plan.py
 
 wheel: install-dev  ## dist/kdcloud-VERSION-py3-none-any.whl
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

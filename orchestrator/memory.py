@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.catalog import ModelShape
 from orchestrator.memory_generation import Generation, transformers_generation, vllm_need
-from orchestrator.memory_training import GIB, OURS, Logits, Step, Training, training_step
+from orchestrator.memory_training import GIB, OURS, Habits, Logits, Step, Training, training_step
 from orchestrator.plan import Range
 
 # What a process holds before any model, GiB. GPU: CUDA context and the libraries' kernels. CPU: resident size after
@@ -22,12 +22,13 @@ BARE_PROCESS_GIB = Range(0.03, 0.05, 0.1)  # the supervisor and a stage that nee
 NCCL_GIB = Range(0.1, 0.6, 1.5)  # its buffers and kernels, where GPUs work together
 CUBLAS_GIB = 32 / 1024  # work space of matrix products (CUBLAS_WORKSPACE_CONFIG: 8 MiB before Hopper, 32 MiB there)
 
-# How far the counts are off, of what is not weights and optimizer, as shares below and above (docs/estimates.md):
-# where the framework's own loop was read; with 4 bit weights, of which litgpt's published rows show up to a quarter
-# more than its code explains; and where the code that ran was not read.
-READ_SPREAD, FOUR_BIT_SPREAD, UNREAD_SPREAD = (0.08, 0.1), (0.1, 0.28), (0.2, 0.3)
+# How far the counts may be off, of what is not weights and optimizer, as shares below and above: no source of published
+# cases is off by more (table of residuals in docs/estimates.md). Where the framework's own loop was read; with 4 bit
+# weights, of which one source holds a third more than its code explains; and where the code that ran was not read.
+READ_SPREAD, FOUR_BIT_SPREAD, UNREAD_SPREAD = (0.08, 0.1), (0.1, 0.37), (0.27, 0.3)
 STATIC_SPREAD = 0.01
 
+MLP_PARTS = 4  # tasks/models.py: MLP_PARTS
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj")
 
 # tasks.losses holds so many logits at once, in fp32 (their gradient in the same place); on CUDA with Triton more.
@@ -93,9 +94,10 @@ def own_training(
     compiled: bool = False,
     accumulation: int = 1,
     lora: tuple[int, tuple[str, ...]] = (8, LORA_TARGETS),
+    mlp_parts: int = MLP_PARTS,
 ) -> Training:
-    """A step of tasks/train.py. `fused`: with the loss of tasks/kernels.py."""
-    loss = _own_loss_bytes(shape, micro_batch * seq_len, full=full, fused=fused)
+    """A step of tasks/train.py. `fused`: with the loss of tasks/kernels.py; `mlp_parts`: of a layer that is computed
+    again with frozen weights."""
     return Training(
         shape,
         micro_batch,
@@ -111,7 +113,8 @@ def own_training(
         checkpointing=checkpointing,
         chunked_loss=True,
         compiled=compiled,
-        habits=replace(OURS, chunked_logits=Logits(0, 0), fixed_loss_bytes=loss),
+        mlp_parts=mlp_parts if checkpointing and not full else 1,
+        habits=own_habits(shape, micro_batch * seq_len, full=full, fused=fused),
     )
 
 
@@ -210,9 +213,13 @@ def reserved_range(allocated: Range, cached_gib: float, limit_gib: float | None 
     return Range(min(allocated.low, expected), expected, max(high, expected))
 
 
-def _own_loss_bytes(shape: ModelShape, tokens: int, *, full: bool, fused: bool) -> float:
-    """tasks.losses: one chunk of logits; where the head is trained, its gradient (fp32) and the head in the compute
-    type. On CUDA with Triton the gradient of a chunk replaces its logits."""
+def own_habits(shape: ModelShape, tokens: int, *, full: bool, fused: bool = True) -> Habits:
+    """Of tasks/train.py: its loss holds one chunk of logits and, where the head is trained, the head's gradient (fp32)
+    and the head in the compute type. On CUDA with Triton the gradient of a chunk replaces its logits."""
+    return replace(OURS, chunked_logits=Logits(0, 0), fixed_loss_bytes=_own_loss_bytes(shape, tokens, full, fused))
+
+
+def _own_loss_bytes(shape: ModelShape, tokens: int, full: bool, fused: bool) -> float:
     logits = float(tokens * shape.vocab)
     head = shape.vocab * shape.hidden * (4.0 + (2.0 if fused else 0.0)) if full else 0.0
     if fused:

@@ -11,11 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.cases import Case
-from orchestrator.memory import FOUR_BIT_SPREAD, READ_SPREAD, UNREAD_SPREAD, Memory, step_memory
+from orchestrator.memory import (
+    FOUR_BIT_SPREAD,
+    MLP_PARTS,
+    READ_SPREAD,
+    UNREAD_SPREAD,
+    Memory,
+    own_habits,
+    step_memory,
+)
 from orchestrator.memory_generation import VLLM_SHARE, Generation, transformers_generation, vllm_need
 from orchestrator.memory_training import (
     FSDP_QLORA,
     LITGPT,
+    OURS,
     TORCHTUNE,
     TRANSFORMERS,
     WEIGHT_BYTES,
@@ -25,9 +34,11 @@ from orchestrator.memory_training import (
 )
 from orchestrator.plan import Range
 
-# Whose code ran, by what stands in a case's source. TRL is plain transformers. The fused kernels of TinyLlama's authors
-# keep the norms' inputs only, and gate and up; DeepSpeed holds fp32 master weights of what is trained.
+# Whose code ran, by what stands in a case's source. TRL is transformers, and with Liger-Kernel keeps the norms' inputs
+# only, and gate and up; so do the fused kernels of TinyLlama's authors.
 FRAMEWORKS: dict[str, Habits] = {
+    "kdcloud": OURS,
+    "trl with liger": replace(TRANSFORMERS, name="liger", norm="fused"),
     "lightning-ai/litgpt": LITGPT,
     "lightning.ai/pages/community/lora": LITGPT,
     "pytorch/torchtune": TORCHTUNE,
@@ -116,7 +127,11 @@ def _job(case: Case, method: str, *, weights: str, **settings: Any) -> Training:
     state = STATE_BYTES.get(case.optimizer_state_dtype or "")
     if method != "full" and habits.adapter_bytes == 4 and state == 2.0:
         habits = replace(habits, adapter_bytes=2)  # moments are made like the adapters
-    zero = parallel.startswith("zero")
+    if habits.name == OURS.name:
+        habits = own_habits(case.shape, settings["batch"] * settings["seq_len"], full=method == "full")
+        settings["chunked_loss"] = True
+    zero = parallel.startswith("zero")  # DeepSpeed holds fp32 master weights of what is trained
+    again = bool(settings["checkpointing"]) and method != "full" and habits.name == OURS.name
     return Training(
         case.shape,
         method=method,
@@ -132,6 +147,7 @@ def _job(case: Case, method: str, *, weights: str, **settings: Any) -> Training:
         gpus=gpus,
         parallel=parallel,
         tensor_parallel=min(tensor, gpus),
+        mlp_parts=MLP_PARTS if again else 1,
         habits=habits,
         **settings,
     )

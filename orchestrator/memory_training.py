@@ -7,6 +7,7 @@ without storage and adding up what is alive (docs/estimates.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -34,7 +35,7 @@ ATTENTION_TARGETS, MLP_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gat
 class Logits:
     """Bytes a logit that are alive at the loss' forward pass, at its backward pass, and after it, while the layers'
     backward passes run; and of one chunk while its loss is computed: of `rows` tokens (`each`: of every sequence), or
-    of one of so many `chunks`."""
+    of one of so many `chunks`, or, with neither, of as many tokens as make it as large as the hidden states."""
 
     forward: float
     backward: float
@@ -53,7 +54,9 @@ LITGPT_LOGITS = Logits(forward=8, backward=8, after=4, chunk_bytes=8, rows=128, 
 LITGPT_WHOLE_LOGITS = Logits(forward=12, backward=16, after=4)  # full.py: [:-1] of a batch is copied, then split
 TORCHTUNE_LOGITS = Logits(forward=8, backward=12)  # output(h).float(), deleted before backward
 TORCHTUNE_CHUNKED = Logits(forward=2, backward=2, chunk_bytes=4, chunks=8)  # bf16 list; a compiled chunk: its gradient
-FUSED_LOGITS = Logits(forward=0, backward=0, chunk_bytes=10, rows=1024)  # Liger and others: a chunk's fp32 and bf16
+# Liger-Kernel's fused_linear_cross_entropy: V / H chunks, of a power of two of rows; gradients where logits were. Its
+# gradient of the hidden states is made in the forward pass.
+FUSED_LOGITS = Logits(forward=0, backward=0, chunk_bytes=2)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class Training:
     gpus: int = 1
     parallel: str = "none"  # none, ddp, fsdp, zero2, zero3
     tensor_parallel: int = 1
+    mlp_parts: int = 1  # a layer's rows go through its MLP in so many parts
     habits: Habits = field(default_factory=Habits)
 
     @property
@@ -215,7 +219,10 @@ def logit_bytes(job: Training) -> tuple[float, float]:
     """Bytes of logits at the loss, and while the layers' backward passes run."""
     logits = job.habits.chunked_logits if job.chunked_loss else job.habits.logits
     width = job.shape.vocab / job.tensor_parallel
-    rows = job.tokens / logits.chunks if logits.chunks else logits.rows * (job.batch if logits.each else 1)
+    rows = logits.rows * (job.batch if logits.each else 1)
+    if not rows:
+        rows = math.ceil(job.tokens / (logits.chunks or math.ceil(job.shape.vocab / job.shape.hidden)))
+        rows = rows if logits.chunks else 1 << (rows - 1).bit_length()
     chunk = logits.chunk_bytes * width * min(job.tokens, rows)
     held = max(logits.forward, logits.backward) * job.tokens * width
     return held + chunk + job.habits.fixed_loss_bytes, logits.after * job.tokens * width
@@ -459,11 +466,12 @@ def dequantised_head_bytes(job: Training) -> float:
 
 
 def backward_bytes(job: Training) -> float:
-    """Gradients in flight in one layer's MLP: of the product and its two factors, and of the stream; a dequantised
-    weight where weights are 4 bit."""
+    """Gradients in flight in one layer's MLP: of the product and its two factors, of one part of the rows at a time,
+    and of the stream; a dequantised weight where weights are 4 bit."""
     shape, size = job.shape, job.compute_bytes
     inner = shape.intermediate / job.tensor_parallel
-    flight = job.tokens * ((3 if shape.gated else 2) * inner * size + 2 * shape.hidden * stream_bytes(job))
+    wide = (3 if shape.gated else 2) * inner * size / job.mlp_parts
+    flight = job.tokens * (wide + 2 * shape.hidden * stream_bytes(job))
     return flight + (inner * shape.hidden * size if job.four_bit else 0.0)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from orchestrator.estimate import Estimate, Row, accelerate_gib, as_json, deepsp
 from orchestrator.memory_cases import habits_of, parallel_of, predict
 from orchestrator.plan import Range
 
-CASES = Path(__file__).parent.parent / "benchmarks" / "cases"
+ROOT = Path(__file__).parent.parent
+CASES = ROOT / "benchmarks" / "cases"
 LLAMA: dict[str, Any] = {
     "name": "l",
     "architecture": "llama",
@@ -220,6 +223,12 @@ def test_a_key_that_nothing_uses_is_told_on_stderr(tmp_path: Path) -> None:
     file.write_text(json.dumps({**TRAIN, "offload": True}))
     done = CliRunner().invoke(kdcloud, ["estimate", str(file), "--json"])
     assert "a: not used: offload" in done.stderr and json.loads(done.stdout)["id"] == "a"
+
+
+def test_the_page_holds_what_bench_plan_writes() -> None:
+    check = [sys.executable, "scripts/bench_plan.py", "--check"]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_goals_hold_on_the_packages_own_cases() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.memory import (
+    CUBLAS_GIB,
     CUDA_CONTEXT_GIB,
     GIB,
+    MLP_PARTS,
+    READ_SPREAD,
     Memory,
+    allocated_range,
     generation_memory,
     largest,
     loading_memory,
@@ -97,10 +103,27 @@ def test_lora_freezes_two_bytes_a_parameter_and_pays_sixteen_for_its_own() -> No
     [(False, False, 21.24), (False, True, 14.81), (True, False, 4.68)],
 )
 def test_our_own_training_takes_what_was_measured(checkpointing: bool, compiled: bool, measured: float) -> None:
-    """benchmarks/results/training.json: allocated on an H200, 8 rows of 1,024 tokens, each in its own process."""
-    found = training(micro=8, checkpointing=checkpointing, compiled=compiled).allocated_gib
-    assert found is not None and found.expected == pytest.approx(measured, rel=0.02)
+    """benchmarks/results/training.json: allocated on an H200, 8 rows of 1,024 tokens, each in its own process; before
+    layers that are computed again took their MLP in parts."""
+    job = own_training(
+        SMALL, full=False, micro_batch=8, seq_len=1024, checkpointing=checkpointing, compiled=compiled, mlp_parts=1
+    )
+    found = allocated_range(training_step(job), READ_SPREAD, CUBLAS_GIB)
+    assert found.expected == pytest.approx(measured, rel=0.02)
     assert found.low < measured < found.high
+
+
+def test_an_mlp_in_parts_has_the_gradients_of_one_part_in_flight() -> None:
+    """A token: 3 * 8,960 values of 2 bytes, of a quarter of the rows, and 2 * 1,536 of the stream."""
+    work = training_step(own_training(SMALL, full=False, micro_batch=8, seq_len=1024, checkpointing=True))
+    assert work.moments["backward"]["work"] == pytest.approx(8192 * 2 * (3 * 8960 / MLP_PARTS + 2 * 1536) / GIB)
+    assert models_parts() == MLP_PARTS
+
+
+def models_parts() -> int:
+    """Read from the text: tasks.models imports torch."""
+    text = (Path(__file__).parent.parent / "tasks" / "models.py").read_text()
+    return int(text.split("\nMLP_PARTS = ")[1].split("\n")[0])
 
 
 def test_our_loss_holds_a_chunk_of_logits() -> None:

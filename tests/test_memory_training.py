@@ -160,7 +160,8 @@ def test_a_fused_product_stays_whole_for_its_values() -> None:
         (replace(BASE, habits=LITGPT, chunked_loss=True), 10 * 10 * 16, 10 * 10 * 4),
         (replace(BASE, habits=LITGPT, chunked_loss=True, seq_len=1280), 1280 * 10 * 8 + 128 * 10 * 8, 1280 * 10 * 4),
         (replace(BASE, habits=TORCHTUNE, chunked_loss=True, seq_len=80), 80 * 10 * 2 + 10 * 10 * 4, 0),
-        (replace(BASE, chunked_loss=True, seq_len=4096), 1024 * 10 * 10, 0),
+        # 10 ids of 8 values: 2 chunks of 500 tokens, rounded up to 512
+        (replace(BASE, chunked_loss=True, seq_len=1000), 512 * 10 * 2, 0),
     ],
 )
 def test_logits_take_at_the_loss(job: Training, at_loss: float, after: float) -> None:
