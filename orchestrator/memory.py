@@ -31,6 +31,9 @@ STATIC_SPREAD = 0.01
 MLP_PARTS = 4  # tasks/models.py: MLP_PARTS
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj")
 
+# Of what the allocator holds unused, what it cannot give back when the card is full: it frees whole segments only.
+STUCK = 0.5  # assumed: in the traces of docs/estimates.md about half lay beside something in use
+
 # tasks.losses holds so many logits at once, in fp32 (their gradient in the same place); on CUDA with Triton more.
 LOSS_CHUNK_LOGITS, LOSS_BYTES_PER_LOGIT = 1 << 24, 14
 FUSED_LOGITS, FUSED_FROZEN_LOGITS, FUSED_BYTES_PER_LOGIT = 1 << 28, 5 << 25, 4
@@ -38,12 +41,17 @@ FUSED_LOGITS, FUSED_FROZEN_LOGITS, FUSED_BYTES_PER_LOGIT = 1 << 28, 5 << 25, 4
 
 @dataclass(frozen=True)
 class Memory:
-    """What a stage needs, and the expected size of each part, GiB. `moment`: when it is most."""
+    """What a stage needs, and the expected size of each part, GiB. `moment`: when it is most.
 
-    total_gib: Range  # of the process
+    `total_gib` is what must fit: a card with its `high` runs it. `process_gib` is what the process grows to where there
+    is room: more, since PyTorch gives back what it holds unused only when the card is full.
+    """
+
+    total_gib: Range
     parts_gib: Mapping[str, float]
     allocated_gib: Range | None = None
     reserved_gib: Range | None = None
+    process_gib: Range | None = None
     moment: str = ""
 
 
@@ -180,16 +188,18 @@ def step_memory(
     allocated = allocated_range(step, spread, CUBLAS_GIB if gpu else 0.0)
     cached = max(step.cached_gib, step.loaded_gib - allocated.expected) if gpu else 0.0
     reserved = reserved_range(allocated, cached, None if card_gib is None else card_gib - base.low)
-    total = Range(
+    process = Range(
         allocated.low + base.low,
         reserved.expected + base.expected,
         allocated.high + 1.3 * cached + base.high,
     )
+    least = allocated.high + STUCK * cached + base.high
+    total = Range(process.low, min(process.expected, least), least)
     parts = {**step.parts, "cuda context" if gpu else "process": base.expected}
     rest = total.expected - sum(parts.values())
     if abs(rest) > 1e-9:
         parts["held by the allocator"] = rest
-    return Memory(total, parts, allocated, reserved, step.peak)
+    return Memory(total, parts, allocated, reserved, process, step.peak)
 
 
 def allocated_range(step: Step, spread: tuple[float, float], more_gib: float = 0.0) -> Range:

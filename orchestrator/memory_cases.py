@@ -69,7 +69,7 @@ def predict(case: Case, card_gib: float | None = None) -> Peaks | None:
     if not found:
         return None
     first = found[0]
-    ways = [(memory.allocated_gib, memory.reserved_gib, memory.total_gib) for memory in found]
+    ways = [(memory.allocated_gib, memory.reserved_gib, memory.process_gib) for memory in found]
     allocated, reserved, process = (_over([way[at] for way in ways]) for at in range(3))
     return Peaks(allocated, reserved, process, dict(first.parts_gib), first.moment)
 
@@ -195,4 +195,4 @@ def _served(need: Memory, least_gib: float, card_gib: float | None) -> Memory:
     share = VLLM_SHARE * card_gib
     taken = Range(max(least_gib * 0.9, 0.8 * card_gib), max(share, least_gib), 0.97 * card_gib)
     total = Range(taken.low + 0.3, min(taken.expected + 1.0, card_gib), card_gib)
-    return replace(need, allocated_gib=taken, reserved_gib=taken, total_gib=total)
+    return replace(need, allocated_gib=taken, reserved_gib=taken, process_gib=total)

@@ -479,7 +479,7 @@ def forward_bytes(job: Training) -> float:
     """Widest moment of one layer's forward pass beside what is kept: its MLP."""
     shape, size = job.shape, job.compute_bytes
     inner = shape.intermediate / job.tensor_parallel
-    wide = (3 if shape.gated else 2) * inner * size + 3 * shape.hidden * stream_bytes(job)
+    wide = (3 if shape.gated else 2) * inner * size / job.mlp_parts + 3 * shape.hidden * stream_bytes(job)
     if not job.full:
         adapted = [name for name in MLP_TARGETS if name in job.targets]
         wide += 2 * inner * size * bool(adapted)

@@ -260,8 +260,12 @@ def test_allocated_reserved_and_process_are_kept_apart() -> None:
     assert memory.allocated_gib is not None and memory.reserved_gib is not None
     assert memory.allocated_gib.expected == pytest.approx(10.03125)  # and 32 MiB of cuBLAS
     assert memory.reserved_gib.expected == pytest.approx(11.03125)
-    assert memory.total_gib.expected == pytest.approx(11.03125 + CUDA_CONTEXT_GIB.expected)
+    assert memory.process_gib is not None
+    assert memory.process_gib.expected == pytest.approx(11.03125 + CUDA_CONTEXT_GIB.expected)
+    assert memory.total_gib.expected == memory.process_gib.expected
     assert sum(memory.parts_gib.values()) == pytest.approx(memory.total_gib.expected)
+    # 4 * 1.01 + 6.03125 * 1.2 allocated at most, half of what is held, the context
+    assert memory.total_gib.high == pytest.approx(4.04 + 6.03125 * 1.2 + 0.5 + CUDA_CONTEXT_GIB.high)
 
 
 def test_a_range_is_wide_where_something_moves() -> None:

@@ -140,11 +140,12 @@ def test_every_candidate_holds_what_the_stage_needs() -> None:
 
 
 def test_knobs_are_chosen_so_that_the_smallest_card_holds_the_training() -> None:
-    roomy = plan(RENTED, card("H200", 500_000)).stages[1].settings
-    tight = plan(RENTED, card("A10G", 500_000)).stages[1].settings
+    text = RENTED.replace("loss:", "batch_size: 16, loss:")
+    roomy = plan(text, card("H200", 500_000)).stages[1].settings
+    tight = plan(text, card("A10G", 500_000)).stages[1].settings
     assert isinstance(roomy, TrainSettings) and isinstance(tight, TrainSettings)
     assert not roomy.checkpointing and tight.checkpointing
-    assert tight.micro_batch < tight.batch_size == 8 and tight.batch_size % tight.micro_batch == 0
+    assert tight.micro_batch < tight.batch_size == 16 and tight.batch_size % tight.micro_batch == 0
     assert tight.precision == "bf16"
 
 
@@ -240,7 +241,7 @@ def test_nothing_fits_names_the_smallest_change_that_would() -> None:
     assert hint(SMALL.replace("budget:", "gpus: [A10G]\nbudget:"), LOCAL) == "leave out gpus: this machine has none"
     elsewhere = RENTED.replace("[runpod, aws]", "[aws]")
     assert "allow infra: [aws, runpod]" in hint(elsewhere, *CARDS)
-    long = RENTED.replace("loss: {", "micro_batch: 8, loss: {")
+    long = RENTED.replace("loss: {", "batch_size: 16, micro_batch: 16, loss: {")
     assert hint(long, card("A10G", 1)).startswith("max_seq_len: ")
 
 
