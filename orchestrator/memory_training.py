@@ -23,6 +23,7 @@ NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 INT4_BYTES = 0.5 + (2 + 0.5) / 128
 # bitsandbytes.optim.AdamW8bit: 8 bits, and one fp32 scale for 256 values, a moment.
 EIGHT_BIT_BYTES = 1 + 4 / 256
+ZERO3_PARAMETERS = 1e9  # stage3_max_live_parameters and sub_group_size of DeepSpeed's configuration
 WEIGHT_BYTES = {
     "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1 + (2 + 1) / 128, "fp8": 1.0, "nf4": NF4_BYTES, "fp4": NF4_BYTES,
     "int4": INT4_BYTES, "awq": INT4_BYTES, "gptq": INT4_BYTES,
@@ -114,7 +115,7 @@ class Training:
     chunked_loss: bool = False
     compiled: bool = False
     gpus: int = 1
-    parallel: str = "none"  # none, ddp, fsdp, zero2, zero3
+    parallel: str = "none"  # none, ddp, fsdp, zero1, zero2, zero3
     tensor_parallel: int = 1
     mlp_parts: int = 1  # a layer's rows go through its MLP in so many parts
     habits: Habits = field(default_factory=Habits)
@@ -135,6 +136,16 @@ class Training:
     def shards(self) -> int:
         """GPUs that share the weights between them."""
         return self.gpus // self.tensor_parallel if self.parallel in ("fsdp", "zero3") else 1
+
+    @property
+    def gradient_shards(self) -> int:
+        """GPUs that share the gradients."""
+        return self.gpus // self.tensor_parallel if self.parallel in ("fsdp", "zero3", "zero2") else 1
+
+    @property
+    def state_shards(self) -> int:
+        """GPUs that share the optimizer's states."""
+        return self.gpus // self.tensor_parallel if self.parallel in ("fsdp", "zero3", "zero2", "zero1") else 1
 
     @property
     def adapters(self) -> int:
@@ -240,11 +251,12 @@ def static_bytes(job: Training) -> dict[str, float]:
         layer_share = (frozen / shape.layers) * 2  # this layer and the next one, gathered ahead
         gathered = 2.0 / WEIGHT_BYTES[job.weights] if job.full and job.weights == "fp32" else 1.0
         parts["gathered"] = (whole + layer_share) * gathered
+        if job.parallel == "zero3":
+            parts["gathered"] = max(parts["gathered"], 2.0 * min(shape.params, ZERO3_PARAMETERS))
     own = job.adapters * adapter_bytes(job)
     if own and not job.full:
         parts["adapters"] = own / shards
-    optimizer_shards = job.gpus // job.tensor_parallel if job.parallel in ("fsdp", "zero3", "zero2") else 1
-    parts["optimizer"] = optimizer_bytes(job) / optimizer_shards
+    parts["optimizer"] = optimizer_bytes(job) / job.state_shards
     if job.parallel == "ddp":
         parts["buckets"] = gradient_bytes(job)  # DistributedDataParallel: gradients are copied into its buckets
     return parts
@@ -300,8 +312,7 @@ def trained_bytes(job: Training) -> float:
 
 def gradient_bytes(job: Training) -> float:
     """Gradients of one GPU when all are there: one for each trained value, in its own dtype."""
-    shards = job.gpus // job.tensor_parallel if job.parallel in ("fsdp", "zero3", "zero2") else 1
-    return job.trainable * trained_bytes(job) / shards
+    return job.trainable * trained_bytes(job) / job.gradient_shards
 
 
 def optimizer_bytes(job: Training) -> float:
@@ -320,11 +331,14 @@ def optimizer_bytes(job: Training) -> float:
 
 
 def optimizer_work_bytes(job: Training) -> float:
-    """What a step makes beside: the square root of the second moments of all parameters (foreach), else nothing."""
+    """What a step makes beside: the square root of the second moments of all parameters (foreach); gradients of one
+    sub-group in fp32 (DeepSpeed's ZeRO-3: sub_group_size); else nothing."""
+    own = job.trainable / job.state_shards
+    if job.parallel == "zero3" and job.master_bytes:
+        return 4.0 * min(own, ZERO3_PARAMETERS)
     if not job.habits.foreach or not job.optimizer.startswith("adam"):
         return 0.0
-    shards = job.gpus // job.tensor_parallel if job.parallel in ("fsdp", "zero3", "zero2") else 1
-    return job.trainable * (job.state_bytes or trained_bytes(job)) / shards
+    return own * (job.state_bytes or trained_bytes(job))
 
 
 def weight_copies_bytes(job: Training) -> float:
@@ -467,11 +481,13 @@ def dequantised_head_bytes(job: Training) -> float:
 
 def backward_bytes(job: Training) -> float:
     """Gradients in flight in one layer's MLP: of the product and its two factors, of one part of the rows at a time,
-    and of the stream; a dequantised weight where weights are 4 bit."""
+    and of the stream; a dequantised weight where weights are 4 bit; a layer's gradients where they are shared."""
     shape, size = job.shape, job.compute_bytes
     inner = shape.intermediate / job.tensor_parallel
     wide = (3 if shape.gated else 2) * inner * size / job.mlp_parts
     flight = job.tokens * (wide + 2 * shape.hidden * stream_bytes(job))
+    if job.full and job.shards > 1:  # a layer's gradients before they are summed up and shared
+        flight += _stored(job)[0] / WEIGHT_BYTES[job.weights] / shape.layers * size
     return flight + (inner * shape.hidden * size if job.four_bit else 0.0)
 
 

@@ -22,10 +22,13 @@ from orchestrator.memory_training import (
     Habits,
     Step,
     Training,
+    backward_bytes,
     cached_bytes,
+    dequantised_head_bytes,
     embedding_gradient_bytes,
     gradient_bytes,
     layer_bytes,
+    loaded_bytes,
     logit_bytes,
     optimizer_bytes,
     optimizer_work_bytes,
@@ -98,6 +101,43 @@ def test_gradients_are_like_what_is_trained_and_shared_where_it_is() -> None:
     assert static_bytes(replace(BASE, gpus=4, parallel="zero2"))["optimizer"] == 1272 * 4 / 4
     assert optimizer_work_bytes(BASE) == 0  # fused
     assert optimizer_work_bytes(replace(BASE, habits=LITGPT)) == 1272 * 2  # foreach: roots of the second moments
+
+
+def test_sharding_has_work_space_of_its_own() -> None:
+    """ZeRO-3: fp32 gradients of a sub-group, and what may stay gathered of its parameters; FSDP: embedding and two layers,
+    in bf16 also where they are stored in fp32, and a layer's gradients before they are shared."""
+    zero = replace(BASE, gpus=4, parallel="zero3", master_bytes=4.0)
+    assert optimizer_work_bytes(zero) == 1272 / 4 * 4
+    assert static_bytes(zero)["gathered"] == 1272 * 2  # all of so few
+    fsdp = replace(BASE, gpus=2, parallel="fsdp")
+    assert static_bytes(fsdp)["gathered"] == 80 * 2 + 2 * 596 * 2
+    assert static_bytes(replace(fsdp, weights="fp32"))["gathered"] == 80 * 2 + 2 * 596 * 2
+    assert backward_bytes(fsdp) - backward_bytes(BASE) == 596 * 2
+    assert static_bytes(replace(BASE, gpus=4, parallel="zero1"))["optimizer"] == 1272 * 4 / 4
+    assert gradient_bytes(replace(BASE, gpus=4, parallel="zero1")) == 1272 * 2
+
+
+def test_who_loads_the_whole_model_first_has_reserved_it() -> None:
+    """Weights 2,544, the largest unit once more, 160, and 224 adapters of 2 bytes; one GPU shares nothing."""
+    job = lora(FSDP_QLORA, gpus=2, parallel="fsdp")
+    assert loaded_bytes(job) == 2544 + 160 + 224 * 2
+    assert loaded_bytes(lora(FSDP_QLORA)) == 0
+    step = Step({"loss": {"weights": 1.0}}, cached_gib=0.5, static_gib=1.0, loaded_gib=5.0)
+    memory = step_memory(step, (0.0, 0.0), gpu=True)
+    assert memory.reserved_gib is not None and memory.reserved_gib.expected == pytest.approx(5.0)
+
+
+def test_packed_integers_are_unpacked_by_operations_that_autograd_sees() -> None:
+    """GPTQ: 1,192 weights in 2 bytes; of one layer, 596, with checkpointing. bitsandbytes keeps nothing."""
+    packed = lora(weights="int4")
+    assert weight_copies_bytes(packed) == 1192 * 2
+    assert weight_copies_bytes(replace(packed, checkpointing=True)) == 596 * 2
+    assert weight_copies_bytes(lora(weights="nf4")) == 0
+
+
+def test_a_packed_head_is_unpacked_for_its_backward_product() -> None:
+    assert dequantised_head_bytes(lora(LITGPT, weights="nf4", shape=UNTIED)) == 80 * 2
+    assert dequantised_head_bytes(lora(FSDP_QLORA, weights="nf4", shape=UNTIED)) == 0
 
 
 def test_autocast_keeps_a_copy_of_each_fp32_weight_that_is_used() -> None:
