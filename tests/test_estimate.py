@@ -90,6 +90,17 @@ def test_what_a_case_leaves_out_widens_its_range_and_costs_no_answer() -> None:
     assert bare.allocated.low < known.allocated.expected < bare.allocated.high
 
 
+def test_no_key_is_needed_but_id_task_and_model() -> None:
+    lines = [json.loads(line) for file in sorted(CASES.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    dropped = 0
+    for line in lines:
+        for key in sorted(set(line) - {"id", "task", "model"}):
+            made = as_json(estimate.estimate(parse_case(json.dumps({k: v for k, v in line.items() if k != key}))))
+            assert made["peak_gib"]["process"] is not None or line["task"] == "generate"
+            dropped += 1
+    assert dropped > 1000
+
+
 def test_a_generating_case_without_lengths_has_no_memory() -> None:
     line = as_json(estimate.estimate(parse_case(json.dumps({"id": "b", "task": "generate", "model": LLAMA}))))
     assert line["peak_gib"] == {"allocated": None, "reserved": None, "process": None}

@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.memory import (
+    CPU_PROCESS_GIB,
     CUBLAS_GIB,
     CUDA_CONTEXT_GIB,
     GIB,
@@ -187,7 +188,7 @@ def test_without_a_gpu_a_tiny_model_is_the_process_itself() -> None:
         tiny, trainable=tiny.params, full=True, micro_batch=128, seq_len=38, half=False, checkpointing=False, gpu=False
     )
     assert 0.5 < memory.total_gib.expected < 1.0
-    assert "cuda context" not in memory.parts_gib and memory.parts_gib["process"] > 0.5
+    assert "cuda context" not in memory.parts_gib and memory.parts_gib["process"] == CPU_PROCESS_GIB.expected
 
 
 def test_of_models_loaded_in_turn_the_largest_counts() -> None:

@@ -104,8 +104,8 @@ def test_gradients_are_like_what_is_trained_and_shared_where_it_is() -> None:
 
 
 def test_sharding_has_work_space_of_its_own() -> None:
-    """ZeRO-3: fp32 gradients of a sub-group, and what may stay gathered of its parameters; FSDP: embedding and two layers,
-    in bf16 also where they are stored in fp32, and a layer's gradients before they are shared."""
+    """ZeRO-3: fp32 gradients of a sub-group, and what may stay gathered of its parameters; FSDP: embedding and two
+    layers, in bf16 also where they are stored in fp32, and a layer's gradients before they are shared."""
     zero = replace(BASE, gpus=4, parallel="zero3", master_bytes=4.0)
     assert optimizer_work_bytes(zero) == 1272 / 4 * 4
     assert static_bytes(zero)["gathered"] == 1272 * 2  # all of so few
@@ -145,7 +145,7 @@ def test_autocast_keeps_a_copy_of_each_fp32_weight_that_is_used() -> None:
     fp32 = replace(BASE, weights="fp32", autocast=True)
     assert weight_copies_bytes(fp32) == (1192 + 80) * 2
     assert weight_copies_bytes(replace(fp32, checkpointing=True)) == (596 + 80) * 2
-    assert weight_copies_bytes(BASE) == 0
+    assert weight_copies_bytes(BASE) == weight_copies_bytes(replace(BASE, weights="fp32")) == 0
 
 
 # --- what a layer keeps, bytes a token; h 8, inner 16, q 8, kv 4, 4 heads
