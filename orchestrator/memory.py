@@ -23,9 +23,9 @@ NCCL_GIB = Range(0.1, 0.6, 1.5)  # its buffers and kernels, where GPUs work toge
 CUBLAS_GIB = 32 / 1024  # work space of matrix products (CUBLAS_WORKSPACE_CONFIG: 8 MiB before Hopper, 32 MiB there)
 
 # How far the counts may be off, of what is not weights and optimizer, as shares below and above: no source of published
-# cases is off by more (table of residuals in docs/estimates.md). Where the framework's own loop was read; with 4 bit
-# weights, of which one source holds a third more than its code explains; and where the code that ran was not read.
-READ_SPREAD, FOUR_BIT_SPREAD, UNREAD_SPREAD = (0.08, 0.1), (0.1, 0.37), (0.27, 0.3)
+# cases is off by more (table of residuals in docs/estimates.md). Where the framework's own loop was read, and where the
+# code that ran was not.
+READ_SPREAD, UNREAD_SPREAD = (0.08, 0.1), (0.27, 0.3)
 STATIC_SPREAD = 0.01
 
 MLP_PARTS = 4  # tasks/models.py: MLP_PARTS
@@ -85,7 +85,7 @@ def training_memory(
         eight_bit=eight_bit, checkpointing=checkpointing, compiled=compiled, accumulation=accumulation,
         lora=(rank, targets),
     )  # fmt: skip
-    return step_memory(training_step(job), FOUR_BIT_SPREAD if four_bit else READ_SPREAD, gpu=gpu)
+    return step_memory(training_step(job), READ_SPREAD, gpu=gpu)
 
 
 def own_training(

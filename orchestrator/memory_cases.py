@@ -12,7 +12,6 @@ from typing import Any
 
 from orchestrator.cases import Case
 from orchestrator.memory import (
-    FOUR_BIT_SPREAD,
     MLP_PARTS,
     READ_SPREAD,
     UNREAD_SPREAD,
@@ -88,7 +87,7 @@ def habits_of(case: Case) -> Habits:
 def _training(case: Case, card_gib: float | None) -> list[Memory]:
     made = []
     for job in trainings(case):
-        spread = UNREAD_SPREAD if job.habits.name not in READ else FOUR_BIT_SPREAD if job.four_bit else READ_SPREAD
+        spread = READ_SPREAD if job.habits.name in READ else UNREAD_SPREAD
         made.append(step_memory(training_step(job), spread, gpu=True, card_gib=card_gib, gpus=job.gpus))
     return made
 
@@ -106,9 +105,19 @@ def trainings(case: Case) -> Iterator[Training]:
         "chunked_loss": _known(case.chunked_loss, (False, True)) if habits_of(case).name != "litgpt" else
                         (bool(case.chunked_loss),),
         "compiled": (bool(case.compile),),
+        "repeated": _repeated(case),
     }  # fmt: skip
     for values in itertools.product(*choices.values()):
         yield _job(case, method, **dict(zip(choices, values, strict=True)))
+
+
+def _repeated(case: Case) -> tuple[bool, ...]:
+    """Whether one micro-batch after the other is as long as the longest: surely where all rows are, likely where
+    `seq_len` is round and so a limit that many rows reach; the length of a longest sample comes once."""
+    length = case.seq_len
+    if length is None or length == case.mean_tokens_per_sample:
+        return (True,)
+    return (True, False) if length % 64 == 0 else (False, True)
 
 
 def _known(value: Any, otherwise: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -70,7 +70,8 @@ class Habits:
     `repeats_keys`: keys and values are copied to the number of query heads before attention.
     `fused_qkv`: one product, whose result stays whole because the values are a view of it.
     `pads_updates`: LoRA's update is copied into a wider tensor, and its source kept (index_copy).
-    `keeps_4bit_inputs`: a 4 bit product keeps its input (bitsandbytes before 0.44: ctx.tensors = (A, B)).
+    `keeps_4bit_inputs`: a 4 bit product keeps its input (bitsandbytes before 0.44: ctx.tensors = (A, B)), not as a
+    saved tensor, which the backward pass would free, but as long as its graph lives.
     `foreach`: AdamW's foreach form makes a copy of the second moments in a step; the fused form does not.
     """
 
@@ -86,6 +87,8 @@ class Habits:
     pads_updates: bool = False
     keeps_4bit_inputs: bool = False
     four_bit_head: bool = False
+    unpacks_by_fp16: bool = False  # 4 bit weights come back in fp16 and are cast: two copies (lightning's quantize)
+    holds_graph: bool = False  # the last loss lives until the next one is made, with all that custom functions hold
     double_quantised: bool = True
     foreach: bool = False
     state_bytes: float | None = None  # of one moment of AdamW; None: as the trained weights
@@ -117,6 +120,7 @@ class Training:
     gpus: int = 1
     parallel: str = "none"  # none, ddp, fsdp, zero1, zero2, zero3
     tensor_parallel: int = 1
+    repeated: bool = True  # the micro-batch before was as long
     mlp_parts: int = 1  # a layer's rows go through its MLP in so many parts
     habits: Habits = field(default_factory=Habits)
 
@@ -209,6 +213,14 @@ def training_step(job: Training) -> Step:
         },
         "step": {**static, "gradients": grads, "optimizer work": optimizer_work_bytes(job)},
     }  # fmt: skip
+    held = held_bytes(job)
+    if held:  # the graph before is there until the new one's loss replaces it, and its logits until the new ones do
+        rows = job.tokens * job.shape.vocab / job.tensor_parallel
+        old, new = job.habits.chunked_logits.after * rows, job.compute_bytes * rows
+        moments["next forward"] = {
+            **static, "gradients": before, "activations": kept, "inputs of the step before": held,
+            "head": tokens * head_bytes(job), "logits": old + new + max(4.0 * rows, dequantised_head_bytes(job)),
+        }  # fmt: skip
     scaled = {name: {part: size / GIB for part, size in parts.items() if size} for name, parts in moments.items()}
     return Step(scaled, cached_bytes(job, layer) / GIB, sum(static.values()) / GIB, loaded_bytes(job) / GIB)
 
@@ -473,10 +485,23 @@ def embedding_gradient_bytes(job: Training) -> float:
 
 
 def dequantised_head_bytes(job: Training) -> float:
-    """A head in 4 bits is unpacked for its backward product."""
+    """A head in 4 bits is unpacked for its product, forward and backward."""
     if not (job.four_bit and job.habits.four_bit_head):
         return 0.0
-    return job.shape.vocab * job.shape.hidden * float(job.compute_bytes)
+    copies = 2 if job.habits.unpacks_by_fp16 and job.compute_bytes == 2 else 1
+    return job.shape.vocab * job.shape.hidden * float(job.compute_bytes) * copies
+
+
+def held_bytes(job: Training) -> float:
+    """Inputs of 4 bit products of the micro-batch before: of q, k and v, of o, of the MLP's first products (the same as
+    of q, k and v in a block with one norm) and of its last."""
+    if not (job.four_bit and job.habits.keeps_4bit_inputs and job.habits.holds_graph and job.repeated):
+        return 0.0
+    shape = job.shape
+    norms = 1 if shape.architecture in SHARED_NORM else 2
+    width = norms * shape.hidden + (shape.heads * shape.head_dim + shape.intermediate) / job.tensor_parallel
+    layers = 1 if job.checkpointing else shape.layers
+    return float(job.tokens * layers * job.compute_bytes * width)
 
 
 def backward_bytes(job: Training) -> float:
@@ -513,7 +538,7 @@ TRANSFORMERS = Habits()
 LITGPT = Habits(
     "litgpt", logits=LITGPT_WHOLE_LOGITS, chunked_logits=LITGPT_LOGITS, adapter_bytes=None, cast_inputs=False,
     dropout=True, repeats_keys=True, fused_qkv=True, pads_updates=True, keeps_4bit_inputs=True, four_bit_head=True,
-    double_quantised=False, foreach=True,
+    double_quantised=False, foreach=True, unpacks_by_fp16=True, holds_graph=True,
 )  # fmt: skip
 TORCHTUNE = Habits(
     "torchtune", logits=TORCHTUNE_LOGITS, chunked_logits=TORCHTUNE_CHUNKED, adapter_bytes=None, cast_inputs=False,

@@ -101,6 +101,17 @@ def test_no_key_is_needed_but_id_task_and_model() -> None:
     assert dropped > 1000
 
 
+def test_a_round_length_is_a_limit_that_many_rows_reach() -> None:
+    """litgpt with 4 bits holds the inputs of the micro-batch before, if that was as long; the range covers both."""
+    source = "https://github.com/Lightning-AI/litgpt/blob/x/y.md"
+    packed = {"source": source, "method": "qlora", "weights_dtype": "nf4", "lora": {"r": 8, "targets": ["q_proj"]}}
+    packed |= {"chunked_loss": True, "mean_tokens_per_sample": None}
+    limit, longest = predict(case(**packed, seq_len=512)), predict(case(**packed, seq_len=513))
+    assert limit is not None and longest is not None
+    assert limit.moment == "next forward" and longest.moment == "loss"
+    assert limit.allocated.low < longest.allocated.expected < limit.allocated.expected < longest.allocated.high
+
+
 def test_a_generating_case_without_lengths_has_no_memory() -> None:
     line = as_json(estimate.estimate(parse_case(json.dumps({"id": "b", "task": "generate", "model": LLAMA}))))
     assert line["peak_gib"] == {"allocated": None, "reserved": None, "process": None}

@@ -27,6 +27,7 @@ from orchestrator.memory_training import (
     dequantised_head_bytes,
     embedding_gradient_bytes,
     gradient_bytes,
+    held_bytes,
     layer_bytes,
     loaded_bytes,
     logit_bytes,
@@ -136,8 +137,22 @@ def test_packed_integers_are_unpacked_by_operations_that_autograd_sees() -> None
 
 
 def test_a_packed_head_is_unpacked_for_its_backward_product() -> None:
-    assert dequantised_head_bytes(lora(LITGPT, weights="nf4", shape=UNTIED)) == 80 * 2
+    """litgpt's comes back in fp16 and is cast: two copies of 80 values."""
+    assert dequantised_head_bytes(lora(LITGPT, weights="nf4", shape=UNTIED)) == 80 * 2 * 2
     assert dequantised_head_bytes(lora(FSDP_QLORA, weights="nf4", shape=UNTIED)) == 0
+
+
+def test_inputs_of_packed_products_outlive_their_step_where_the_loop_holds_its_loss() -> None:
+    """10 tokens, 2 layers: inputs of q, k and v (8), of o (8), of gate and up (8) and of down (16), in 2 bytes. When
+    the next forward pass ends, logits of the last are there (4), the new ones (2) and those in fp32 (4)."""
+    job = lora(LITGPT, weights="nf4", shape=UNTIED, chunked_loss=True)
+    assert held_bytes(job) == 10 * 2 * 2 * (8 + 8 + 8 + 16)
+    assert held_bytes(replace(job, shape=replace(UNTIED, architecture="phi", gated=False))) == 10 * 2 * 2 * (8 + 8 + 16)
+    held = training_step(job).moments["next forward"]
+    assert held["inputs of the step before"] == pytest.approx(1600 / GIB)
+    assert held["logits"] == pytest.approx(10 * 10 * (4 + 2 + 4) / GIB)
+    for other in (replace(job, repeated=False), lora(LITGPT), lora(FSDP_QLORA, weights="nf4")):
+        assert held_bytes(other) == 0 and "next forward" not in training_step(other).moments
 
 
 def test_autocast_keeps_a_copy_of_each_fp32_weight_that_is_used() -> None:
