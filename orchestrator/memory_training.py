@@ -70,7 +70,7 @@ class Habits:
     `repeats_keys`: keys and values are copied to the number of query heads before attention.
     `fused_qkv`: one product, whose result stays whole because the values are a view of it.
     `pads_updates`: LoRA's update is copied into a wider tensor, and its source kept (index_copy).
-    `keeps_4bit_inputs`: a 4 bit product keeps its input (bitsandbytes before 0.44: ctx.tensors = (A, B)), not as a
+    `keeps_4bit_inputs`: a 4 bit product keeps its input (bitsandbytes up to 0.43: ctx.tensors = (A, B)), not as a
     saved tensor, which the backward pass would free, but as long as its graph lives.
     `foreach`: AdamW's foreach form makes a copy of the second moments in a step; the fused form does not.
     """
