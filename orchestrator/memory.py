@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator.catalog import ModelShape
-from orchestrator.memory_generation import Generation, transformers_generation, vllm_need
+from orchestrator.memory_generation import (
+    VLLM_GRAPHS_GIB,
+    VLLM_SHARE,
+    Generation,
+    transformers_generation,
+    vllm_need,
+)
 from orchestrator.memory_training import GIB, OURS, Habits, Logits, Step, Training, training_step
 from orchestrator.plan import Range
 
@@ -148,7 +154,7 @@ def generation_memory(
         soft_labels=soft_labels,
     )  # fmt: skip
     if engine:
-        return step_memory(vllm_need(replace(job, prefill_tokens=2048)), UNREAD_SPREAD, gpu=gpu)
+        return engine_memory(vllm_need(job))
     return step_memory(transformers_generation(job), UNREAD_SPREAD, gpu=gpu)
 
 
@@ -200,6 +206,24 @@ def step_memory(
     if abs(rest) > 1e-9:
         parts["held by the allocator"] = rest
     return Memory(total, parts, allocated, reserved, process, step.peak)
+
+
+def engine_memory(step: Step) -> Memory:
+    """Of an engine that takes a share of the card: what must lie in it, CUDA's context with it, and the rest of the
+    card, in which its CUDA graphs lie."""
+    allocated = allocated_range(step, UNREAD_SPREAD)
+    context = CUDA_CONTEXT_GIB
+
+    def card(inside: float) -> float:
+        return max(inside / VLLM_SHARE, inside + VLLM_GRAPHS_GIB)
+
+    total = Range(
+        card(allocated.low + context.low), card(allocated.expected + context.expected),
+        card(allocated.high + context.high),
+    )  # fmt: skip
+    parts = {**step.parts, "cuda context": context.expected}
+    parts["beside its share"] = total.expected - sum(parts.values())
+    return Memory(total, parts, allocated, allocated, total, step.peak)
 
 
 def allocated_range(step: Step, spread: tuple[float, float], more_gib: float = 0.0) -> Range:

@@ -16,6 +16,7 @@ from orchestrator.memory import (
     READ_SPREAD,
     UNREAD_SPREAD,
     Memory,
+    engine_memory,
     own_habits,
     step_memory,
 )
@@ -193,7 +194,7 @@ def _generation(case: Case, card_gib: float | None) -> list[Memory]:
     if (case.engine or "vllm") == "transformers":
         return [step_memory(transformers_generation(job), READ_SPREAD, gpu=True, card_gib=card_gib)]
     least = vllm_need(replace(job, sequences=1)).allocated_gib
-    return [_served(step_memory(vllm_need(job), UNREAD_SPREAD, gpu=True), least, card_gib)]
+    return [_served(engine_memory(vllm_need(job)), least, card_gib)]
 
 
 def _served(need: Memory, least_gib: float, card_gib: float | None) -> Memory:

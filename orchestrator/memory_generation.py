@@ -10,9 +10,9 @@ from orchestrator.memory_training import FOUR_BIT, GIB, WEIGHT_BYTES, Step
 # vLLM takes this share of the card for itself, whatever the model needs: weights, the work space that its profile run
 # measured, and blocks of cache in all that is left (EngineArgs.gpu_memory_utilization; 0.92 since 0.19 or so).
 VLLM_SHARE = 0.9
-VLLM_BATCHED_TOKENS = 8192  # of its profile run, a prefill (max_num_batched_tokens of `vllm serve`; 2,048 before 0.8)
+VLLM_BATCHED_TOKENS = 8192  # of its profile run, a prefill (max_num_batched_tokens, which is 16,384 on an H100)
 VLLM_SEQUENCES = 256  # max_num_seqs: the profile run samples for so many
-VLLM_GRAPHS_GIB = 0.6  # CUDA graphs of its batch sizes, beside the share
+VLLM_GRAPHS_GIB = 0.6  # CUDA graphs of its batch sizes, beside the share: assumed
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,21 @@ def layer_work_bytes(shape: ModelShape, size: float = 2.0) -> float:
 
 
 def vllm_need(job: Generation) -> Step:
-    """What vLLM needs to keep that many sequences in flight: weights, its profile run, and their cache.
+    """What must lie in vLLM's share of the card, beside the context, for that many sequences in flight: weights, their
+    cache, and what its profile run takes.
 
-    The profile run is a prefill of `prefill_tokens`, and sampling for 256 sequences: logits in fp32 and a sorted
-    copy of them; log-probabilities add a log-softmax.
+    That is a prefill of `prefill_tokens`, and sampling for 256 sequences: logits in fp32 and a sorted copy of them;
+    log-probabilities add a log-softmax.
     """
     shape = job.shape
     weights = weight_bytes(shape, job.weights) / job.tensor_parallel
     read = job.prefill_tokens or VLLM_BATCHED_TOKENS
-    logits = VLLM_SEQUENCES * shape.vocab * 4.0
     tokens = job.sequences * (job.prompt_len + job.answer_len)
     parts = {
         "weights": weights,
         "cache": tokens * shape.kv_bytes(job.cache_bytes) / job.tensor_parallel,
         "work": read * layer_work_bytes(shape) / job.tensor_parallel,
-        "logits": logits * (3 if job.soft_labels else 2),
-        "graphs": VLLM_GRAPHS_GIB * GIB,
-    }  # fmt: skip
-    return Step({"serving": {name: size / GIB for name, size in parts.items() if size}}, 0.0, weights / GIB)
+        "logits": VLLM_SEQUENCES * shape.vocab * 4.0 * (3 if job.soft_labels else 2),
+    }
+    scaled = {name: size / GIB for name, size in parts.items() if size}
+    return Step({"serving": scaled}, 0.0, (weights + parts["cache"]) / GIB)

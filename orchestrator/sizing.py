@@ -48,6 +48,7 @@ API_VOCABULARY = 200_000  # ids of a label, as large as they get: the tokenizer 
 API_TOKENS_S = Range(20.0, 50.0, 150.0)  # of one answer; assumed: what public APIs of large models are seen to do
 ARMS = 3  # of a comparison: soft labels, hard labels, hard labels with twice the steps
 KL_TOKENS = 20_000  # of prompts and answers at most (tasks/evaluate.py: KL_TOKENS)
+ENGINE_LEAST = 2  # longest answers that an engine must have room for at once: it takes what more there is
 ARMS_STEPS = 4  # their optimizer steps together, in those of one
 
 
@@ -310,7 +311,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
     answers, kept = stage.samples * stage.samples_per_prompt, world.kept(stage)
     need = memory.generation_memory(
         shape,
-        sequences=min(settings.batch_size, answers, 4) if engine else min(settings.batch_size, answers),
+        sequences=min(settings.batch_size, answers, ENGINE_LEAST) if engine else min(settings.batch_size, answers),
         seq_len=lengths.longest_prompt + lengths.limit,
         half=speed.gpu,
         gpu=speed.gpu,
@@ -461,11 +462,12 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
         [
             memory.generation_memory(
                 shape,
-                sequences=min(settings.batch_size, rows, 4) if engine else min(settings.batch_size, rows),
+                sequences=min(settings.batch_size, rows, ENGINE_LEAST) if engine else min(settings.batch_size, rows),
                 seq_len=lengths.longest_prompt + lengths.limit,
                 half=speed.gpu,
                 gpu=speed.gpu,
                 prompt_len=lengths.longest_prompt,
+                engine=engine,
             )
             for shape, _ in shapes
         ]

@@ -158,11 +158,17 @@ def test_a_long_prompt_is_read_with_a_layers_widest_tensors() -> None:
     assert memory.parts_gib["cache"] == pytest.approx(8000 * 28_672 / GIB)
 
 
-def test_an_engine_needs_its_profile_run_and_graphs_beside_the_cache() -> None:
-    """Logits of 256 sequences in fp32, twice (sorted); with soft labels a log-softmax of them, too."""
-    need = generation_memory(SMALL, sequences=4, seq_len=1000, half=True, gpu=True, engine=True).parts_gib
-    assert need["logits"] == pytest.approx(256 * 151_936 * 4 * 2 / GIB)
-    assert need["graphs"] == VLLM_GRAPHS_GIB and need["weights"] == pytest.approx(2 * SMALL.params / GIB)
+def test_an_engine_needs_its_profile_run_and_the_rest_of_a_card_of_which_it_takes_a_share() -> None:
+    """Logits of 256 sequences in fp32, twice (sorted); with soft labels a log-softmax of them, too. A prefill of 8,192
+    tokens. Everything and the context in 0.9 of the card."""
+    parts = generation_memory(SMALL, sequences=4, seq_len=1000, half=True, gpu=True, engine=True).parts_gib
+    assert parts["logits"] == pytest.approx(256 * 151_936 * 4 * 2 / GIB)
+    assert parts["work"] == pytest.approx(8192 * 2 * (4 * 1536 + 3 * 8960) / GIB)
+    inside = sum(parts[name] for name in ("weights", "cache", "work", "logits")) + CUDA_CONTEXT_GIB.expected
+    assert parts["beside its share"] == pytest.approx(VLLM_GRAPHS_GIB) and inside / 9 < VLLM_GRAPHS_GIB
+    large = generation_memory(LARGE, sequences=4, seq_len=1000, half=True, gpu=True, engine=True).parts_gib
+    inside = sum(large[name] for name in ("weights", "cache", "work", "logits")) + CUDA_CONTEXT_GIB.expected
+    assert large["beside its share"] == pytest.approx(inside / 9)
     labels = generation_memory(SMALL, sequences=4, seq_len=1000, half=True, gpu=True, engine=True, soft_labels=True)
     assert labels.parts_gib["logits"] == pytest.approx(256 * 151_936 * 4 * 3 / GIB)
 
