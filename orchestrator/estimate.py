@@ -212,9 +212,11 @@ def scores(rows: list[Row]) -> list[Score]:
         ("basis", lambda row: row.basis),
     ]
     found = [(name, [row for row in rows if wanted(row)]) for name, wanted in groups]
-    for kind, of in kinds:
-        for value in sorted({name for row in memory if (name := of(row))}):
-            found.append((f"memory, {kind} {value}", [row for row in memory if of(row) == value]))
+    speed = [row for row in rows if row.what == "tokens_per_s"]
+    for what, of_this, by in (("memory", memory, kinds), ("tokens/s", speed, kinds[:3])):
+        for kind, of in by:
+            for value in sorted({name for row in of_this if (name := of(row))}):
+                found.append((f"{what}, {kind} {value}", [row for row in of_this if of(row) == value]))
     return [score(name, chosen) for name, chosen in found if chosen]
 
 

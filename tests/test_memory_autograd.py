@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.catalog import ModelShape
-from orchestrator.memory_training import TRANSFORMERS, Training, layer_bytes
+from orchestrator.catalog import MODELS, ModelShape
+from orchestrator.memory_training import TRANSFORMERS, Training, layer_bytes, training_step
 
+ROOT = Path(__file__).parent.parent
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
@@ -72,3 +77,23 @@ def test_a_layer_keeps_what_is_counted(kind: str, lora: bool, weights: str, auto
         q, kv = HIDDEN, HIDDEN // HEADS * KV
         layer += 2 * (2 * HIDDEN * q + 2 * HIDDEN * kv + 3 * HIDDEN * INNER)
     assert three - two == pytest.approx(layer, rel=0.03)
+
+
+@pytest.mark.parametrize(("full", "checkpointing"), [(False, True), (True, False)])
+def test_a_step_takes_what_a_trace_of_transformers_own_code_comes_to(full: bool, checkpointing: bool) -> None:
+    """Allocated, and reserved by a simulated allocator, on tensors without data; a CPU repeats keys for attention."""
+    spec = importlib.util.spec_from_file_location("trace_memory", ROOT / "scripts" / "trace_memory.py")
+    assert spec is not None and spec.loader is not None
+    trace = importlib.util.module_from_spec(spec)
+    sys.modules["trace_memory"] = trace
+    spec.loader.exec_module(trace)
+    allocated, reserved = trace.step(full=full, batch=2, length=1024, checkpointing=checkpointing, layers=4)
+    shape = replace(MODELS["Qwen/Qwen2.5-1.5B"], layers=4)
+    job = Training(
+        shape, 2, 1024, method="full" if full else "lora", rank=0 if full else 8,
+        targets=() if full else ("q_proj", "k_proj", "v_proj"), autocast=not full, checkpointing=checkpointing,
+        habits=replace(TRANSFORMERS, repeats_keys=True),
+    )  # fmt: skip
+    step = training_step(job)
+    assert step.allocated_gib == pytest.approx(allocated, rel=0.02)
+    assert step.allocated_gib + step.cached_gib == pytest.approx(reserved, rel=0.06)
