@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from orchestrator.drill import Report
     from orchestrator.ledger import Ledger
     from orchestrator.plan import Plan
+    from orchestrator.planner import Planner
     from orchestrator.provision import Provisioner
     from orchestrator.reap import Reaped
     from orchestrator.reap_watch import Wish
@@ -92,16 +93,28 @@ def money_options(function: F) -> F:
 @kdcloud.command()
 @click.argument("recipe")
 @money_options
+@click.option("--frontier", is_flag=True, help="Also what less time would cost: plans that none beats in both.")
+@click.option("--explain", metavar="STAGE", multiple=True, help="Also why each other card lost there. Repeatable.")
+@click.option(
+    "--what-if", metavar="CHANGE", multiple=True, help="Also the plan with gpu=RTX3090, spot=yes and so on. Repeatable."
+)
 @json_option
-def plan(recipe: str, budget: str | None, deadline: str | None, infra: str | None, as_json: bool) -> None:
+def plan(
+    recipe: str, budget: str | None, deadline: str | None, infra: str | None, frontier: bool, explain: tuple[str, ...],
+    what_if: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
     """What every stage needs and costs: memory, hours, machine, price; the total against the cap.
 
     \b
     kdcloud plan quickstart
-    kdcloud plan recipe.yaml --budget 30CNY
+    kdcloud plan recipe.yaml --budget 30CNY --deadline 8h
+    kdcloud plan recipe.yaml --frontier --explain train
+    kdcloud plan recipe.yaml --what-if "gpu=RTX3090 spot=yes"
     """
-    made, _, _ = _plan(recipe, budget, deadline, infra)
-    if as_json:
+    planner, made = _planned(recipe, budget, deadline, infra)[:2]
+    if frontier or explain or what_if:
+        _other_looks(planner, made, frontier, explain, what_if, as_json)
+    elif as_json:
         from orchestrator.plan import plan_to_json
 
         _print_json(plan_to_json(made))
@@ -610,10 +623,47 @@ def _report(ledger: Ledger, name: str, as_json: bool) -> None:
         render_report(document, made, _console())
 
 
+def _other_looks(
+    planner: Planner, made: Plan, frontier: bool, explain: tuple[str, ...], what_if: tuple[str, ...], as_json: bool
+) -> None:
+    """The plan with cost against time, what each card would be, and other plans beside it."""
+    from orchestrator import plan_views as views
+    from orchestrator.plan import plan_to_json, render_plan
+
+    front = planner.frontier() if frontier else []
+    looked = {name: planner.explain(name) for name in explain}
+    compared = [views.compared(planner, views.parse_what_if(text)) for text in what_if]
+    if as_json:
+        document = plan_to_json(made)
+        if frontier:
+            document["frontier"] = views.frontier_to_json(front, made)
+        if explain:
+            document["explain"] = {name: views.explain_to_json(cards) for name, cards in looked.items()}
+        if what_if:
+            document["what_if"] = views.what_if_to_json(compared)
+        _print_json(document)
+        return
+    console = _console()
+    render_plan(made, console)
+    if frontier:
+        views.render_frontier(front, made, console)
+    for name, cards in looked.items():
+        views.render_explained(name, cards, made, console)
+    if what_if:
+        views.render_what_if(compared, made, console)
+
+
 def _plan(
     recipe: str, budget: str | None, deadline: str | None, infra: str | None, *, live: bool = False
 ) -> tuple[Plan, Provisioner | None, Recipe]:
-    """(plan, the provider whose offers it rests on or None, the recipe). Raises UsageError, NothingFits.
+    """(plan, the provider whose offers it rests on or None, the recipe). Raises UsageError, NothingFits."""
+    return _planned(recipe, budget, deadline, infra, live=live)[1:]
+
+
+def _planned(
+    recipe: str, budget: str | None, deadline: str | None, infra: str | None, *, live: bool = False
+) -> tuple[Planner, Plan, Provisioner | None, Recipe]:
+    """(planner, plan, the provider whose offers it rests on or None, the recipe). Raises UsageError, NothingFits.
 
     `live`: machines are about to be rented, so their own provider is asked what it offers, not the dated table.
     """
@@ -621,7 +671,7 @@ def _plan(
 
     from orchestrator import money, price_cache
     from orchestrator.offers import offers_source
-    from orchestrator.planner import make_plan
+    from orchestrator.planner import Planner
     from orchestrator.recipe import load_recipe, on_infra
     from orchestrator.session import named_provider, provider_for
 
@@ -636,7 +686,7 @@ def _plan(
     if provider is None and ((live and rented) or any(name.startswith("slurm") for name in rented)):  # slurm: live only
         price = money.price_micros(loaded.local.price, config.rate) if loaded.local is not None else 0
         provider = provider_for(wanted, home, local_price_micros=price, allow_account_key=loaded.allow_account_key)
-    made = make_plan(
+    planner = Planner(
         loaded,
         config=config,
         offers_for=offers_source(loaded, provider, config, price_cache.load(home.offers_cache)),
@@ -644,7 +694,7 @@ def _plan(
         cap_micros=money.cap_micros(_amount(budget), config.rate) if budget else None,
         deadline_s=_duration(deadline) if deadline else None,
     )
-    return made, provider, loaded
+    return planner, planner.plan(), provider, loaded
 
 
 def _artifacts(ledger: Ledger, name: str, stage: str | None, dest: str | None, as_json: bool) -> None:

@@ -157,9 +157,9 @@ def _stall() -> list[tuple[Any, str, Any]]:
 
 
 def _prices() -> list[tuple[Any, str, Any]]:
-    from orchestrator import offers, planner
+    from orchestrator import market, offers, planner
 
-    return [(offers, "known_price", lambda offer: True), (planner, "known_price", lambda offer: True)]
+    return [(module, "known_price", lambda offer: True) for module in (offers, market, planner)]
 
 
 GUARDS: dict[str, Guard] = {

@@ -206,8 +206,8 @@ def _stage_to_json(stage: StagePlan) -> dict[str, Any]:
         "vram_breakdown_gib": dict(stage.vram_breakdown_gib),
         "hours": asdict(stage.hours),
         "startup_hours": asdict(stage.startup_hours),
-        "offer": _offer_to_json(stage.offer),
-        "candidates": [_offer_to_json(offer) for offer in stage.candidates],
+        "offer": offer_to_json(stage.offer),
+        "candidates": [offer_to_json(offer) for offer in stage.candidates],
         "cost_micros": asdict(stage.cost_micros),
         "reserve_micros": stage.reserve_micros,
         "settings": asdict(stage.settings),
@@ -218,7 +218,7 @@ def _stage_to_json(stage: StagePlan) -> dict[str, Any]:
     }
 
 
-def _offer_to_json(offer: Offer) -> dict[str, Any]:
+def offer_to_json(offer: Offer) -> dict[str, Any]:
     return {
         "infra": offer.infra,
         "region": offer.region,
@@ -334,7 +334,7 @@ def _table(plan: Plan, width: int) -> RenderableType:
     for stage in plan.stages:
         memory = [] if slim else [_gib(stage.vram_gib.expected)]
         costs = [shown(value, plan.rate, plan.currency) for value in _costs(stage.cost_micros, slim).values()]
-        machine = Text(_machine_name(stage.offer, short=narrow))
+        machine = Text(machine_name(stage.offer, short=narrow))
         time = human_seconds(stage.hours.expected * 3600)
         table.add_row(stage.name, *memory, time, machine, _price(stage.offer, plan), *costs)
     for item in plan.overhead:
@@ -353,7 +353,7 @@ def _price(offer: Offer, plan: Plan) -> str:
     return "not found" if price is None else "free" if price == 0 else shown(price, plan.rate, plan.currency)
 
 
-def _machine_name(offer: Offer, *, short: bool) -> str:
+def machine_name(offer: Offer, *, short: bool) -> str:
     if offer.infra == "local":
         name = "your own machine" if offer.price_micros_per_hour == 0 else "this machine"
         return name if short or not offer.instance else f"{name}, {offer.instance}"
@@ -400,6 +400,8 @@ def _said_settings(stage: StagePlan) -> list[str]:
         value = getattr(stage.settings, name)
         if name == "checkpointing":
             said.append("gradient checkpointing" if value else "no gradient checkpointing")
+        elif name == "compile":
+            said += ["compiled layers"] if value else []
         elif name == "checkpoint_every_s":
             said.append(f"checkpoint every {human_seconds(value)}")
         elif name in _WORDS:

@@ -1,15 +1,18 @@
 """Which machine, how long and how dear, for every stage of a recipe? Pure: values in, a plan out.
 
-Every offer is measured with the first choice of settings that fits it; the cheapest is taken, and the others that hold
-the same settings stay in order for failover.
+Offers are sorted into lots once (market). A stage has an option for each lot, with the settings that are fastest among
+those that fit; of the options one a stage is taken, so that all together cost least within the deadline (fronts). The
+others that hold the same settings stay in order for failover.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,18 +20,20 @@ from orchestrator import access, duration, money, setup_time, spend, teachers
 from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
-from orchestrator.gpus import gpu_named
+from orchestrator.fronts import Point, cheapest_in_time, front_of, whole_front
 from orchestrator.handover import environments
+from orchestrator.market import MACHINES_AN_INFRA, PLACES_A_MACHINE, Lot, lots_of
 from orchestrator.offers import known_price
 from orchestrator.plan import Micros, Overhead, Plan, Range, Rejected, StagePlan, digest_of
 from orchestrator.provision import Need, Offer
 from orchestrator.recipe import EvaluateStage, LabelStage, Recipe, Stage, TrainStage
 from orchestrator.setup_time import runs_vllm
-from orchestrator.sizing import Machine, Measured, choices, left_open, measure
-from orchestrator.workload import LONGEST_PROMPT_TOKENS, World
-from tasks.contract import Settings
+from orchestrator.sizing import Machine, Measured, choices, fetched_gb, left_open, measure
+from orchestrator.workload import LONGEST_PROMPT_TOKENS, ROWS_UNKNOWN, World
+from tasks.contract import Settings, TrainSettings
 
 OffersFor = Callable[[Need], list[Offer]]
+LotsFor = Callable[[Need], list[Lot]]
 Calibration = Mapping[str, float]  # actual / predicted time, by `<kind>:<gpu or cpu>`
 
 STORAGE_USD_MICROS_PER_GB = 23_000  # S3 standard, us-east-1, one month
@@ -39,44 +44,199 @@ LOCAL_STARTUP_S = Range(0.1, 0.5, 2.0)
 NOTHING_S = Range(0.0, 0.0, 0.0)
 OLD_PRICE_DAYS = 180
 LEAST_SHARE = 0.25  # of the samples: fewer is another experiment, not advice
+MOST_ADVICE = 3  # changes that are told beside a larger budget
 
 
 @dataclass(frozen=True)
-class _Option:
-    machine: Machine
+class _Way:
+    """A stage with given settings on a given card: what it takes, whoever rents it out."""
+
     settings: Settings
     measured: Measured
     hours: Range
     startup: Range
-    cost: Micros
-    reserve: int
+
+    @property
+    def needs_gib(self) -> float:
+        return self.measured.memory.total_gib.high
 
 
-def make_plan(
-    recipe: Recipe,
-    *,
-    config: Config,
-    offers_for: OffersFor,
-    now: datetime,
-    cap_micros: int | None = None,
-    deadline_s: float | None = None,
-    calibration: Calibration | None = None,
-) -> Plan:
-    """The cheapest plan for the recipe, whether it fits under the cap or not (`Plan.fits`).
+@dataclass(frozen=True)
+class _Option:
+    """A stage on the cheapest offer of a lot, in the fastest way that fits there. `needed_micros`: what it costs with
+    its reserve for latencies and its traffic out of the bucket."""
 
-    Raises NothingFits when a stage fits no machine at any price, with the smallest change that would help.
-    """
-    cap = money.cap_micros(recipe.budget, config.rate) if cap_micros is None else cap_micros
-    if cap < 0:
-        raise UsageError("the budget must be above 0", hint="give --budget or `budget:` an amount such as 50 CNY")
-    deadline = recipe.deadline if deadline_s is None else deadline_s
-    plan = _assemble(recipe, config, offers_for, now, cap, deadline, calibration or {})
-    if plan.fits:
-        return plan
-    advice = _what_would_fit(
-        recipe, plan, lambda other: _assemble(other, config, offers_for, now, cap, deadline, calibration or {})
-    )
-    return replace(plan, notes=(advice, *plan.notes))
+    lot: Lot
+    offer: Offer
+    way: _Way
+    needed_micros: int
+
+    @property
+    def cost(self) -> Micros:
+        hours = self.way.hours
+        costs = (spend.cost_micros(self.offer, at * 3600) for at in (hours.low, hours.expected, hours.high))
+        return Micros(*costs)
+
+    @property
+    def reserve(self) -> int:
+        return spend.latency_reserve_micros(self.offer)
+
+
+@dataclass(frozen=True)
+class _Considered:
+    """A stage's options, cheapest first, and the lots that have none."""
+
+    options: list[_Option]
+    refused: list[tuple[Lot, str]]
+
+    @property
+    def front(self) -> list[Point]:
+        return front_of(Point(one.needed_micros, one.way.hours.expected, one) for one in self.options)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What all stages are planned under."""
+
+    config: Config
+    lots_for: LotsFor
+    now: datetime
+    cap: int
+    deadline_s: float | None
+    calibration: Calibration
+
+
+@dataclass(frozen=True)
+class FrontPlan:
+    """A plan that no other beats in both cost and time. `machines`: the offer of each stage, in order."""
+
+    hours: float
+    needed_micros: int
+    machines: tuple[Offer, ...]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A card as one stage sees it, at its best offer: why it is not the one. None: it does not fit, or has no price."""
+
+    gpu: str
+    spot: bool
+    why: str
+    offer: Offer | None = None
+    vram_gib: Range | None = None
+    hours: Range | None = None
+    cost_micros: Micros | None = None
+    needed_micros: int | None = None
+    settings: Settings | None = None
+    taken: bool = False
+
+
+class Planner:
+    """A recipe and a market, which may be asked more than one thing: offers are sorted and stages measured once."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        config: Config,
+        offers_for: OffersFor,
+        now: datetime,
+        cap_micros: int | None = None,
+        deadline_s: float | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        cap = money.cap_micros(recipe.budget, config.rate) if cap_micros is None else cap_micros
+        if cap < 0:
+            raise UsageError("the budget must be above 0", hint="give --budget or `budget:` an amount such as 50 CNY")
+        deadline = recipe.deadline if deadline_s is None else deadline_s
+        self.recipe, self.offers_for = recipe, offers_for
+        self._scene = _Scene(config, _sorted_once(offers_for), now, cap, deadline, calibration or {})
+
+    def plan(self) -> Plan:
+        """The cheapest plan in time, whether it fits under the cap or not (`Plan.fits`). Where no machines are fast
+        enough, that of the fastest (`Plan.in_time`).
+
+        Raises NothingFits when a stage fits no machine at any price, with the smallest change that would help.
+        """
+        plan = _assemble(self.recipe, self._scene, self._found, self._taken)
+        if plan.fits and plan.in_time:
+            return plan
+        advice = _what_would_fit(self.recipe, plan, self._scene, self._found)
+        return replace(plan, notes=(*advice, *plan.notes))
+
+    def of(self, recipe: Recipe, offers_for: OffersFor) -> Planner:
+        """The same for another recipe or market."""
+        scene = self._scene
+        return Planner(
+            recipe, config=scene.config, offers_for=offers_for, now=scene.now, cap_micros=scene.cap,
+            deadline_s=scene.deadline_s, calibration=scene.calibration,
+        )  # fmt: skip
+
+    def frontier(self) -> list[FrontPlan]:
+        """Plans from the cheapest to the fastest, whatever deadline and cap are."""
+        plan = _assemble(self.recipe, self._scene, self._found, self._taken)
+        beside = plan.needed_micros - sum(one.needed_micros for one in self._taken)
+        return [
+            FrontPlan(
+                sum((point.hours for point in points), 0.0),
+                sum(point.micros for point in points) + beside,
+                tuple(point.what.offer for point in points),
+            )
+            for points in whole_front([one.front for one in self._found])
+        ]
+
+    def explain(self, name: str) -> list[Looked]:
+        """Each card for the stage of that name, at its best offer: the one taken, then by cost, then what does not fit.
+        Raises UsageError."""
+        names = [stage.name for stage in self.recipe.stages]
+        if name not in names:
+            raise UsageError(f"there is no stage {name!r}", hint=f"the recipe has {', '.join(names)}")
+        index = names.index(name)
+        found, taken = self._found[index], self._taken[index]
+        best: dict[tuple[str, bool], _Option] = {(_card(taken.lot), taken.offer.spot): taken}
+        for option in found.options:
+            best.setdefault((_card(option.lot), option.offer.spot), option)
+        looked = [_looked(option, self._lost(index, option)) for option in best.values()]
+        seen = {one.gpu for one in looked}
+        for gpu, why in dict.fromkeys((_card(lot), why) for lot, why in found.refused):
+            if gpu not in seen:
+                looked.append(Looked(gpu, False, why))
+        stage = self.recipe.stages[index]
+        for gpu in _need(stage, self.recipe).gpus:
+            if gpu not in {one.gpu for one in looked}:
+                looked.append(Looked(gpu, False, "not on offer where this stage may run"))
+        return looked
+
+    def _lost(self, index: int, option: _Option) -> str:
+        """Why an option was not taken: what the whole plan would cost with it, or that it would be late."""
+        taken, rate, currency = self._taken[index], self._scene.config.rate, self._scene.config.currency
+        if option is taken:
+            return ""
+        fronts = [one.front for one in self._found]
+        fronts[index] = [_point(option)]
+        others = cheapest_in_time(fronts, _hours(self._scene.deadline_s))
+        if others is None:
+            return "too slow for the deadline" if option.way.hours.expected > taken.way.hours.expected else "too late"
+        more = sum(one.micros for one in others) - sum(one.needed_micros for one in self._taken)
+        dearer = f"{money.shown(more, rate, currency)} dearer" if more else "costs the same"
+        changed = option.way.hours.expected - taken.way.hours.expected
+        if option.needed_micros < taken.needed_micros:
+            return f"{dearer} together, since another stage would have to be faster"
+        pace = "slower" if changed >= 0 else "faster"
+        return f"{dearer}, {money.human_seconds(abs(changed) * 3600)} {pace}"
+
+    @cached_property
+    def _found(self) -> list[_Considered]:
+        return _look(World(self.recipe, self._scene.config.rate), self._scene)
+
+    @cached_property
+    def _taken(self) -> list[_Option]:
+        return _take(self._found, self._scene.deadline_s)
+
+
+def make_plan(recipe: Recipe, **given: Any) -> Plan:
+    """The plan of a recipe: see Planner, which takes the same."""
+    return Planner(recipe, **given).plan()
 
 
 def later_floor_micros(plan: Plan, index: int, apis: Mapping[str, spend.ApiLine] | None = None) -> int:
@@ -109,23 +269,30 @@ def api_micros(stage: StagePlan) -> int | None:
     return None if api is None else int(api.max_cost_micros)
 
 
-def _assemble(
-    recipe: Recipe,
-    config: Config,
-    offers_for: OffersFor,
-    now: datetime,
-    cap: int,
-    deadline: float | None,
-    calibration: Calibration,
-) -> Plan:
+def _sorted_once(offers_for: OffersFor) -> LotsFor:
+    known: dict[Need, list[Lot]] = {}
+
+    def lots_for(need: Need) -> list[Lot]:
+        if need not in known:
+            known[need] = lots_of(offers_for(need))
+        return known[need]
+
+    return lots_for
+
+
+def _again(recipe: Recipe, scene: _Scene) -> Plan:
+    """The plan of a changed recipe, without advice. Raises NothingFits."""
+    found = _look(World(recipe, scene.config.rate), scene)
+    return _assemble(recipe, scene, found, _take(found, scene.deadline_s))
+
+
+def _assemble(recipe: Recipe, scene: _Scene, found: list[_Considered], taken: list[_Option]) -> Plan:
+    config, bucket = scene.config, recipe.bucket_url or scene.config.bucket
     world = World(recipe, config.rate)
-    ranked = [_rank(stage, world, offers_for, calibration, cap) for stage in recipe.stages]
-    picked = _in_time([options for options, _ in ranked], deadline)
     stages = tuple(
-        _stage_plan(stage, world, options, rejected, calibration)
-        for stage, options, (_, rejected) in zip(recipe.stages, picked, ranked, strict=True)
+        _stage_plan(stage, world, best, considered, scene)
+        for stage, best, considered in zip(recipe.stages, taken, found, strict=True)
     )
-    bucket = recipe.bucket_url or config.bucket
     overhead = (*_apis(stages), *_storage(stages, world, bucket))
     plan = Plan(
         name=recipe.name,
@@ -133,11 +300,11 @@ def _assemble(
         digest="",
         currency=config.currency,
         rate=config.rate,
-        made_at=now,
+        made_at=scene.now,
         stages=stages,
         overhead=overhead,
-        cap_micros=cap,
-        deadline_s=deadline,
+        cap_micros=scene.cap,
+        deadline_s=scene.deadline_s,
         idle_s=recipe.idle,
         bucket=bucket,
         on_shortfall=recipe.on_shortfall,
@@ -147,40 +314,74 @@ def _assemble(
     beside = {"path", "text", "models", "folders", "files", "bucket_url", "labels"}
     meaning = recipe.model_dump(mode="json", exclude=beside)
     hashes = sorted([file.sha256 for file in recipe.files.values()] + [one.sha256 for one in recipe.labels.values()])
-    digest = digest_of([meaning, hashes], stages, cap, deadline, config.rate)
-    return replace(plan, digest=digest, notes=(*_plan_notes(plan, now), *access.notes(plan, recipe.allow_account_key)))
+    digest = digest_of([meaning, hashes], stages, scene.cap, scene.deadline_s, config.rate)
+    notes = (*_plan_notes(plan, scene.now), *access.notes(plan, recipe.allow_account_key))
+    return replace(plan, digest=digest, notes=notes)
 
 
 # --- choosing a machine
 
 
-def _rank(
-    stage: Stage, world: World, offers_for: OffersFor, calibration: Calibration, cap: int
-) -> tuple[list[_Option], list[Rejected]]:
-    """Options, cheapest first, and what was refused. Raises NothingFits."""
-    options, rejected = _consider(stage, world, offers_for(_need(stage, world.recipe)), calibration)
-    if not options:
-        raise _nothing_fits(stage, world, offers_for, rejected, calibration, cap)
-    return sorted(options, key=_order), rejected
+def _look(world: World, scene: _Scene) -> list[_Considered]:
+    """What each stage may run on. Raises NothingFits."""
+    found = []
+    for stage in world.recipe.stages:
+        considered = _consider(stage, world, scene.lots_for(_need(stage, world.recipe)), scene)
+        if not considered.options:
+            raise _nothing_fits(stage, world, considered, scene)
+        found.append(considered)
+    return found
 
 
-def _consider(
-    stage: Stage, world: World, offers: list[Offer], calibration: Calibration
-) -> tuple[list[_Option], list[Rejected]]:
-    options, rejected = [], []
-    for offer in offers:
-        found = _machine(offer, stage, world)
-        result = _option(stage, world, found, calibration) if isinstance(found, Machine) else found
-        if isinstance(result, _Option):
-            options.append(result)
-        else:
-            rejected.append(Rejected(offer.gpu or "no GPU", result, f"{offer.infra} {offer.instance}"))
-    return options, rejected
+def _take(found: list[_Considered], deadline_s: float | None) -> list[_Option]:
+    """An option of each stage: together the cheapest in time; the fastest where none is in time."""
+    fronts = [one.front for one in found]
+    points = cheapest_in_time(fronts, _hours(deadline_s))
+    return [point.what for point in points or [front[-1] for front in fronts]]
+
+
+def _consider(stage: Stage, world: World, lots: Iterable[Lot], scene: _Scene) -> _Considered:
+    bucket = world.recipe.bucket_url or scene.config.bucket
+    egress = _egress_micros(stage, world, bucket)
+    options, refused = [], []
+    of_card: dict[tuple[str, bool], list[_Way] | str] = {}
+    of_infra: dict[tuple[str, str, int], _Way | str] = {}
+    for lot in lots:
+        machine = _machine(lot, stage, world)
+        if isinstance(machine, str):
+            refused.append((lot, machine))
+            continue
+        card, infra = _card(lot), lot.first.infra
+        if (card, infra == "local") not in of_card:
+            of_card[card, infra == "local"] = _ways(stage, world, machine, scene.calibration)
+        way = _first_that_fits(of_card[card, infra == "local"], lot.first.vram_gib)
+        if isinstance(way, _Way):  # what differs from infra to infra is the start, the same for all settings
+            key = (card, infra, id(way.settings))
+            if key not in of_infra:
+                of_infra[key] = _measured_option(stage, way.settings, world, machine, scene.calibration)
+            way = of_infra[key]
+        if isinstance(way, str):
+            refused.append((lot, way))
+            continue
+        needed = lot.needed_micros(way.hours.expected * 3600)
+        least = min(range(len(needed)), key=needed.__getitem__)
+        more = egress if _pays_for_traffic(lot.first.infra) else 0
+        options.append(_Option(lot, lot.offers[least], way, needed[least] + more))
+    return _Considered(sorted(options, key=_order), refused)
 
 
 def _order(option: _Option) -> tuple[Any, ...]:
-    offer = option.machine.offer
-    return (option.cost.expected + option.reserve, option.hours.expected, offer.infra, offer.instance, offer.spot)
+    offer = option.offer
+    place = (offer.infra, offer.instance, offer.region or "", offer.spot)
+    return (option.needed_micros, option.way.hours.expected, *place)
+
+
+def _point(option: _Option) -> Point:
+    return Point(option.needed_micros, option.way.hours.expected, option)
+
+
+def _hours(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds / 3600
 
 
 def _need(stage: Stage, recipe: Recipe) -> Need:
@@ -193,8 +394,9 @@ def _need(stage: Stage, recipe: Recipe) -> Need:
     )
 
 
-def _machine(offer: Offer, stage: Stage, world: World) -> Machine | str:
-    """The offer with its speed, or why it cannot be used."""
+def _machine(lot: Lot, stage: Stage, world: World) -> Machine | str:
+    """An offer of the lot with the speed they share, or why none can be used."""
+    offer = lot.first
     if not known_price(offer):
         return "its price is not known"
     if offer.gpus > 1:
@@ -202,36 +404,51 @@ def _machine(offer: Offer, stage: Stage, world: World) -> Machine | str:
     if offer.gpu is None:
         local = world.recipe.local
         return Machine(offer, duration.cpu_speed(local.gflops if local else None), None)
-    gpu = gpu_named(offer.gpu, offer.instance)
-    if gpu is None:
+    if lot.gpu is None:
         if stage.kind == "rehearse":
             return Machine(offer, duration.Speed(True, 1e12, 1e9), None)
         return "the speed of this card is not known"
-    return Machine(offer, duration.gpu_speed(gpu), gpu)
+    return Machine(offer, duration.gpu_speed(lot.gpu), lot.gpu)
 
 
-def _option(stage: Stage, world: World, machine: Machine, calibration: Calibration) -> _Option | str:
-    """The first choice of settings that fits the machine, or why none does."""
+def _card(lot: Lot) -> str:
+    return lot.gpu.name if lot.gpu is not None else lot.first.gpu or "no GPU"
+
+
+def _ways(stage: Stage, world: World, machine: Machine, calibration: Calibration) -> list[_Way] | str:
+    """The stage's ways on a card, the fastest first, without those that another beats in both time and memory; or why
+    there is none."""
+    found: list[_Way] = []
     why = "no settings fit"
     for settings in choices(stage, world, machine):
         result = _measured_option(stage, settings, world, machine, calibration)
-        if isinstance(result, _Option):
-            return result
-        why = result
-    return why
+        if isinstance(result, _Way):
+            found.append(result)
+        else:
+            why = result
+    ways: list[_Way] = []
+    for way in sorted(found, key=lambda way: (way.hours.expected, way.needs_gib)):
+        if not ways or way.needs_gib < ways[-1].needs_gib:
+            ways.append(way)
+    return ways or why
+
+
+def _first_that_fits(ways: list[_Way] | str, vram_gib: float) -> _Way | str:
+    if isinstance(ways, str):
+        return ways
+    fitting = (way for way in ways if way.needs_gib <= vram_gib)
+    return next(fitting, None) or f"needs {ways[-1].needs_gib:.1f} GiB, has {vram_gib:.1f}"
 
 
 def _measured_option(
     stage: Stage, settings: Settings, world: World, machine: Machine, calibration: Calibration
-) -> _Option | str:
+) -> _Way | str:
+    """The stage with these settings on the machine, whether its memory holds them or not; or why it cannot be."""
     if getattr(settings, "precision", "") == "bf16" and machine.gpu is not None and not machine.gpu.bf16:
         return "it does not compute in bf16"
     if getattr(settings, "engine", "") == "vllm" and machine.offer.infra != "local" and not runs_vllm(machine.gpu):
         return "vLLM does not run on it"
     measured = measure(stage, settings, world, machine)
-    needed, there = measured.memory.total_gib.high, machine.offer.vram_gib
-    if needed > there:
-        return f"needs {needed:.1f} GiB, has {there:.1f}"
     setup = _setup_s(stage, settings, machine)
     startup = _startup_s(machine.offer.infra) + (setup or NOTHING_S)
     if setup is not None:
@@ -239,9 +456,7 @@ def _measured_option(
     factor = calibration.get(f"{stage.kind}:{machine.offer.gpu or 'cpu'}")
     startup_hours = duration.hours(startup)
     hours = startup_hours + duration.hours(measured.seconds, factor)
-    cost = Micros(*(spend.cost_micros(machine.offer, at * 3600) for at in (hours.low, hours.expected, hours.high)))
-    reserve = spend.latency_reserve_micros(machine.offer)
-    return _Option(machine, settings, measured, hours, startup_hours, cost, reserve)
+    return _Way(settings, measured, hours, startup_hours)
 
 
 def _startup_s(infra: str) -> Range:
@@ -256,64 +471,93 @@ def _setup_s(stage: Stage, settings: Settings, machine: Machine) -> Range | None
     return setup_time.setup_s(setup_time.environment_of(stage.kind, settings, machine.gpu))
 
 
-def _in_time(ranked: list[list[_Option]], deadline_s: float | None) -> list[list[_Option]]:
-    """The same options, a faster one first where the deadline needs it: the one that costs least for an hour saved."""
-    picked = [list(options) for options in ranked]
-    while deadline_s is not None and sum(options[0].hours.expected for options in picked) * 3600 > deadline_s:
-        best: tuple[float, int, int] | None = None
-        for index, options in enumerate(picked):
-            for position, option in enumerate(options):
-                saved = options[0].hours.expected - option.hours.expected
-                if saved > 1e-9:
-                    price = (option.cost.expected - options[0].cost.expected) / saved
-                    best = min(best or (price, index, position), (price, index, position))
-        if best is None:
-            break
-        _, index, position = best
-        picked[index].insert(0, picked[index].pop(position))
-    return picked
-
-
-def _stage_plan(
-    stage: Stage, world: World, options: list[_Option], rejected: list[Rejected], calibration: Calibration
-) -> StagePlan:
-    """The stage on its first option; others stay as candidates where its settings fit them too."""
-    best = options[0]
-    others: list[_Option] = []
-    refused = list(rejected)
-    for option in options[1:]:
-        result = _measured_option(stage, best.settings, world, option.machine, calibration)
-        if isinstance(result, _Option):
-            others.append(result)
-        else:
-            offer = option.machine.offer
-            refused.append(
-                Rejected(
-                    offer.gpu or "no GPU", f"with the settings chosen it {result}", f"{offer.infra} {offer.instance}"
-                )
-            )
-    uses = dict(best.measured.uses)
+def _stage_plan(stage: Stage, world: World, best: _Option, considered: _Considered, scene: _Scene) -> StagePlan:
+    """The stage on its best option; others stay as candidates where its settings fit them too."""
+    others, refused = _fallbacks(stage, world, best, considered, scene)
+    uses = dict(best.way.measured.uses)
     if uses.get("kept_samples"):
         cost = best.cost.expected + uses.get("api_expected_micros", 0)
         uses["cost_micros_per_kept_sample"] = round(cost / uses["kept_samples"])
     return StagePlan(
         name=stage.name,
         kind=stage.kind,
-        settings=best.settings,
+        settings=best.way.settings,
         after=world.after(stage),
-        vram_gib=best.measured.memory.total_gib,
-        vram_breakdown_gib=dict(best.measured.memory.parts_gib),
-        hours=best.hours,
-        startup_hours=best.startup,
-        candidates=(best.machine.offer, *(other.machine.offer for other in others)),
-        candidate_hours=(best.hours, *(other.hours for other in others)),
+        vram_gib=best.way.measured.memory.total_gib,
+        vram_breakdown_gib=dict(best.way.measured.memory.parts_gib),
+        hours=best.way.hours,
+        startup_hours=best.way.startup,
+        candidates=(best.offer, *(offer for offer, _ in others)),
+        candidate_hours=(best.way.hours, *(way.hours for _, way in others)),
         cost_micros=best.cost,
         reserve_micros=best.reserve,
-        rejected=tuple(refused),
+        rejected=tuple(_rejected([*considered.refused, *refused])),
         notes=tuple(_stage_notes(stage, world)),
         uses=uses,
         chosen=left_open(stage),
     )
+
+
+def _fallbacks(
+    stage: Stage, world: World, best: _Option, considered: _Considered, scene: _Scene
+) -> tuple[list[tuple[Offer, _Way]], list[tuple[Lot, str]]]:
+    """Offers to try where the best cannot be had, with its settings, cheapest first, a few of each machine and infra;
+    and the lots that these settings do not fit."""
+    egress = _egress_micros(stage, world, world.recipe.bucket_url or scene.config.bucket)
+    known: dict[tuple[str, str], _Way | str] = {}
+    rows: list[tuple[Any, ...]] = []
+    refused: list[tuple[Lot, str]] = []
+    for option in considered.options:
+        lot = option.lot
+        key = (_card(lot), lot.first.infra)
+        if key not in known:
+            machine = _machine(lot, stage, world)
+            assert isinstance(machine, Machine)
+            known[key] = _measured_option(stage, best.way.settings, world, machine, scene.calibration)
+        way = known[key]
+        fits = way if isinstance(way, str) else _first_that_fits([way], lot.first.vram_gib)
+        if isinstance(fits, str):
+            refused.append((lot, f"with the settings chosen it {fits}"))
+            continue
+        hours, more = fits.hours.expected, egress if _pays_for_traffic(lot.first.infra) else 0
+        for micros, offer in zip(lot.needed_micros(hours * 3600), lot.offers, strict=True):
+            place = (offer.infra, offer.instance, offer.region or "", offer.spot)
+            rows.append((micros + more, hours, *place, len(rows), offer, fits))
+    others: list[tuple[Offer, _Way]] = []
+    of_infra, of_machine = Counter([best.offer.infra]), Counter([_machine_of(best.offer)])
+    for row in sorted(rows):
+        offer, way = row[-2:]
+        if offer is best.offer or of_infra[offer.infra] > MACHINES_AN_INFRA:
+            continue
+        if of_machine[_machine_of(offer)] >= PLACES_A_MACHINE:
+            continue
+        of_infra[offer.infra] += 1
+        of_machine[_machine_of(offer)] += 1
+        others.append((offer, way))
+    return others, refused
+
+
+def _machine_of(offer: Offer) -> tuple[str, str, bool]:
+    return offer.infra, offer.instance, offer.spot
+
+
+def _rejected(refused: Iterable[tuple[Lot, str]]) -> Iterator[Rejected]:
+    """Each card and reason once, with the first place it was seen."""
+    seen = set()
+    for lot, why in refused:
+        gpu = lot.first.gpu or "no GPU"
+        if (gpu, why) not in seen:
+            seen.add((gpu, why))
+            yield Rejected(gpu, why, f"{lot.first.infra} {lot.first.instance}")
+
+
+def _looked(option: _Option, why: str) -> Looked:
+    way = option.way
+    return Looked(
+        gpu=_card(option.lot), spot=option.offer.spot, why=why, offer=option.offer,
+        vram_gib=way.measured.memory.total_gib, hours=way.hours, cost_micros=option.cost,
+        needed_micros=option.needed_micros, settings=way.settings, taken=not why,
+    )  # fmt: skip
 
 
 # --- beside the machines
@@ -335,7 +579,8 @@ def _apis(stages: tuple[StagePlan, ...]) -> Iterator[Overhead]:
 
 
 def _storage(stages: tuple[StagePlan, ...], world: World, bucket: str) -> Iterator[Overhead]:
-    """A month of what the run leaves in a bucket that is billed, and traffic out of it at worst."""
+    """A month of what the run leaves in a bucket that is billed, and traffic out of it: to the stages' own machines,
+    and at worst all of it three times."""
     if not bucket.startswith("s3:"):
         return
     labels = sum(stage.uses.get("label_gib", 0.0) for stage in stages)
@@ -343,10 +588,31 @@ def _storage(stages: tuple[StagePlan, ...], world: World, bucket: str) -> Iterat
     trained = [world.student_shape(stage) for stage in world.recipe.stages if isinstance(stage, TrainStage)]
     gigabytes = labels * 1.074 + sum(shape.params * 2 / 1e9 for shape in trained)
     month = math.ceil(gigabytes * STORAGE_USD_MICROS_PER_GB)
+    paying = [
+        one
+        for one, stage in zip(world.recipe.stages, stages, strict=True)
+        if _pays_for_traffic(stage.offer.infra)
+    ]
+    traffic = sum(_egress_micros(one, world, bucket) for one in paying)
+    fetched = sum(fetched_gb(one, world) for one in paying)
+    most = max(traffic, math.ceil(3 * gigabytes * EGRESS_USD_MICROS_PER_GB))
     yield Overhead(
-        f"{gigabytes:.1f} GB in the bucket for a month; high: fetched from it three times",
-        Micros(0, month, month + math.ceil(3 * gigabytes * EGRESS_USD_MICROS_PER_GB)),
+        f"{gigabytes:.1f} GB in the bucket for a month, {fetched:.1f} GB of traffic out of its cloud; high: all of it "
+        "fetched three times",
+        Micros(0, month + traffic, month + most),
     )
+
+
+def _egress_micros(stage: Stage, world: World, bucket: str) -> int:
+    """What it costs to read from the bucket what the stage needs, from outside the bucket's cloud."""
+    if not bucket.startswith("s3:"):
+        return 0
+    return math.ceil(fetched_gb(stage, world) * EGRESS_USD_MICROS_PER_GB)
+
+
+def _pays_for_traffic(infra: str) -> bool:
+    """Within AWS it is free, or nearly: the bucket's region is not known here."""
+    return infra.partition("/")[0] != "aws"
 
 
 def _stage_notes(stage: Stage, world: World) -> Iterator[str]:
@@ -399,17 +665,59 @@ def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
 # --- what would help
 
 
-def _what_would_fit(recipe: Recipe, plan: Plan, again: Callable[[Recipe], Plan]) -> str:
-    """The smallest budget, and the largest number of samples, that would fit."""
-    enough = money.budget_for(plan.needed_micros, plan.rate, plan.currency)
-    advice = f"give it --budget {enough}"
-    share = _largest_share(lambda share: again(_fewer_samples(recipe, share)).fits)
-    if share is None or share < LEAST_SHARE:
-        return advice
-    fewer = [
-        (stage.name, stage.samples) for stage in _fewer_samples(recipe, share).stages if isinstance(stage, LabelStage)
-    ]
-    return f"{advice}, or " + " and ".join(f"set samples: {samples} in stage {name}" for name, samples in fewer)
+def _what_would_fit(recipe: Recipe, plan: Plan, scene: _Scene, found: list[_Considered]) -> Iterator[str]:
+    """The smallest changes that would fit, each alone: budget and deadline, what costs no learning, then what does."""
+    first = []
+    if not plan.in_time:
+        first.append(f"--deadline {_deadline_for(plan.hours.expected)}")
+    if not plan.fits:
+        first.append(f"--budget {money.budget_for(plan.needed_micros, plan.rate, plan.currency)}")
+    narrow = replace(scene, lots_for=_near(recipe, scene, found))
+
+    def fits(other: Recipe, where: _Scene = narrow) -> bool:
+        try:
+            made = _again(other, where)
+        except NothingFits:
+            return False
+        return made.fits and made.in_time
+
+    changes = []
+    if plan.in_time and plan.deadline_s is not None and not plan.fits:
+        patient = _again(recipe, replace(narrow, deadline_s=None))
+        if patient.fits:
+            changes.append(f"--deadline {_deadline_for(patient.hours.expected)}")
+    if not recipe.spot and fits(recipe.model_copy(update={"spot": True}), scene):
+        changes.append("`spot: true`")
+    share = _largest_share(lambda share: fits(_evaluated(recipe, share)))
+    if share is not None and share >= LEAST_SHARE:
+        changes.append(" and ".join(_said_limits(recipe, _evaluated(recipe, share))))
+    share = _largest_share(lambda share: fits(_fewer_samples(recipe, share)))
+    if share is not None and share >= LEAST_SHARE:
+        changes.append(" and ".join(_said_samples(_fewer_samples(recipe, share))))
+    lora = _changed(recipe, lambda stage: isinstance(stage, TrainStage) and stage.method == "full", {"method": "lora"})
+    if lora != recipe and fits(lora):
+        changes.append("`method: lora`")
+    yield f"give it {' and '.join(first)}" + "".join(f", or {change}" for change in changes[:MOST_ADVICE] if change)
+
+
+def _near(recipe: Recipe, scene: _Scene, found: list[_Considered]) -> LotsFor:
+    """Of each stage's lots only those that are worth a look: what fits on them, fits."""
+    near: dict[Need, list[Lot]] = {}
+    for stage, considered in zip(recipe.stages, found, strict=True):
+        lots = near.setdefault(_need(stage, recipe), [])
+        lots += [point.what.lot for point in considered.front if point.what.lot not in lots]
+    return lambda need: near[need]
+
+
+def _deadline_for(hours: float) -> str:
+    """As --deadline takes it: minutes, rounded up."""
+    whole, minutes = divmod(math.ceil(hours * 60), 60)
+    return f"{whole}h" * bool(whole) + f"{minutes}min" * bool(minutes or not whole)
+
+
+def _changed(recipe: Recipe, which: Callable[[Stage], bool], update: dict[str, Any]) -> Recipe:
+    stages = tuple(stage.model_copy(update=update) if which(stage) else stage for stage in recipe.stages)
+    return recipe.model_copy(update={"stages": stages})
 
 
 def _fewer_samples(recipe: Recipe, share: float) -> Recipe:
@@ -422,59 +730,82 @@ def _fewer_samples(recipe: Recipe, share: float) -> Recipe:
     return recipe.model_copy(update={"stages": stages})
 
 
+def _said_samples(recipe: Recipe) -> list[str]:
+    labels = [stage for stage in recipe.stages if isinstance(stage, LabelStage)]
+    return [f"set samples: {stage.samples} in stage {stage.name}" for stage in labels]
+
+
+def _evaluated(recipe: Recipe, share: float) -> Recipe:
+    """Evaluated on a share of the problems."""
+    stages = tuple(
+        stage.model_copy(update={"limit": max(1, int(_problems(stage, recipe) * share))})
+        if isinstance(stage, EvaluateStage)
+        else stage
+        for stage in recipe.stages
+    )
+    return recipe.model_copy(update={"stages": stages})
+
+
+def _problems(stage: EvaluateStage, recipe: Recipe) -> int:
+    file = recipe.files.get(stage.held_out or recipe.data.held_out or "")
+    rows = ROWS_UNKNOWN if file is None else file.rows
+    return min(rows, stage.limit or rows)
+
+
+def _said_limits(before: Recipe, after: Recipe) -> list[str]:
+    stages = [stage for stage in after.stages if isinstance(stage, EvaluateStage)]
+    return [f"set limit: {stage.limit} in stage {stage.name}" for stage in stages]
+
+
 def _largest_share(fits: Callable[[float], bool]) -> float | None:
-    """Largest share, in twentieths, for which it fits; None when not even the smallest does."""
-    low, high = 0, 20
-    if not fits(1 / 20):
+    """Largest share, in hundredths below 1, for which it fits; None when a twentieth does not."""
+    low, high = 5, 100
+    if not fits(low / 100):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle / 20) else (low, middle)
-    return max(low, 1) / 20
+        low, high = (middle, high) if fits(middle / 100) else (low, middle)
+    return low / 100
 
 
-def _nothing_fits(
-    stage: Stage, world: World, offers_for: OffersFor, rejected: list[Rejected], calibration: Calibration, cap: int
-) -> NothingFits:
+def _nothing_fits(stage: Stage, world: World, considered: _Considered, scene: _Scene) -> NothingFits:
     need = _need(stage, world.recipe)
     known = isinstance(stage, LabelStage) and stage.api is None and stage.teacher in world.recipe.models
     if isinstance(stage, LabelStage) and known and teachers.needs_several_cards(world.shape(stage.teacher)):
         return NothingFits(
             f"stage {stage.name}: no single card holds {stage.teacher}",
-            hint="\n  -> ".join(_other_teachers(stage, world, offers_for, calibration, cap)),
+            hint="\n  -> ".join(_other_teachers(stage, world, scene)),
         )
-    head = f"stage {stage.name}: no machine fits"
-    if not rejected:
+    hint = _widen(stage, world, scene)
+    if not considered.refused:
         where = f" on {', '.join(need.infra)}" if need.infra else ""
         which = f" with {', '.join(need.gpus)}" if need.gpus else ""
-        return NothingFits(
-            f"stage {stage.name}: no machine is on offer{where}{which}",
-            hint=_widen(stage, world, offers_for, calibration),
-        )
-    reasons = dict.fromkeys(f"{one.gpu}: {one.why}" for one in rejected)
-    return NothingFits(f"{head} ({'; '.join(reasons)})", hint=_widen(stage, world, offers_for, calibration))
+        return NothingFits(f"stage {stage.name}: no machine is on offer{where}{which}", hint=hint)
+    reasons = "; ".join(dict.fromkeys(f"{_card(lot)}: {why}" for lot, why in considered.refused))
+    return NothingFits(f"stage {stage.name}: no machine fits ({reasons})", hint=hint)
 
 
-def _widen(stage: Stage, world: World, offers_for: OffersFor, calibration: Calibration) -> str:
-    """The smallest change that makes something fit: other cards, LoRA, shorter rows, a smaller teacher, other infra."""
+def _widen(stage: Stage, world: World, scene: _Scene) -> str:
+    """The smallest change that makes something fit: first what changes nothing that is learned, then other cards, then
+    what is learned, last other infra."""
     need = _need(stage, world.recipe)
 
     def fits(wider: Need, changed: Stage, other: World = world) -> _Option | None:
-        options, _ = _consider(changed, other, offers_for(wider), calibration)
-        return min(options, key=_order, default=None)
+        return next(iter(_consider(changed, other, scene.lots_for(wider), scene).options), None)
 
+    for said, update in _same_result(stage):
+        found = fits(need, stage.model_copy(update=update))
+        if found is not None:
+            return f"{said or _said_batch(found)} would fit"
     if need.gpus:
         found = fits(replace(need, gpus=()), stage)
         if found is not None:
-            card = found.machine.offer.gpu
+            card = found.offer.gpu
             return f"allow gpus: [{', '.join((*need.gpus, card))}]" if card else "leave out gpus: this machine has none"
-    if (
-        isinstance(stage, TrainStage)
-        and stage.method == "full"
-        and fits(need, stage.model_copy(update={"method": "lora"}))
-    ):
-        return "method: lora would fit"
     if isinstance(stage, TrainStage):
+        for said, update in _other_training(stage):
+            if fits(need, stage.model_copy(update=update)):
+                return f"{said} would fit"
         lengths = world.taught(stage).lengths
         length = stage.max_seq_len or lengths.limit + max(lengths.longest_prompt, LONGEST_PROMPT_TOKENS)
         while length > 512:
@@ -487,28 +818,58 @@ def _widen(stage: Stage, world: World, offers_for: OffersFor, calibration: Calib
             return f"teacher: {smaller} would fit"
     found = fits(replace(need, gpus=(), infra=()), stage) if need.infra else None
     if found is not None:
-        offer = found.machine.offer
-        return f"allow infra: [{', '.join((*need.infra, offer.infra))}], where a {offer.gpu} fits"
+        return f"allow infra: [{', '.join((*need.infra, found.offer.infra))}], where a {found.offer.gpu} fits"
     return "choose a smaller model or other machines"
 
 
-def _other_teachers(
-    stage: LabelStage, world: World, offers_for: OffersFor, calibration: Calibration, cap: int
-) -> list[str]:
+def _same_result(stage: Stage) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Settings that the recipe holds fast though nothing that is learned depends on them, set free one after another.
+    No word: the size that was then chosen is the word."""
+    if isinstance(stage, (LabelStage, EvaluateStage)) and stage.batch_size is not None:
+        yield "", {"batch_size": None}
+    if isinstance(stage, TrainStage):
+        if stage.micro_batch is not None:
+            yield "", {"micro_batch": None}
+        if stage.checkpointing is False:
+            yield "checkpointing: true", {"checkpointing": True}
+        if stage.micro_batch is not None and stage.checkpointing is False:
+            yield "micro_batch: 1 with checkpointing: true", {"micro_batch": 1, "checkpointing": True}
+
+
+def _said_batch(found: _Option) -> str:
+    settings = found.way.settings
+    if isinstance(settings, TrainSettings):
+        return f"micro_batch: {settings.micro_batch}"
+    return f"batch_size: {getattr(settings, 'batch_size', 1)}"
+
+
+def _other_training(stage: TrainStage) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes of what is learned, or how, the least first."""
+    if stage.precision == "fp32":
+        yield "precision: bf16", {"precision": "bf16"}
+    if stage.method == "full" and stage.optimizer == "adamw":
+        yield "optimizer: adamw_8bit", {"optimizer": "adamw_8bit"}
+    if stage.method == "full":
+        yield "method: lora", {"method": "lora"}
+    if stage.method != "qlora":
+        yield "method: qlora", {"method": "qlora"}
+
+
+def _other_teachers(stage: LabelStage, world: World, scene: _Scene) -> list[str]:
     """What the teacher really takes, and those that fit the cap, one a line."""
-    offers = offers_for(_need(stage, world.recipe))
+    lots = scene.lots_for(_need(stage, world.recipe))
 
     def best(shape: ModelShape) -> teachers.Found | None:
         changed = stage.model_copy(update={"teacher": shape.name})
-        options, _ = _consider(changed, _with_teacher(world, changed, shape), offers, calibration)
-        found = min(options, key=_order, default=None)
+        found = next(iter(_consider(changed, _with_teacher(world, changed, shape), lots, scene).options), None)
         if found is None:
             return None
-        memory = found.measured.memory.total_gib.expected
-        return teachers.Found(found.machine.offer, memory, found.hours, found.cost, found.reserve)
+        memory = found.way.measured.memory.total_gib.expected
+        return teachers.Found(found.offer, memory, found.way.hours, found.cost, found.reserve)
 
-    choices = teachers.side_by_side(stage, world, offers, best, cap)
-    return teachers.lines(choices, world.rate, "CNY" if world.recipe.budget.currency == "CNY" else "USD")
+    offers = [offer for lot in lots for offer in lot.offers]
+    beside = teachers.side_by_side(stage, world, offers, best, scene.cap)
+    return teachers.lines(beside, world.rate, "CNY" if world.recipe.budget.currency == "CNY" else "USD")
 
 
 def _with_teacher(world: World, changed: LabelStage, shape: ModelShape) -> World:

@@ -285,7 +285,9 @@ class TrainStage(_Working):
     checkpoint_every: Duration | None = None
     checkpoint_every_steps: Count | None = None
     optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: a quarter of its memory")
-    compile: Flag = Field(False, description="torch.compile of the layers on CUDA: faster after half a minute")
+    compile: Flag | None = Field(
+        None, description="torch.compile of the layers on CUDA; default: where training takes long enough to gain by it"
+    )
     early_stop_patience: Count | None = Field(
         None, description="hold out a tenth of the prompts; end so many evaluations after their best loss, and keep it"
     )

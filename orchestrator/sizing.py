@@ -46,6 +46,8 @@ from tasks.contract import (
 API_TOP_K = 20  # most candidates a token that such APIs tell
 API_VOCABULARY = 200_000  # ids of a label, as large as they get: the tokenizer is looked at by the stage only
 API_TOKENS_S = Range(20.0, 50.0, 150.0)  # of one answer; assumed: what public APIs of large models are seen to do
+COMPILE_S = Range(50.0, 65.0, 120.0)  # once: 50 to 80 with an H200 (benchmarks/README.md); slower hosts assumed
+COMPILE_FROM_S = 300.0  # trainings that take less are not compiled: what it saves there is less than it may cost
 ARMS = 3  # of a comparison: soft labels, hard labels, hard labels with twice the steps
 KL_TOKENS = 20_000  # of prompts and answers at most (tasks/evaluate.py: KL_TOKENS)
 ENGINE_LEAST = 2  # longest answers that an engine must have room for at once: it takes what more there is
@@ -74,7 +76,7 @@ class Machine:
 
 
 def choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
-    """Settings to try on a machine, the fastest first."""
+    """Settings to try on a machine: each must be measured, since which is the fastest depends on its card."""
     key = ("choices", id(stage), _card(machine))
     if key not in world.measured:
         world.measured[key] = (stage, tuple(_choices(stage, world, machine)))  # the stage stays, so that its id does
@@ -146,7 +148,7 @@ def _label_settings(stage: LabelStage, world: World, batch_size: int) -> LabelSe
         max_new_tokens=lengths.limit,
         temperature=stage.temperature,
         top_p=stage.top_p,
-        top_k=stage.soft_labels.top_k if stage.api is None else min(stage.soft_labels.top_k, API_TOP_K),
+        top_k=_top_k(stage),
         label_temperature=world.label_temperature(stage),
         logprob_bits=stage.soft_labels.logprob_bits,
         engine=stage.engine,
@@ -157,6 +159,10 @@ def _label_settings(stage: LabelStage, world: World, batch_size: int) -> LabelSe
         threads=stage.threads,
         api=world.api(stage),
     )
+
+
+def _top_k(stage: LabelStage) -> int:
+    return stage.soft_labels.top_k if stage.api is None else min(stage.soft_labels.top_k, API_TOP_K)
 
 
 def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterator[TrainSettings]:
@@ -184,7 +190,7 @@ def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterato
         checkpoint_every_s=stage.checkpoint_every or _checkpoint_s(machine),
         checkpoint_every_steps=stage.checkpoint_every_steps,
         optimizer=stage.optimizer,
-        compile=stage.compile,
+        compile=bool(stage.compile),
         early_stop_patience=stage.early_stop_patience,
         eval_every_steps=stage.eval_every_steps,
         seed=stage.seed,
@@ -195,9 +201,20 @@ def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterato
         search_steps=compare.search_steps if compared else None,
         threads=stage.threads,
     )
-    for checkpointing in (False, True) if stage.checkpointing is None else (stage.checkpointing,):
-        for micro in _divisors(stage.batch_size) if stage.micro_batch is None else (stage.micro_batch,):
-            yield replace(whole, checkpointing=checkpointing, micro_batch=micro)
+    micro_batches = _divisors(stage.batch_size) if stage.micro_batch is None else [stage.micro_batch]
+    recomputed = (False, True) if stage.checkpointing is None else (stage.checkpointing,)
+    first = replace(whole, checkpointing=recomputed[0], micro_batch=micro_batches[0])
+    for compiled in (False, True) if _may_compile(stage, first, world, machine) else (whole.compile,):
+        for checkpointing in recomputed:
+            for micro in micro_batches:
+                yield replace(whole, checkpointing=checkpointing, micro_batch=micro, compile=compiled)
+
+
+def _may_compile(stage: TrainStage, settings: TrainSettings, world: World, machine: Machine) -> bool:
+    """Whether it is for the planner to say, and long enough on a card that it was measured on the like of (bf16)."""
+    if stage.compile is not None or machine.gpu is None or not machine.gpu.bf16:
+        return False
+    return _training_s(stage, settings, world, machine).expected > COMPILE_FROM_S
 
 
 def _divisors(number: int) -> list[int]:
@@ -230,6 +247,7 @@ _OPEN = {
         "max_seq_len": "max_seq_len",
         "precision": "precision",
         "checkpointing": "checkpointing",
+        "compile": "compile",
         "checkpoint_every": "checkpoint_every_s",
     },
     "pretrain": {"checkpoint_every": "checkpoint_every_s"},
@@ -340,19 +358,45 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
             "cut_share": lengths.cut_share,
             "kept_share": world.kept_share(stage),
             "kept_samples": kept,
-            "label_gib": _label_gib(kept * lengths.answer, settings, shape.vocab),
+            "label_gib": label_gib(stage, world),
         },
     )
+
+
+def label_gib(stage: LabelStage, world: World) -> float:
+    """What the labels of the stage take in the bucket."""
+    vocab = world.shape(stage.teacher).vocab if stage.api is None else API_VOCABULARY
+    each = label_bytes(_top_k(stage), vocab, stage.soft_labels.logprob_bits)
+    return world.kept(stage) * world.label_lengths(stage).answer * each / 2**30
+
+
+def fetched_gb(stage: Stage, world: World) -> float:
+    """GB (1e9) that a machine of the stage reads from the bucket: labels and models that earlier stages left there."""
+    words: list[str | None] = []
+    match stage:
+        case LabelStage() if stage.api is None:
+            words = [stage.teacher]
+        case TrainStage():
+            words = [stage.student if isinstance(stage.student, str) else None]
+        case EvaluateStage():
+            words = [stage.student, stage.teacher]
+        case ExportStage():
+            words = [stage.student]
+    models = [word for word in words if word is not None and world.source(word).stage is not None]
+    return _labels_gb(stage, world) + sum(world.shape(word).params * 2 / 1e9 for word in models)
+
+
+def _labels_gb(stage: Stage, world: World) -> float:
+    if not isinstance(stage, TrainStage):
+        return 0.0
+    folder = world.recipe.labels.get(stage.labels)
+    return label_gib(world.label(stage.labels), world) * 2**30 / 1e9 if folder is None else folder.size / 1e9
 
 
 def _engine(wanted: str, machine: Machine) -> bool:
     """Whether vLLM writes the answers: on a rented machine wherever its card allows, it is installed there."""
     there = machine.speed.gpu and (machine.offer.infra == "local" or setup_time.runs_vllm(machine.gpu))
     return there and wanted != "transformers"
-
-
-def _label_gib(tokens: float, settings: LabelSettings, vocab: int) -> float:
-    return tokens * label_bytes(settings.top_k, vocab, settings.logprob_bits) / 2**30
 
 
 def _measure_api(stage: LabelStage, settings: LabelSettings, api: ApiTeacher, world: World) -> Measured:
@@ -373,7 +417,7 @@ def _measure_api(stage: LabelStage, settings: LabelSettings, api: ApiTeacher, wo
             "kept_share": world.kept_share(stage),
             "kept_samples": kept,
             "api_expected_micros": answers * api.cost_micros(round(lengths.prompt), round(lengths.answer)),
-            "label_gib": _label_gib(kept * lengths.answer, settings, API_VOCABULARY),
+            "label_gib": label_gib(stage, world),
         },
     )
 
@@ -383,6 +427,31 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
     shape, lengths, speed = world.student_shape(stage), taught.lengths, machine.speed
     full = settings.method == "full"
     trainable = shape.params if full else shape.lora_params(settings.lora.r, settings.lora.targets)
+    steps = _steps(stage, settings, world)
+    around = duration.stage_s(speed, downloads_gb=_download_gb(world.student(stage), shape))
+    return Measured(
+        _training_memory(stage, settings, world, gpu=speed.gpu),
+        around + _training_s(stage, settings, world, machine),
+        {
+            "params": shape.params,
+            "trainable": trainable,
+            "steps": steps,
+            "steps_in_all": _steps_in_all(settings, steps),
+            "row_tokens": min(lengths.prompt + lengths.answer, settings.max_seq_len),
+            "samples": taught.samples,
+            "accumulation": settings.batch_size // settings.micro_batch,
+        },
+    )
+
+
+def _training_memory(stage: TrainStage, settings: TrainSettings, world: World, *, gpu: bool) -> Memory:
+    """The same on every card."""
+    key = ("memory", id(stage), settings, gpu)
+    if key in world.measured:
+        known: Memory = world.measured[key][1]
+        return known
+    shape, full = world.student_shape(stage), settings.method == "full"
+    trainable = shape.params if full else shape.lora_params(settings.lora.r, settings.lora.targets)
     need = memory.training_memory(
         shape,
         trainable=trainable,
@@ -391,25 +460,34 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
         seq_len=settings.max_seq_len,
         half=settings.precision == "bf16",
         checkpointing=settings.checkpointing,
-        gpu=speed.gpu,
+        gpu=gpu,
         four_bit=settings.method == "qlora",
         eight_bit=settings.optimizer == "adamw_8bit",
-        compiled=settings.compile and speed.gpu,
+        compiled=settings.compile and gpu,
         accumulation=settings.batch_size // settings.micro_batch,
         lora=None if full else (settings.lora.r, settings.lora.targets),
     )
-    kept = taught.samples
-    steps = settings.steps or max(1, math.ceil(kept * (settings.epochs or 1.0) / settings.batch_size))
-    in_all = _steps_in_all(settings, steps)
-    mean_len = min(lengths.prompt + lengths.answer, settings.max_seq_len)
+    world.measured[key] = (stage, need)
+    return need
+
+
+def _steps(stage: TrainStage, settings: TrainSettings, world: World) -> int:
+    """Optimizer steps of one training."""
+    kept = world.taught(stage).samples
+    return settings.steps or max(1, math.ceil(kept * (settings.epochs or 1.0) / settings.batch_size))
+
+
+def _training_s(stage: TrainStage, settings: TrainSettings, world: World, machine: Machine) -> Range:
+    """Seconds of all steps, compiling included."""
+    lengths, speed = world.taught(stage).lengths, machine.speed
     work = duration.training_s(
         speed,
-        shape,
-        steps=in_all,
+        world.student_shape(stage),
+        steps=_steps_in_all(settings, _steps(stage, settings, world)),
         batch_size=settings.batch_size,
         micro_batch=settings.micro_batch,
-        mean_len=mean_len,
-        full=full,
+        mean_len=min(lengths.prompt + lengths.answer, settings.max_seq_len),
+        full=settings.method == "full",
         checkpointing=settings.checkpointing,
         lora_r=settings.lora.r,
         lora_targets=settings.lora.targets,
@@ -419,21 +497,8 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
         compiled=settings.compile,
     )
     if not speed.gpu:
-        work = work.times(duration.side_by_side(min(settings.arms_at_once, _runs(settings))))
-    source = world.student(stage)
-    return Measured(
-        need,
-        duration.stage_s(speed, downloads_gb=_download_gb(source, shape)) + work,
-        {
-            "params": shape.params,
-            "trainable": trainable,
-            "steps": steps,
-            "steps_in_all": in_all,
-            "row_tokens": mean_len,
-            "samples": kept,
-            "accumulation": settings.batch_size // settings.micro_batch,
-        },
-    )
+        return work.times(duration.side_by_side(min(settings.arms_at_once, _runs(settings))))
+    return work + COMPILE_S if settings.compile else work
 
 
 def _runs(settings: TrainSettings) -> int:

@@ -40,10 +40,13 @@ def cost_micros(offer: Offer, seconds: float) -> int:
 
     Raises ValueError for an unknown price: unknown is never free.
     """
-    price = _price(offer)
+    return math.ceil(Fraction(_price(offer) * billed_s(offer, seconds), 3600))
+
+
+def billed_s(offer: Offer, seconds: float) -> int:
+    """Seconds that are billed for `seconds`, whatever the price."""
     quantum = max(1, offer.quantum_s)
-    billed = max(offer.minimum_s, math.ceil(max(0.0, seconds) / quantum) * quantum)
-    return math.ceil(Fraction(price * billed, 3600))
+    return max(offer.minimum_s, math.ceil(max(0.0, seconds) / quantum) * quantum)
 
 
 def lifetime_s(offer: Offer, reserved_micros: int) -> float:

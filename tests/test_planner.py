@@ -93,13 +93,14 @@ def test_every_stage_gets_full_settings_and_what_it_waits_for() -> None:
 def test_what_the_recipe_says_is_never_changed() -> None:
     text = SMALL.replace(
         "batch_size: 64",
-        "batch_size: 64\n    micro_batch: 16\n    precision: fp32\n    checkpointing: true\n"
+        "batch_size: 64\n    micro_batch: 16\n    precision: fp32\n    checkpointing: true\n    compile: true\n"
         "    max_seq_len: 100\n    checkpoint_every: 7s",
     )
     train = plan(text).stages[2]
     assert isinstance(train.settings, TrainSettings)
     assert (train.settings.micro_batch, train.settings.precision, train.settings.checkpointing) == (16, "fp32", True)
     assert (train.settings.max_seq_len, train.settings.checkpoint_every_s, train.chosen) == (100, 7.0, ())
+    assert train.settings.compile
 
 
 def test_labels_are_stored_at_the_temperature_of_the_training_that_uses_them() -> None:
@@ -390,7 +391,7 @@ def test_a_stage_that_asks_an_api_needs_no_gpu_and_tells_soft_labels_at_t_1() ->
 
     cards = API.replace("infra: local\n", "infra: local\ngpus: [A10G]\n", 1)
     make_plan(recipe(cards), config=CONFIG, offers_for=noting, now=NOW)
-    assert [need.gpus for need in asked] == [(), ("A10G",), ("A10G",)]  # which cards learn is not its business
+    assert [need.gpus for need in asked] == [(), ("A10G",)]  # which cards learn is not its business
     slow = plan(API.replace("key_env:", "requests_per_minute: 1\n      key_env:"), ROOMY).stages[0]
     assert slow.hours.low >= 300 / 60  # a minute each
 

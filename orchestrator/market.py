@@ -1,0 +1,100 @@
+"""Which kinds of machine are on offer, and what is the cheapest of each? Pure.
+
+How long a stage takes depends on the kind alone: a market is sorted once, and every stage looks at a few hundred lots.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from orchestrator import spend
+from orchestrator.gpus import Gpu, gpu_named
+from orchestrator.offers import known_price
+from orchestrator.provision import Offer
+
+PLACES_A_MACHINE = 3  # regions of one machine that a stage may fall back on
+MACHINES_AN_INFRA = 8  # machines of one infra that a stage may fall back on
+
+_Priced = tuple[int, int, str, str, int, Offer]  # price, the highest it may become, machine, region, which, the offer
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Offers of one infra that differ in machine, region and price only, by price; dearer ones than a stage would ever
+    fall back on are left out. `count`: with those."""
+
+    offers: tuple[Offer, ...]
+    gpu: Gpu | None
+    count: int
+
+    @property
+    def first(self) -> Offer:
+        return self.offers[0]
+
+    def needed_micros(self, seconds: float) -> list[int]:
+        """What each offer costs for `seconds` with its reserve for latencies: spend.cost_micros and
+        spend.latency_reserve_micros, whose billed seconds all of a lot share."""
+        work = spend.billed_s(self.first, seconds)
+        held = spend.billed_s(self.first, self.first.latencies.total_s)
+        return [-(-price * work // 3600) - (-burn * held // 3600) for price, burn in self._prices]
+
+    @cached_property
+    def _prices(self) -> tuple[tuple[int, int], ...]:
+        prices = [one.price_micros_per_hour or 0 for one in self.offers]
+        burns = [max(price, one.ceiling_micros_per_hour or 0) for price, one in zip(prices, self.offers, strict=True)]
+        return tuple((price, burn if price else 0) for price, burn in zip(prices, burns, strict=True))
+
+
+def lots_of(offers: Iterable[Offer]) -> list[Lot]:
+    """The offers by kind. Those without a known price have lots of their own."""
+    cards: dict[tuple[str | None, str], Gpu | None] = {}
+    kinds: dict[tuple[Any, ...], tuple[Gpu | None, list[_Priced]]] = {}
+    for one in offers:
+        machine = (one.gpu, one.instance)
+        if machine not in cards:
+            cards[machine] = None if one.gpu is None else gpu_named(one.gpu, one.instance)
+        card = cards[machine]
+        kind = (
+            one.infra, one.gpu, card and card.name, one.gpus, one.vram_gib, one.spot, one.quantum_s, one.minimum_s,
+            one.latencies, known_price(one),
+        )  # fmt: skip
+        if kind not in kinds:
+            kinds[kind] = (card, [])
+        price = one.price_micros_per_hour or 0
+        burn = max(price, one.ceiling_micros_per_hour or 0)
+        kinds[kind][1].append((price, burn, one.instance, one.region or "", len(kinds[kind][1]), one))
+    lots = [Lot(_cheapest(found), card, len(found)) for card, found in kinds.values()]
+    return sorted(lots, key=_order)
+
+
+def _cheapest(offers: list[_Priced]) -> tuple[Offer, ...]:
+    """By price, without those that a stage can do without: as many others as it may fall back on cost no more, neither
+    now nor at the highest price they may be billed at."""
+    kept: list[Offer] = []
+    all_burns: list[int] = []
+    burns: dict[str, list[int]] = {}
+    for _, burn, instance, _, _, offer in sorted(offers):
+        own = burns.setdefault(instance, [])
+        if _beaten(burn, own, PLACES_A_MACHINE) or _beaten(burn, all_burns, MACHINES_AN_INFRA):
+            continue
+        kept.append(offer)
+        insort(own, burn)
+        insort(all_burns, burn)
+    return tuple(kept)
+
+
+def _beaten(burn: int, others: list[int], by: int) -> bool:
+    """Whether so many of the others, none of which has a higher price, burn no more."""
+    return len(others) >= by and others[by - 1] <= burn
+
+
+def _order(lot: Lot) -> tuple[Any, ...]:
+    one = lot.first
+    return (
+        one.gpu or "", one.infra, one.spot, one.gpus, one.vram_gib, one.price_micros_per_hour or 0, one.quantum_s,
+        one.minimum_s, one.latencies.total_s, one.instance, one.region or "",
+    )  # fmt: skip

@@ -1,0 +1,74 @@
+"""Choices of several stages together: exactly the cheapest in time, and all that are worth a look."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from orchestrator.fronts import Point, cheapest_in_time, front_of, whole_front
+
+points = st.builds(Point, st.integers(0, 12), st.sampled_from([0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 3.1]))
+stages = st.lists(st.lists(points, min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+def total(chosen: list[Point] | tuple[Point, ...]) -> tuple[int, float]:
+    return sum(one.micros for one in chosen), sum((one.hours for one in chosen), 0.0)
+
+
+@given(stages, st.floats(0.1, 10))
+@settings(max_examples=400)
+@example([[Point(0, 2.0), Point(5, 1.0), Point(6, 0.5)], [Point(0, 2.0), Point(4, 1.0)]], 2.5)
+def test_the_cheapest_in_time_is_that_of_all_assignments(options: list[list[Point]], limit: float) -> None:
+    """The example: steps that pay least for an hour end at 9 and more; 6 is right."""
+    in_time = [total(chosen) for chosen in itertools.product(*options) if total(chosen)[1] <= limit]
+    found = cheapest_in_time([front_of(one) for one in options], limit)
+    assert (None if found is None else total(found)) == min(in_time, default=None)
+
+
+@given(stages)
+def test_without_a_limit_each_stage_takes_its_cheapest(options: list[list[Point]]) -> None:
+    found = cheapest_in_time([front_of(one) for one in options], None)
+    assert found == [min(one, key=lambda point: (point.micros, point.hours)) for one in options]
+
+
+@given(stages)
+@settings(max_examples=200)
+def test_the_front_holds_each_plan_that_no_other_beats_and_no_other(options: list[list[Point]]) -> None:
+    plans = {total(chosen) for chosen in itertools.product(*options)}
+    unbeaten = {
+        one for one in plans if not any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in plans)
+    }
+    found = [total(chosen) for chosen in whole_front([front_of(one) for one in options])]
+    assert len(found) == len(set(found)) and set(found) == unbeaten
+    assert found == sorted(found)
+
+
+def test_a_large_front_keeps_both_ends_and_some_between() -> None:
+    draw = random.Random(1)
+    fronts = [
+        front_of(Point(round(1e6 / hours), hours) for hours in (draw.uniform(1, 2) for _ in range(8))) for _ in range(5)
+    ]
+    whole, few = ([total(one) for one in whole_front(fronts, most=most)] for most in (10**6, 20))
+    assert len(whole) > 60 and 10 < len(few) <= 21
+    assert few[0] == whole[0] and few[-1] == whole[-1]
+    assert [cost for cost, _ in few] == sorted({cost for cost, _ in few})
+    assert [hours for _, hours in few] == sorted((hours for _, hours in few), reverse=True)
+
+
+def test_twenty_stages_with_forty_options_each_are_searched_in_a_moment() -> None:
+    draw = random.Random(2)
+    fronts = [
+        front_of(Point(round(1e7 / (hours + draw.random() / 9)), hours) for hours in (draw.random() for _ in range(40)))
+        for _ in range(20)
+    ]
+    slowest, fastest = (sum(front[at].hours for front in fronts) for at in (0, -1))
+    for share in (0.1, 0.4, 0.8):
+        limit = fastest + share * (slowest - fastest)
+        started = time.process_time()
+        found = cheapest_in_time(fronts, limit)
+        assert time.process_time() - started < 5  # tenths of a second, where every combination would be 40 ** 20
+        assert found is not None and total(found)[1] <= limit
