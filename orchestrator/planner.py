@@ -28,7 +28,7 @@ from orchestrator.plan import Micros, Overhead, Plan, Range, Rejected, StagePlan
 from orchestrator.provision import Need, Offer
 from orchestrator.recipe import EvaluateStage, LabelStage, Recipe, Stage, TrainStage
 from orchestrator.setup_time import runs_vllm
-from orchestrator.sizing import Machine, Measured, choices, fetched_gb, left_open, measure
+from orchestrator.sizing import Machine, Measured, choices, fetched_gb, left_gb, left_open, measure
 from orchestrator.workload import LONGEST_PROMPT_TOKENS, ROWS_UNKNOWN, World
 from tasks.contract import Settings, TrainSettings
 
@@ -583,10 +583,8 @@ def _storage(stages: tuple[StagePlan, ...], world: World, bucket: str) -> Iterat
     and at worst all of it three times."""
     if not bucket.startswith("s3:"):
         return
-    labels = sum(stage.uses.get("label_gib", 0.0) for stage in stages)
-    labels += sum(folder.size for folder in world.recipe.labels.values()) / 2**30
-    trained = [world.student_shape(stage) for stage in world.recipe.stages if isinstance(stage, TrainStage)]
-    gigabytes = labels * 1.074 + sum(shape.params * 2 / 1e9 for shape in trained)
+    gigabytes = sum(left_gb(stage, world) for stage in world.recipe.stages)
+    gigabytes += sum(folder.size for folder in world.recipe.labels.values()) / 1e9
     month = math.ceil(gigabytes * STORAGE_USD_MICROS_PER_GB)
     paying = [
         one
@@ -690,10 +688,15 @@ def _what_would_fit(recipe: Recipe, plan: Plan, scene: _Scene, found: list[_Cons
         changes.append("`spot: true`")
     share = _largest_share(lambda share: fits(_evaluated(recipe, share)))
     if share is not None and share >= LEAST_SHARE:
-        changes.append(" and ".join(_said_limits(recipe, _evaluated(recipe, share))))
+        changes.append(" and ".join(_said_limits(_evaluated(recipe, share))))
     share = _largest_share(lambda share: fits(_fewer_samples(recipe, share)))
     if share is not None and share >= LEAST_SHARE:
         changes.append(" and ".join(_said_samples(_fewer_samples(recipe, share))))
+    if not any(changes):
+        share = _largest_share(lambda share: fits(_evaluated(_fewer_samples(recipe, share), share)))
+        if share is not None and share >= LEAST_SHARE:
+            fewer = _evaluated(_fewer_samples(recipe, share), share)
+            changes.append(" and ".join([*_said_samples(fewer), *_said_limits(fewer)]))
     lora = _changed(recipe, lambda stage: isinstance(stage, TrainStage) and stage.method == "full", {"method": "lora"})
     if lora != recipe and fits(lora):
         changes.append("`method: lora`")
@@ -752,8 +755,8 @@ def _problems(stage: EvaluateStage, recipe: Recipe) -> int:
     return min(rows, stage.limit or rows)
 
 
-def _said_limits(before: Recipe, after: Recipe) -> list[str]:
-    stages = [stage for stage in after.stages if isinstance(stage, EvaluateStage)]
+def _said_limits(recipe: Recipe) -> list[str]:
+    stages = [stage for stage in recipe.stages if isinstance(stage, EvaluateStage)]
     return [f"set limit: {stage.limit} in stage {stage.name}" for stage in stages]
 
 

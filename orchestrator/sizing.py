@@ -370,27 +370,30 @@ def label_gib(stage: LabelStage, world: World) -> float:
     return world.kept(stage) * world.label_lengths(stage).answer * each / 2**30
 
 
-def fetched_gb(stage: Stage, world: World) -> float:
-    """GB (1e9) that a machine of the stage reads from the bucket: labels and models that earlier stages left there."""
-    words: list[str | None] = []
+def left_gb(stage: Stage, world: World) -> float:
+    """GB (1e9) that the stage leaves in the bucket. Weights of a full training and adapters are fp32; an exported
+    student that was trained by adapters is bf16 (tasks/export.py)."""
     match stage:
-        case LabelStage() if stage.api is None:
-            words = [stage.teacher]
+        case LabelStage():
+            return label_gib(stage, world) * 2**30 / 1e9
+        case PretrainStage():
+            return world.shape(stage.name).params * 4 / 1e9
         case TrainStage():
-            words = [stage.student if isinstance(stage.student, str) else None]
-        case EvaluateStage():
-            words = [stage.student, stage.teacher]
+            shape = world.student_shape(stage)
+            full = stage.method == "full"
+            return (shape.params if full else shape.lora_params(stage.lora.r, stage.lora.targets)) * 4 / 1e9
         case ExportStage():
-            words = [stage.student]
-    models = [word for word in words if word is not None and world.source(word).stage is not None]
-    return _labels_gb(stage, world) + sum(world.shape(word).params * 2 / 1e9 for word in models)
+            train = world.train(stage.student)
+            size = 4 if train.method == "full" else 2
+            return world.student_shape(train).params * size / 1e9 * len(stage.formats)
+    return 0.0
 
 
-def _labels_gb(stage: Stage, world: World) -> float:
-    if not isinstance(stage, TrainStage):
-        return 0.0
-    folder = world.recipe.labels.get(stage.labels)
-    return label_gib(world.label(stage.labels), world) * 2**30 / 1e9 if folder is None else folder.size / 1e9
+def fetched_gb(stage: Stage, world: World) -> float:
+    """GB (1e9) that a machine of the stage reads from the bucket: what stages before it left, labels of a folder."""
+    before = [one for one in world.recipe.stages if one.name in world.after(stage)]
+    folder = world.recipe.labels.get(stage.labels) if isinstance(stage, TrainStage) else None
+    return sum(left_gb(one, world) for one in before) + (folder.size / 1e9 if folder is not None else 0.0)
 
 
 def _engine(wanted: str, machine: Machine) -> bool:
