@@ -673,18 +673,19 @@ def _planned(
     from orchestrator.offers import offers_source
     from orchestrator.planner import Planner
     from orchestrator.recipe import load_recipe, on_infra
-    from orchestrator.session import named_provider, provider_for
 
     home, config = _home()
     loaded = load_recipe(recipe)
     if infra is not None:
         loaded = on_infra(loaded, infra)
     named = os.environ.get("KDCLOUD_PROVIDER")
-    provider = named_provider(named) if named else None
+    provider = _named_provider(named) if named else None
     wanted = {name for stage in loaded.stages for name in stage.infra or loaded.infra or ("any",)}
     rented = wanted - {"local"}
     if provider is None and ((live and rented) or any(name.startswith("slurm") for name in rented)):  # slurm: live only
         price = money.price_micros(loaded.local.price, config.rate) if loaded.local is not None else 0
+        from orchestrator.session import provider_for  # with runner and ledger, which a plan does without
+
         provider = provider_for(wanted, home, local_price_micros=price, allow_account_key=loaded.allow_account_key)
     planner = Planner(
         loaded,
@@ -695,6 +696,12 @@ def _planned(
         deadline_s=_duration(deadline) if deadline else None,
     )
     return planner, planner.plan(), provider, loaded
+
+
+def _named_provider(name: str) -> Provisioner:
+    from orchestrator.session import named_provider
+
+    return named_provider(name)
 
 
 def _artifacts(ledger: Ledger, name: str, stage: str | None, dest: str | None, as_json: bool) -> None:
@@ -879,13 +886,13 @@ def _amount(text: str, option: str = "--budget") -> Any:
 
 def _warn_of_the_month(cap_micros: int) -> None:
     """Says so when all runs of this month together leave less than this one's cap."""
+    _, config = _home()
+    if config.monthly_cap is None:
+        return
     from datetime import UTC, datetime
 
     from orchestrator.budget import shortage
 
-    _, config = _home()
-    if config.monthly_cap is None:
-        return
     with _ledger() as ledger:
         text = shortage(ledger, config, cap_micros, datetime.now(UTC))
     if text:

@@ -13,13 +13,14 @@ from orchestrator.errors import NothingFits, UsageError
 from orchestrator.money import both, human_seconds, shown
 from orchestrator.plan import Plan, machine_name, offer_to_json
 from orchestrator.planner import FrontPlan, Looked
-from orchestrator.provision import Need, Offer
+from orchestrator.provision import Offer
 from orchestrator.recipe import LabelStage, Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orchestrator.planner import OffersFor, Planner
+    from orchestrator.market import Lot
+    from orchestrator.planner import Allowed, Planner
 
 SHOWN_PLANS = 12  # of a frontier, in the table
 
@@ -69,8 +70,8 @@ def parse_what_if(text: str) -> WhatIf:
     return WhatIf(text, **values)
 
 
-def changed(recipe: Recipe, what_if: WhatIf, offers_for: OffersFor) -> tuple[Recipe, OffersFor]:
-    """The recipe and the market as the change has them. Stages that ask an API keep the machine they have."""
+def changed(recipe: Recipe, what_if: WhatIf) -> tuple[Recipe, Allowed]:
+    """The recipe as the change has it, and which lots its stages may look at. Who asks an API keeps its machine."""
     update: dict[str, Any] = {}
     if what_if.gpu is not None:
         update["gpus"] = (what_if.gpu,)
@@ -81,22 +82,18 @@ def changed(recipe: Recipe, what_if: WhatIf, offers_for: OffersFor) -> tuple[Rec
     names = [stage.name for stage in recipe.stages]
     if what_if.stage is not None and what_if.stage not in names:
         raise UsageError(f"--what-if: there is no stage {what_if.stage!r}", hint=f"the recipe has {', '.join(names)}")
-    stages = tuple(
-        stage
-        if (isinstance(stage, LabelStage) and stage.api is not None) or what_if.stage not in (None, stage.name)
-        else stage.model_copy(update=update)
+    meant = [
+        stage.name
         for stage in recipe.stages
-    )
+        if what_if.stage in (None, stage.name) and not (isinstance(stage, LabelStage) and stage.api is not None)
+    ]
 
-    def some(need: Need) -> list[Offer]:
-        wanted = what_if.spot if need.spot is None else need.spot
-        return [
-            one
-            for one in offers_for(need)
-            if (what_if.gpus is None or one.gpus == what_if.gpus) and (not wanted or one.spot)
-        ]
+    def allowed(stage: str, lot: Lot) -> bool:
+        one = lot.first
+        return stage not in meant or (what_if.gpus in (None, one.gpus) and what_if.spot in (None, one.spot))
 
-    return recipe.model_copy(update={"stages": stages}), some
+    stages = tuple(stage.model_copy(update=update) if stage.name in meant else stage for stage in recipe.stages)
+    return recipe.model_copy(update={"stages": stages}), allowed
 
 
 # --- JSON
@@ -229,8 +226,7 @@ def render_what_if(compared: Sequence[Compared], plan: Plan, console: Console) -
 def compared(planner: Planner, what_if: WhatIf) -> Compared:
     """A change of what `planner` plans."""
     try:
-        recipe, offers_for = changed(planner.recipe, what_if, planner.offers_for)
-        return Compared(what_if, planner.of(recipe, offers_for).plan())
+        return Compared(what_if, planner.of(*changed(planner.recipe, what_if)).plan())
     except NothingFits as error:
         return Compared(what_if, None, error.message)
 

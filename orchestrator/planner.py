@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -34,6 +35,7 @@ from tasks.contract import Settings, TrainSettings
 
 OffersFor = Callable[[Need], list[Offer]]
 LotsFor = Callable[[Need], list[Lot]]
+Allowed = Callable[[str, Lot], bool]  # whether the stage of that name may look at the lot
 Calibration = Mapping[str, float]  # actual / predicted time, by `<kind>:<gpu or cpu>`
 
 STORAGE_USD_MICROS_PER_GB = 23_000  # S3 standard, us-east-1, one month
@@ -104,6 +106,7 @@ class _Scene:
     cap: int
     deadline_s: float | None
     calibration: Calibration
+    allowed: Allowed | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Planner:
         if cap < 0:
             raise UsageError("the budget must be above 0", hint="give --budget or `budget:` an amount such as 50 CNY")
         deadline = recipe.deadline if deadline_s is None else deadline_s
-        self.recipe, self.offers_for = recipe, offers_for
+        self.recipe = recipe
         self._scene = _Scene(config, _sorted_once(offers_for), now, cap, deadline, calibration or {})
 
     def plan(self) -> Plan:
@@ -164,13 +167,13 @@ class Planner:
         advice = _what_would_fit(self.recipe, plan, self._scene, self._found)
         return replace(plan, notes=(*advice, *plan.notes))
 
-    def of(self, recipe: Recipe, offers_for: OffersFor) -> Planner:
-        """The same for another recipe or market."""
-        scene = self._scene
-        return Planner(
-            recipe, config=scene.config, offers_for=offers_for, now=scene.now, cap_micros=scene.cap,
-            deadline_s=scene.deadline_s, calibration=scene.calibration,
-        )  # fmt: skip
+    def of(self, recipe: Recipe, allowed: Allowed) -> Planner:
+        """The same for another recipe, whose stages look at allowed lots only."""
+        other = copy(self)
+        other.recipe, other._scene = recipe, replace(self._scene, allowed=allowed)
+        for worked_out in ("_found", "_taken"):
+            other.__dict__.pop(worked_out, None)
+        return other
 
     def frontier(self) -> list[FrontPlan]:
         """Plans from the cheapest to the fastest, whatever deadline and cap are."""
@@ -222,8 +225,9 @@ class Planner:
         changed = option.way.hours.expected - taken.way.hours.expected
         if option.needed_micros < taken.needed_micros:
             return f"{dearer} together, since another stage would have to be faster"
-        pace = "slower" if changed >= 0 else "faster"
-        return f"{dearer}, {money.human_seconds(abs(changed) * 3600)} {pace}"
+        if abs(changed) * 3600 < 1:
+            return f"{dearer}, as fast"
+        return f"{dearer}, {money.human_seconds(abs(changed) * 3600)} {'slower' if changed > 0 else 'faster'}"
 
     @cached_property
     def _found(self) -> list[_Considered]:
@@ -326,7 +330,10 @@ def _look(world: World, scene: _Scene) -> list[_Considered]:
     """What each stage may run on. Raises NothingFits."""
     found = []
     for stage in world.recipe.stages:
-        considered = _consider(stage, world, scene.lots_for(_need(stage, world.recipe)), scene)
+        lots = scene.lots_for(_need(stage, world.recipe))
+        if scene.allowed is not None:
+            lots = [lot for lot in lots if scene.allowed(stage.name, lot)]
+        considered = _consider(stage, world, lots, scene)
         if not considered.options:
             raise _nothing_fits(stage, world, considered, scene)
         found.append(considered)
