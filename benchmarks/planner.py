@@ -3,8 +3,8 @@
     python -m benchmarks.planner [--stages 20] [--profile]
 
 Offers differ in machine, region and price; five infras, spot and on demand. Stages are labellings, trainings,
-evaluations and exports of four sizes, so that none is like another. Each is the
-CPU time of one plan, the shortest of three, nothing known from before.
+evaluations and exports of several sizes, so that none is like another. Each time is CPU time of one plan, the shortest
+of three, nothing known from before.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def seconds(stages: int, count: int, *, hurry: float | None = None, times: int =
     """Shortest time of one plan. `hurry`: a deadline of so much of the time that the cheapest plan takes."""
     made, market, best = recipe(stages), offers(count), float("inf")
     for _ in range(times):
-        for known in (duration._step_s, duration._serving_s, duration._score_s):
-            known.cache_clear()  # as in a process that has planned nothing yet
         deadline_s = None if hurry is None else hurry * _planner(made, market).plan().hours.expected * 3600
         planner = _planner(made, market, deadline_s)
+        for known in (duration._step_s, duration._serving_s, duration._score_s):
+            known.cache_clear()  # as in a process that has planned nothing yet
         started = time.process_time()
         planner.plan()
         best = min(best, time.process_time() - started)

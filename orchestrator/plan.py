@@ -448,6 +448,8 @@ def _sums(plan: Plan) -> list[RenderableType]:
         lines.append(
             Text(f"does not fit: {amount(plan.needed_micros - plan.cap_micros)} over the cap", style="bold red")
         )
+    elif not plan.in_time:
+        lines.append(Text("fits under the cap, but misses the deadline", style="bold yellow"))
     elif plan.tight:
         lines.append(Text("fits, but is tight: the high estimate is above the cap", style="bold yellow"))
     else:

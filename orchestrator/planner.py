@@ -605,6 +605,7 @@ def _storage(stages: tuple[StagePlan, ...], world: World, bucket: str) -> Iterat
         f"{gigabytes:.1f} GB in the bucket for a month, {fetched:.1f} GB of traffic out of its cloud; high: all of it "
         "fetched three times",
         Micros(0, month + traffic, month + most),
+        by="storage, traffic",
     )
 
 
