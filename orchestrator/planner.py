@@ -284,10 +284,13 @@ def _sorted_once(offers_for: OffersFor) -> LotsFor:
     return lots_for
 
 
-def _again(recipe: Recipe, scene: _Scene) -> Plan:
-    """The plan of a changed recipe, without advice. Raises NothingFits."""
-    found = _look(World(recipe, scene.config.rate), scene)
-    return _assemble(recipe, scene, found, _take(found, scene.deadline_s))
+def _needs(recipe: Recipe, scene: _Scene) -> tuple[int, float]:
+    """(`Plan.needed_micros`, expected hours) of a changed recipe, without the rest of its plan. Raises NothingFits."""
+    world, bucket = World(recipe, scene.config.rate), recipe.bucket_url or scene.config.bucket
+    taken = _take(_look(world, scene), scene.deadline_s)
+    apis = [getattr(one.way.settings, "api", None) for one in taken]
+    needed = sum(one.needed_micros for one in taken) + sum(api.max_cost_micros for api in apis if api is not None)
+    return needed + _month_micros(world, bucket), sum((one.way.hours.expected for one in taken), 0.0)
 
 
 def _assemble(recipe: Recipe, scene: _Scene, found: list[_Considered], taken: list[_Option]) -> Plan:
@@ -590,9 +593,7 @@ def _storage(stages: tuple[StagePlan, ...], world: World, bucket: str) -> Iterat
     and at worst all of it three times."""
     if not bucket.startswith("s3:"):
         return
-    gigabytes = sum(left_gb(stage, world) for stage in world.recipe.stages)
-    gigabytes += sum(folder.size for folder in world.recipe.labels.values()) / 1e9
-    month = math.ceil(gigabytes * STORAGE_USD_MICROS_PER_GB)
+    gigabytes, month = _kept_gb(world), _month_micros(world, bucket)
     paying = [
         one
         for one, stage in zip(world.recipe.stages, stages, strict=True)
@@ -607,6 +608,15 @@ def _storage(stages: tuple[StagePlan, ...], world: World, bucket: str) -> Iterat
         Micros(0, month + traffic, month + most),
         by="storage, traffic",
     )
+
+
+def _kept_gb(world: World) -> float:
+    labels = sum(folder.size for folder in world.recipe.labels.values()) / 1e9
+    return labels + sum(left_gb(stage, world) for stage in world.recipe.stages)
+
+
+def _month_micros(world: World, bucket: str) -> int:
+    return math.ceil(_kept_gb(world) * STORAGE_USD_MICROS_PER_GB) if bucket.startswith("s3:") else 0
 
 
 def _egress_micros(stage: Stage, world: World, bucket: str) -> int:
@@ -682,16 +692,16 @@ def _what_would_fit(recipe: Recipe, plan: Plan, scene: _Scene, found: list[_Cons
 
     def fits(other: Recipe, where: _Scene = narrow) -> bool:
         try:
-            made = _again(other, where)
+            needed, hours = _needs(other, where)
         except NothingFits:
             return False
-        return made.fits and made.in_time
+        return needed <= scene.cap and (scene.deadline_s is None or hours * 3600 <= scene.deadline_s)
 
     changes = []
     if plan.in_time and plan.deadline_s is not None and not plan.fits:
-        patient = _again(recipe, replace(narrow, deadline_s=None))
-        if patient.fits:
-            changes.append(f"--deadline {_deadline_for(patient.hours.expected)}")
+        needed, hours = _needs(recipe, replace(narrow, deadline_s=None))
+        if needed <= scene.cap:
+            changes.append(f"--deadline {_deadline_for(hours)}")
     if not recipe.spot and fits(recipe.model_copy(update={"spot": True}), scene):
         changes.append("`spot: true`")
     share = _largest_share(lambda share: fits(_evaluated(recipe, share)))

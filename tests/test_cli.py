@@ -250,3 +250,23 @@ def test_the_bare_install_needs_no_torch_and_no_sky():
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert shutil.which("sh")
+
+
+def test_a_plan_with_other_looks_is_the_same_plan_with_more_keys(home):
+    plain = json.loads(home.call("plan", "recipe.yaml", "--json").stdout)
+    words = ("--frontier", "--explain", "only", "--what-if", "spot=yes", "--what-if", "spot=no")
+    more = json.loads(home.call("plan", "recipe.yaml", "--json", *words).stdout)
+    assert set(more) - set(plain) == {"frontier", "explain", "what_if"}
+    same = set(plain) - {"made_at", "stages"}  # this machine's price is as old as the plan
+    assert {key: more[key] for key in same} == {key: plain[key] for key in same}
+    assert list(more["stages"][0]) == list(plain["stages"][0])
+    assert [one["machines"]["only"]["infra"] for one in more["frontier"]] == ["local"]
+    assert [one["taken"] for one in more["explain"]["only"]] == [True]
+    assert [one["what_if"] for one in more["what_if"]] == ["spot=yes", "spot=no"]
+    shown = home.call("plan", "recipe.yaml", *words).stdout
+    assert "what if" in shown and "cost against time" in shown and "taken" in shown
+
+
+def test_looks_at_what_is_not_there_are_refused(home):
+    assert "no stage 'train'" in refused(home, 2, "plan", "recipe.yaml", "--explain", "train")
+    assert "is not a change" in refused(home, 2, "plan", "recipe.yaml", "--what-if", "RTX3090")

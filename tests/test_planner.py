@@ -586,3 +586,9 @@ def test_twenty_stages_and_fifty_thousand_offers_are_planned_in_a_moment() -> No
     made = make_plan(asked, config=CONFIG, offers_for=lambda need: market, now=NOW)
     assert time.process_time() - started < 5
     assert len(made.stages) == 20 and all(len(stage.candidates) < 60 for stage in made.stages)
+
+
+@pytest.mark.parametrize(("text", "offers"), [(RENTED, CARDS), (API, [ROOMY, *CARDS]), (SMALL, [LOCAL])])
+def test_advice_counts_as_the_plan_does(text: str, offers: list[Offer]) -> None:
+    made = planner_of(text, *offers)
+    assert planner._needs(made.recipe, made._scene) == (made.plan().needed_micros, made.plan().hours.expected)
