@@ -432,6 +432,8 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
     trainable = shape.params if full else shape.lora_params(settings.lora.r, settings.lora.targets)
     steps = _steps(stage, settings, world)
     around = duration.stage_s(speed, downloads_gb=_download_gb(world.student(stage), shape))
+    if settings.compile and speed.gpu:
+        around += COMPILE_S
     return Measured(
         _training_memory(stage, settings, world, gpu=speed.gpu),
         around + _training_s(stage, settings, world, machine),
@@ -481,7 +483,7 @@ def _steps(stage: TrainStage, settings: TrainSettings, world: World) -> int:
 
 
 def _training_s(stage: TrainStage, settings: TrainSettings, world: World, machine: Machine) -> Range:
-    """Seconds of all steps, compiling included."""
+    """Seconds of all steps."""
     lengths, speed = world.taught(stage).lengths, machine.speed
     work = duration.training_s(
         speed,
@@ -501,7 +503,7 @@ def _training_s(stage: TrainStage, settings: TrainSettings, world: World, machin
     )
     if not speed.gpu:
         return work.times(duration.side_by_side(min(settings.arms_at_once, _runs(settings))))
-    return work + COMPILE_S if settings.compile else work
+    return work
 
 
 def _runs(settings: TrainSettings) -> int:
