@@ -281,18 +281,23 @@ def adopt(url: str) -> None:
 
 @kdcloud.command()
 @click.argument("run_id", metavar="[RUN]", required=False)
+@click.option("--html", "html", type=click.Path(dir_okay=False), metavar="FILE", help="Write it as one page to FILE.")
+@click.option("--open", "opens", is_flag=True, help="With --html: show the page in a browser.")
 @json_option
-def report(run_id: str | None, as_json: bool) -> None:
+def report(run_id: str | None, html: str | None, opens: bool, as_json: bool) -> None:
     """What came out: money against plan and cap, predicted against actual, student against teacher.
 
     \b
     kdcloud report
+    kdcloud report --html report.html --open
     kdcloud report --json
     """
     from orchestrator.session import newest
 
+    if opens and html is None:
+        raise UsageError("--open needs a page to show", hint="add --html report.html")
     with _ledger() as ledger:
-        _report(ledger, newest(ledger, run_id), as_json)
+        _report(ledger, newest(ledger, run_id), as_json, html=html, opens=opens)
 
 
 @kdcloud.command()
@@ -597,17 +602,41 @@ def _finish(ledger: Ledger, name: str, outcome: Outcome) -> None:
     sys.exit(EXIT_CODES[outcome.state])
 
 
-def _report(ledger: Ledger, name: str, as_json: bool) -> None:
+def _report(ledger: Ledger, name: str, as_json: bool, *, html: str | None = None, opens: bool = False) -> None:
     from orchestrator.report import build_report, render_report
     from orchestrator.session import live_machines, plan_of
 
     known = ledger.run(name)
     made = plan_of(known)
     document = build_report(known, made, live_machines(known, _provider_of(known) if known.live else None))
+    if html is not None:
+        from datetime import UTC, datetime
+
+        from orchestrator.page import render_page
+        from orchestrator.page_data import gather
+
+        _put_page(html, render_page(gather(known, made, document, now=datetime.now(UTC))), opens=opens)
     if as_json:
         _print_json(document)
-    else:
+    elif html is None:
         render_report(document, made, _console())
+
+
+def _put_page(file: str, page: str, *, opens: bool) -> None:
+    """Writes a page and says where it is. Raises UsageError."""
+    import webbrowser
+    from pathlib import Path
+
+    from orchestrator.artifacts import human_bytes
+
+    path = Path(file).expanduser().resolve()
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", hint="name another file") from error
+    _talk(f"{path}: {human_bytes(path.stat().st_size)}, one file, to be opened in any browser")
+    if opens and not webbrowser.open(path.as_uri()):
+        _talk("no browser was found here: open that file yourself")
 
 
 def _plan(

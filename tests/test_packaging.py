@@ -316,6 +316,8 @@ def test_the_wheel_holds_orchestrator_tasks_and_the_recipes_only(wheel: zipfile.
         sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
         assert len(sources) >= 8
         assert sources <= names
+    templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "orchestrator" / "templates").iterdir()}
+    assert "orchestrator/templates/report.html" in templates and templates <= names  # what `report --html` fills
     recipes = {f"orchestrator/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert "orchestrator/recipes/quickstart.yaml" in recipes
     assert recipes <= names
