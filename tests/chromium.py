@@ -30,8 +30,8 @@ class Chromium:
         flags += ["--remote-debugging-pipe", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}"]
         browser = chromium()
         assert browser is not None
-        # Chromium reads from descriptor 3 and writes to 4; the shell puts ours there and becomes the browser.
-        argv = ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", browser, *flags, "about:blank"]
+        # Chromium reads from descriptor 3 and writes to 4; bash (others want one digit) puts ours there and becomes it.
+        argv = ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "bash", browser, *flags, "about:blank"]
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(argv, pass_fds=(to_browser, from_browser), stdout=quiet, stderr=quiet)
         os.close(to_browser)
