@@ -1,7 +1,7 @@
 """The report page: a document of plain values in, one self-contained HTML file out. Pure; no script, no network.
 
-Numbers of `kdcloud report --json` stand in `<data data-of="where.in.the.report" value="as it is there">`, so that anyone
-can check a page against the report. What models wrote is text: escaped everywhere, cut where long, with what does not
+Numbers of `kdcloud report --json` stand in `<data data-of="where.in.it" value="as it is there">`, so that anyone can
+check a page against the report. What models wrote is text: escaped everywhere, cut where long, with what does not
 print made visible.
 """
 
@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifacts import human_bytes
+from orchestrator.compare import best_value
 from orchestrator.errors import UsageError
 from orchestrator.money import MICROS, Rate, human_seconds, shown
 from orchestrator.report import QUALITY, QUALITY_NAMES, harness_lines
@@ -32,8 +33,10 @@ CHANGES = {
     "unknown": "Without a student",
 }
 COMPARED = {
-    "teacher": "its teacher", "student_before": "the student before", "student_hard": "the same student without soft labels",
-}  # fmt: skip
+    "teacher": "its teacher",
+    "student_before": "the student before",
+    "student_hard": "the same student without soft labels",
+}
 PARTS = (
     ("quality", "Quality"), ("money", "Money and time"), ("training", "Training"), ("labels", "Labels"),
     ("answers", "Answers"), ("again", "Settings"),
@@ -45,6 +48,34 @@ def render_page(document: Mapping[str, Any]) -> str:
     report, rate = document["report"], document["rate"]
     view = {**document, **_view(document), **_figures(document)}
     return _fitting("report.html", view, report, rate)
+
+
+def render_compare_page(document: Mapping[str, Any], rate: Rate, *, made_at: str, version: str) -> str:
+    """The page of `kdcloud compare`'s document."""
+    from orchestrator import page_plots as plots
+
+    unit, runs = document["currency"], document["runs"]
+    money = _amounts(rate, unit)
+    points = [
+        {"label": str(at), "cost": money(run["spend_micros"]), "mean": found["mean"], "interval": found.get("interval")}
+        for at, run in enumerate(runs, 1)
+        if (found := run["accuracy"]["student"])
+    ]
+    said = "; ".join(f"{point['label']}: {point['mean']:.3f} for {point['cost']:.3g} {unit}" for point in points)
+    view = {
+        "report": document,
+        "made_at": made_at,
+        "version": version,
+        "best": best_value(runs),
+        "against": _marked(plots.against(points, unit)) if points else None,
+        "alt": f"Accuracy of each student over the cost of its run; {said}",
+        "rate_line": _rate_line(rate),
+    }
+    return _fitting("compare.html", view, document, rate)
+
+
+def _rate_line(rate: Rate) -> str:
+    return f"1 USD = {rate.usd_to_cny} CNY as of {rate.as_of}."
 
 
 def _fitting(template: str, view: dict[str, Any], report: Mapping[str, Any], rate: Rate) -> str:
@@ -74,7 +105,7 @@ def _environment(report: Mapping[str, Any], rate: Rate, limit: int) -> Environme
     def fact(path: str, form: str) -> Markup:
         value = at(report, path)
         attributes = f'data-of="{escape(path)}" value="{escape(json.dumps(value))}"'
-        return Markup(f"<data {attributes}>{escape(printable(forms[form](value), limit))}</data>")  # noqa: S704
+        return Markup(f"<data {attributes}>{escape(printable(forms[form](value), limit))}</data>")
 
     made = Environment(
         loader=PackageLoader("orchestrator"), autoescape=True, undefined=StrictUndefined, finalize=finalize,
@@ -82,7 +113,7 @@ def _environment(report: Mapping[str, Any], rate: Rate, limit: int) -> Environme
     )  # fmt: skip
     made.filters |= forms
     made.filters["start"] = lambda text, most: str(text)[:most]
-    made.filters["whole"] = lambda text: Markup(escape(printable(str(text), 100_000)))  # noqa: S704
+    made.filters["whole"] = lambda text: Markup(escape(printable(str(text), 100_000)))
     made.globals["fact"] = fact
     return made
 
@@ -165,7 +196,7 @@ def _view(document: Mapping[str, Any]) -> dict[str, Any]:
         "labels": [_label_words(one) for one in document["labels"]],
         "answers": _answers(document["samples"]),
         "artifacts": report["artifacts"][:ARTIFACTS_SHOWN],
-        "rate_line": f"1 USD = {rate.usd_to_cny} CNY as of {rate.as_of}.",
+        "rate_line": _rate_line(rate),
     }
 
 
@@ -202,7 +233,9 @@ def _curve_words(one: Mapping[str, Any]) -> dict[str, Any]:
     caption += ["Strong line: the first training of its kind; faint: further seeds."] if several else []
     caption += [f"A point is the mean of up to {binned} logged steps."] if binned > 1 else []
     if {"student_hard", "student_hard_2x"} & set(roles):
-        caption.append("Hard labels train on the cross-entropy alone, so their total is not that of the distilled student.")
+        caption.append(
+            "Hard labels train on the cross-entropy alone, so their total is not that of the distilled student."
+        )
     last = ", ".join(f"{QUALITY_NAMES.get(arm['role'], arm['role'])} {arm['last']['total']:.3g}"
                      for arm in arms if arm["seed"] == 0 and arm["last"]["total"] is not None)  # fmt: skip
     return {
@@ -217,21 +250,32 @@ def _label_words(one: Mapping[str, Any]) -> dict[str, Any]:
     if result:
         whole = max(1, result["generated"])
         counts = [("kept", result["kept"], "student")]
-        counts += [(f"dropped: {why}", n, "bad") for why, n in sorted(result["dropped"].items(), key=lambda item: -item[1])]
+        counts += [
+            (f"dropped: {why}", n, "bad") for why, n in sorted(result["dropped"].items(), key=lambda item: -item[1])
+        ]
         shares = [(name, count, f"{100 * count / whole:.2f}", colour) for name, count, colour in counts]
         if result.get("mass_inside_mean") is not None:
-            facts.append((f"probability inside the top {one['top_k']}, mean", f"{100 * result['mass_inside_mean']:.3f} %"))
+            facts.append(
+                (f"probability inside the top {one['top_k']}, mean", f"{100 * result['mass_inside_mean']:.3f} %")
+            )
         facts.append(("cut at the limit of tokens", f"{100 * result['cut_share']:.2f} %"))
         if result.get("logprob_error"):
             error = result["logprob_error"]
             facts.append(("error of stored log-probabilities", f"{error['mean']:.2g}, {error['worst']:.2g} at worst"))
         if result.get("tokens_per_s") is not None:
-            facts.append(("speed of writing", f"{result['tokens_per_s']:,.0f} tokens/s, {result.get('engine', 'engine not known')}"))
+            facts.append(
+                (
+                    "speed of writing",
+                    f"{result['tokens_per_s']:,.0f} tokens/s, {result.get('engine', 'engine not known')}",
+                )
+            )
         facts += [("note", result["note"])] if result.get("note") else []
     for kind in ("kept", "dropped") if lengths else ():
         if lengths[kind]:
             spread = lengths[kind]
-            said = f"{spread['mean']:,.1f} on average, {spread['median']:,} in the middle, {spread['longest']:,} at most"
+            said = (
+                f"{spread['mean']:,.1f} on average, {spread['median']:,} in the middle, {spread['longest']:,} at most"
+            )
             facts.append((f"tokens of an answer, {kind}", said))
     alt = "Histogram of answer lengths" + "".join(f"; {name}: {value}" for name, value in facts if "answer" in name)
     return {**one, "shares": shares, "facts": facts, "alt": alt}
@@ -260,7 +304,11 @@ def _figures(document: Mapping[str, Any]) -> dict[str, Any]:
     report, plan, rate = document["report"], document["plan"], document["rate"]
     unit = report["currency"]
     money = _amounts(rate, unit)
-    roles = [(role, QUALITY_NAMES[role], report["quality"][role]["accuracy"]) for role in QUALITY if report["quality"].get(role)]
+    roles = [
+        (role, QUALITY_NAMES[role], report["quality"][role]["accuracy"])
+        for role in QUALITY
+        if report["quality"].get(role)
+    ]
     costs = [
         {
             "name": stage["name"],
@@ -281,7 +329,9 @@ def _figures(document: Mapping[str, Any]) -> dict[str, Any]:
             cap=money(report["cap_micros"]) if report["cap_micros"] <= 3 * max(spent, expected) else None,
         ) if line["machines"] else None,
         "curves": [plots.curves(one["stage"], one["arms"]) for one in document["curves"]],
-        "lengths": [one["lengths"] and plots.lengths(one["stage"], one["lengths"], one["limit"]) for one in document["labels"]],
+        "lengths": [
+            one["lengths"] and plots.lengths(one["stage"], one["lengths"], one["limit"]) for one in document["labels"]
+        ],
     }  # fmt: skip
     said = ", ".join(f"{name} {found['mean']:.3f}" for _, name, found in roles)
     shown_costs = [
@@ -309,7 +359,7 @@ def _marked(value: Any) -> Any:
     from markupsafe import Markup
 
     if isinstance(value, str):
-        return Markup(value)  # noqa: S704
+        return Markup(value)
     if isinstance(value, Mapping):
         return {key: _marked(one) for key, one in value.items()}
     return [_marked(one) for one in value] if isinstance(value, list) else value

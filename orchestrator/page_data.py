@@ -187,7 +187,10 @@ def _arm(prefix: str, by_step: Mapping[int, Mapping[str, Any]]) -> dict[str, Any
         "logged": len(steps),
         "a_point": width,  # this many rows of metrics.jsonl are one point
         "steps": [fmean(steps[at : at + width]) for at in range(0, len(steps), width)],
-        **{short: [_mean(values[at : at + width]) for at in range(0, len(steps), width)] for short, values in lines.items()},
+        **{
+            short: [_mean(values[at : at + width]) for at in range(0, len(steps), width)]
+            for short, values in lines.items()
+        },
         "last_step": steps[-1],
         "last": {short: values[-1] for short, values in lines.items()},
     }
@@ -275,7 +278,9 @@ def _histogram(kept: Sequence[int], dropped: Sequence[int]) -> dict[str, list[in
 
 def _samples(run: Run) -> list[dict[str, Any]]:
     """Problems of the evaluation with everybody's answers, each with what became of the student's."""
-    rows = [row for done in run.done.values() if "quality" in done["result"] for row in done["result"].get("samples", ())]
+    rows = [
+        row for done in run.done.values() if "quality" in done["result"] for row in done["result"].get("samples", ())
+    ]
     return [{**row, "change": change_of(row.get("right") or {})} for row in rows[:SAMPLES_SHOWN]]
 
 

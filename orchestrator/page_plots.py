@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -18,7 +19,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDE, NARROW = 760, 340  # units of the drawing; a page shows them at about that many pixels
-NAMES = ("ink", "muted", "line", "soft", "teacher", "student_before", "student_hard", "student_hard_2x", "student", "bad")
+NAMES = (
+    "ink",
+    "muted",
+    "line",
+    "soft",
+    "teacher",
+    "student_before",
+    "student_hard",
+    "student_hard_2x",
+    "student",
+    "bad",
+)
 COLOURS = {name: f"#0000{at:02x}" for at, name in enumerate(NAMES, 1)}  # stand-ins, replaced in the SVG
 ROLE_ORDER = ("student_hard_2x", "student_hard", "student")  # drawn in this order: the last one lies on top
 _HEX = re.compile(r"#0000([0-9a-f]{2})\b")
@@ -59,8 +71,12 @@ def _svg(name: str, width: float, height: float, draw: Callable[[Figure, bool], 
         import matplotlib
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise UsageError(f"a page needs {error.name}, which is not installed", hint="pip install 'kdcloud[page]'") from error
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):  # ids that differ between figures and not between runs
+        raise UsageError(
+            f"a page needs {error.name}, which is not installed", hint="pip install 'kdcloud[page]'"
+        ) from error
+    with matplotlib.rc_context(
+        {**_STYLE, "svg.hashsalt": name}
+    ):  # ids that differ between figures and not between runs
         figure = Figure(figsize=(width / 72, height / 72))
         draw(figure, narrow)
         out = io.BytesIO()
@@ -69,7 +85,7 @@ def _svg(name: str, width: float, height: float, draw: Callable[[Figure, bool], 
 
 
 def cleaned(svg: bytes) -> str:
-    """The SVG without what a page has no use for: sizes in points, fonts, unused ids, metadata, a style for everything."""
+    """The SVG without what a page has no use for: sizes, fonts, unused ids, metadata, a style for everything."""
     root = ElementTree.fromstring(svg)
     used = {ref.lstrip("#") for el in root.iter() for ref in [el.get(f"{{{_XLINK}}}href")] if ref}
     used |= {ref for el in root.iter() for value in el.attrib.values() for ref in re.findall(r"url\(#([^)]+)\)", value)}
@@ -145,7 +161,11 @@ def timeline(
 ) -> dict[str, str]:  # fmt: skip
     """Machines over time and, below, what was spent by then in `unit`; money: (seconds, amount)."""
     end_s = max([row["end_s"] for row in machines] + [at for at, _ in money] + [1.0])
-    seconds, time_unit = next((s, u) for s, u in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")) if end_s >= 2 * s or s == 1)
+    seconds, time_unit = next(
+        (s, u)
+        for s, u in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+        if end_s >= 2 * s or s == 1
+    )
 
     def draw(figure: Figure, narrow: bool) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(22 * len(machines) + 10, 130))
@@ -181,7 +201,12 @@ def timeline(
     return drawn("timeline", lambda narrow: 190 + 22 * len(machines), draw)
 
 
-PANELS = (("total", "total loss"), ("kl", "KL to the teacher"), ("ce", "cross-entropy to the answers"), ("learning_rate", "learning rate"))
+PANELS = (
+    ("total", "total loss"),
+    ("kl", "KL to the teacher"),
+    ("ce", "cross-entropy to the answers"),
+    ("learning_rate", "learning rate"),
+)
 
 
 def curves(stage: str, arms: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -237,7 +262,7 @@ def _curve_panel(axes: Axes, key: str, title: str, arms: Sequence[Mapping[str, A
 def lengths(stage: str, found: Mapping[str, Any], limit: int | None) -> dict[str, str]:
     """Histogram of answer lengths, dropped ones stacked on kept ones."""
     edges, kept, dropped = found["edges"], found["kept_counts"], found["dropped_counts"]
-    widths = [after - before for before, after in zip(edges, edges[1:], strict=False)]
+    widths = [after - before for before, after in pairwise(edges)]
 
     def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""A headless Chromium that tests drive by the DevTools protocol over a pipe: no driver, no port, nothing to download."""
+"""A headless Chromium that tests drive over the pipe of the DevTools protocol: no driver, no port, no download."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ ANSWER_S = 30.0
 
 def chromium() -> str | None:
     """The browser of this machine; Debian calls it chromium."""
-    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
 
 
 class Chromium:

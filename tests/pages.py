@@ -101,7 +101,13 @@ def quality() -> dict[str, Any]:
         mean = math.fsum(seeds) / len(seeds)
         accuracy = {"mean": mean, "min": min(seeds), "max": max(seeds), "n": 1000, "seeds": list(seeds)}
         accuracy |= {"interval": [mean - 0.0312, min(1.0, mean + 0.0314)]}
-        return {"accuracy": accuracy, "kl_to_teacher": kl, "tokens_per_s": 5270.9, "first_token_s": 0.0109, "peak_gib": 3.75}
+        return {
+            "accuracy": accuracy,
+            "kl_to_teacher": kl,
+            "tokens_per_s": 5270.9,
+            "first_token_s": 0.0109,
+            "peak_gib": 3.75,
+        }
 
     return {
         "teacher": one(0.999, kl=None), "student_before": one(0.0625, kl=5.125),
@@ -114,7 +120,9 @@ def samples() -> list[dict[str, Any]]:
     found = []
     for at, text in enumerate(HOSTILE):
         right = {"teacher": True, "student_before": at % 2 == 0, "student": at % 4 < 2}
-        found.append({"input": text, "answer": text, "teacher": text, "student_before": "", "student": text, "right": right})
+        found.append(
+            {"input": text, "answer": text, "teacher": text, "student_before": "", "student": text, "right": right}
+        )
     return found
 
 

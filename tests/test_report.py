@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator.report import QUALITY, harness_lines, _quality_table
+from orchestrator.report import QUALITY, _quality_table, harness_lines
 
 GOLDEN = Path(__file__).parent / "golden"
 
