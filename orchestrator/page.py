@@ -182,6 +182,7 @@ def _view(document: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tone": {"done": "good", "running": "going"}.get(report["state"], "bad"),
         "verdict": verdict(report),
+        "so_far": " so far" if report["state"] == "running" else "",
         "used": used,
         "used_width": f"{min(100.0, 100 * (used or 0)):.2f}",
         "done": sum(stage["state"] == "done" for stage in report["stages"]),

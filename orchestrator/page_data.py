@@ -41,7 +41,7 @@ def gather(run: Run, plan: Plan, report: Mapping[str, Any], *, now: datetime) ->
         "version": run.data.get("version"),
         "rate": plan.rate,
         "made_at": now.isoformat(timespec="seconds"),
-        "took_s": _took_s(run),
+        "took_s": _since(now if report["state"] == "running" or not run.ends else run.ends[-1].at, run.created_at),
         "plan": {
             "cost_micros": asdict(plan.cost_micros),
             "needed_micros": plan.needed_micros,
@@ -105,11 +105,6 @@ def _machine(row: MachineRow, began: datetime, now: datetime) -> dict[str, Any]:
 
 def _since(at: datetime, began: datetime) -> float:
     return max(0.0, (at - began).total_seconds())
-
-
-def _took_s(run: Run) -> float | None:
-    """From the start to the end; None while it runs."""
-    return _since(run.ends[-1].at, run.created_at) if run.ends else None
 
 
 def _bucket(run: Run, missing: list[str]) -> Bucket | None:

@@ -20,8 +20,8 @@ from orchestrator.testing import START
 from tests.pages import HOSTILE, document, plan_made, run_made
 
 OURS = """
-    html head meta link title style body header h1 h2 h3 p span div dl dt dd nav a main section figure figcaption ul li i
-    table caption thead tbody tfoot tr th td data small details summary article pre code footer strong
+    html head meta link title style body header h1 h2 h3 p span div dl dt dd nav a main section figure figcaption ul li
+    i table caption thead tbody tfoot tr th td data small details summary article pre code footer strong
     svg g path defs clippath use text rect line
 """
 
