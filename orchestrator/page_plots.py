@@ -293,7 +293,7 @@ def against(points: Sequence[Mapping[str, Any]], unit: str) -> dict[str, str]:
         for point in points:
             low, high = point["interval"] or (point["mean"], point["mean"])
             axes.plot([point["cost"]] * 2, [low, high], color=COLOURS["muted"], linewidth=1.4)
-            axes.plot(point["cost"], point["mean"], "o", markersize=8, color=COLOURS["student"], clip_on=False)
+            axes.plot(point["cost"], point["mean"], "o", markersize=6, color=COLOURS["student"], clip_on=False)
             axes.annotate(
                 point["label"], (point["cost"], point["mean"]), xytext=(8, 4), textcoords="offset points",
                 color=COLOURS["ink"], annotation_clip=False,
@@ -301,7 +301,7 @@ def against(points: Sequence[Mapping[str, Any]], unit: str) -> dict[str, str]:
         axes.set_xlim(0, max(point["cost"] for point in points) * 1.15 or 1)
         axes.set_ylim(0, 1)
         axes.grid()
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, pad=6)
         axes.locator_params(axis="x", nbins=4 if narrow else 7)
         axes.set_xlabel(f"cost of the run, {unit}")
         axes.set_ylabel("right answers of the student, share")

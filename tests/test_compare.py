@@ -113,6 +113,7 @@ def test_a_browser_shows_the_comparison_at_both_widths(compared: tuple[dict[str,
             browser.show(path.as_uri(), width=width, dark=width == 375)
             assert browser.errors == [] and browser.requests == [path.as_uri()]
             assert browser.js("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+            assert browser.js("[...document.querySelectorAll('data')].every(el => el.getClientRects().length === 1)")
             code = "[...document.querySelectorAll('figure svg')].map(el => el.getBoundingClientRect().width)"
             wide, narrow = browser.js(code)
             assert (wide > 300 and narrow == 0) if width == 1280 else (narrow > 300 and wide == 0)

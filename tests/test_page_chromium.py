@@ -87,7 +87,8 @@ def test_what_is_shown_is_what_the_report_says(
 ) -> None:
     browser.show(shown[1], width=width)
     code = """[...document.querySelectorAll('data')].map(el => { const box = el.getBoundingClientRect();
-        return [el.dataset.of, el.getAttribute('value'), el.innerText, box.width > 0 && box.right <= innerWidth]; })"""
+        const whole = box.width > 0 && box.right <= innerWidth && el.getClientRects().length === 1;
+        return [el.dataset.of, el.getAttribute('value'), el.innerText, whole]; })"""
     facts = browser.js(code)
     assert len(facts) >= 50
     for path, value, text, visible in facts:
