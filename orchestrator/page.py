@@ -246,40 +246,45 @@ def _curve_words(one: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _label_words(one: Mapping[str, Any]) -> dict[str, Any]:
-    result, lengths = one["result"], one["lengths"]
-    shares, facts = [], []
-    if result:
-        whole = max(1, result["generated"])
-        counts = [("kept", result["kept"], "student")]
-        counts += [
-            (f"dropped: {why}", n, "bad") for why, n in sorted(result["dropped"].items(), key=lambda item: -item[1])
-        ]
-        shares = [(name, count, f"{100 * count / whole:.2f}", colour) for name, count, colour in counts]
-        if result.get("mass_inside_mean") is not None:
-            facts.append(
-                (f"probability inside the top {one['top_k']}, mean", f"{100 * result['mass_inside_mean']:.3f} %")
-            )
-        facts.append(("cut at the limit of tokens", f"{100 * result['cut_share']:.2f} %"))
-        if result.get("logprob_error"):
-            error = result["logprob_error"]
-            facts.append(("error of stored log-probabilities", f"{error['mean']:.2g}, {error['worst']:.2g} at worst"))
-        if result.get("tokens_per_s") is not None:
-            facts.append(
-                (
-                    "speed of writing",
-                    f"{result['tokens_per_s']:,.0f} tokens/s, {result.get('engine', 'engine not known')}",
-                )
-            )
-        facts += [("note", result["note"])] if result.get("note") else []
-    for kind in ("kept", "dropped") if lengths else ():
-        if lengths[kind]:
-            spread = lengths[kind]
-            said = (
-                f"{spread['mean']:,.1f} on average, {spread['median']:,} in the middle, {spread['longest']:,} at most"
-            )
-            facts.append((f"tokens of an answer, {kind}", said))
-    alt = "Histogram of answer lengths" + "".join(f"; {name}: {value}" for name, value in facts if "answer" in name)
-    return {**one, "shares": shares, "facts": facts, "alt": alt}
+    result, lengths = one["result"] or {}, one["lengths"] or {}
+    whole = max(1, result.get("generated") or 0)
+    counts = [("kept", result["kept"], "student")] if "kept" in result else []
+    dropped = sorted((result.get("dropped") or {}).items(), key=lambda item: -item[1])
+    counts += [(f"dropped: {why}", count, "bad") for why, count in dropped]
+    shares = [(name, count, f"{100 * count / whole:.2f}", colour) for name, count, colour in counts]
+    spreads = [
+        (f"tokens of an answer, {kind}", _spread(lengths[kind])) for kind in ("kept", "dropped") if lengths.get(kind)
+    ]
+    alt = "; ".join(["Histogram of answer lengths", *(f"{name}: {said}" for name, said in spreads)])
+    return {**one, "shares": shares, "facts": [*_label_facts(result, one["top_k"]), *spreads], "alt": alt}
+
+
+def _spread(found: Mapping[str, Any]) -> str:
+    return f"{found['mean']:,.1f} on average, median {found['median']:,}, longest {found['longest']:,}"
+
+
+def _label_facts(result: Mapping[str, Any], top_k: int | None) -> list[tuple[str, str]]:
+    """(what, value) of what the stage has told; older runs have told less."""
+    told: dict[str, Callable[[Any], str]] = {
+        "mass_inside_mean": lambda share: f"{100 * share:.3f}{NBSP}%",
+        "cut_share": lambda share: f"{100 * share:.2f}{NBSP}%",
+        "logprob_error": lambda error: f"{error['mean']:.2g}, {error['worst']:.2g} at worst",
+        "tokens_per_s": lambda speed: f"{speed:,.0f} tokens/s",
+        "engine": str,
+        "api": lambda bill: (
+            f"{bill['calls']:,} calls, {bill['input_tokens']:,} tokens in, {bill['output_tokens']:,} out"
+        ),
+        "note": str,
+    }
+    names = {
+        "mass_inside_mean": f"probability inside the top {top_k}, mean",
+        "cut_share": "cut at the limit of tokens",
+        "logprob_error": "error of stored log-probabilities",
+        "tokens_per_s": "speed of writing",
+        "engine": "written with",
+        "api": "asked of the API",
+    }
+    return [(names.get(key, key), say(result[key])) for key, say in told.items() if result.get(key) is not None]
 
 
 def _answers(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

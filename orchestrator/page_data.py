@@ -6,6 +6,7 @@ Whatever cannot be read becomes a sentence in `missing`, never an error: a run t
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -320,7 +321,7 @@ def command(run: Run, plan: Plan) -> str:
         words += ["--infra", plan.infra[0]]
     if run.deadline_s is not None and "deadline" not in given:
         words += ["--deadline", f"{run.deadline_s:g}s"]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def _log(report: Mapping[str, Any], bucket: Bucket | None, missing: list[str]) -> dict[str, Any] | None:

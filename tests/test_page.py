@@ -175,6 +175,18 @@ def page_data_report(run: Any, plan: Any) -> dict[str, Any]:
     return build_report(run, plan, [])
 
 
+def test_a_run_of_an_older_version_that_told_less_has_a_page(tmp_path: Path) -> None:
+    """No interval over problems, no mass, no samples."""
+    made = document(tmp_path)
+    accuracy = {"mean": 0.5, "min": 0.5, "max": 0.5, "n": 100, "seeds": [0.5]}
+    made["report"]["quality"] = dict.fromkeys(made["report"]["quality"]) | {"student": {"accuracy": accuracy}}
+    made["labels"][0] |= {"result": {"kept": 3, "generated": 4}, "lengths": None, "samples": []}
+    made["samples"] = [{"input": "1", "answer": None, "change": "unknown"}]
+    read = Reader(render_page(made))
+    assert ("quality.student.accuracy.mean", 0.5, "0.500") in read.facts
+    assert "wrote 4 answers to – prompts" in read.text and "expected: –" in read.text
+
+
 def test_a_bucket_that_cannot_be_read_is_said_and_leaves_the_rest(tmp_path: Path) -> None:
     plan = plan_made(tmp_path)
     run = replace(run_made(plan), bucket="nowhere:at/all")
