@@ -43,7 +43,7 @@ clean:  ## remove what the other targets made
 	rm -rf .venv .venv-sky build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 install:
-	@$(PYTHON) scripts/install.py local
+	@$(PYTHON) scripts/install.py local,page
 
 install-dev:
-	@$(PYTHON) scripts/install.py local,dev
+	@$(PYTHON) scripts/install.py local,page,dev

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from orchestrator.config import Config
     from orchestrator.drill import Report
-    from orchestrator.ledger import Ledger
+    from orchestrator.ledger import Ledger, Run
     from orchestrator.plan import Plan
     from orchestrator.planner import Planner
     from orchestrator.provision import Provisioner
@@ -43,7 +43,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SECTIONS = {
     "Plan": ["plan", "estimate", "offers", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down", "adopt"],
-    "Look": ["report", "artifacts", "labels"],
+    "Look": ["report", "compare", "artifacts", "labels"],
     "Safety": ["budget", "reap", "drill"],
 }
 
@@ -294,18 +294,39 @@ def adopt(url: str) -> None:
 
 @kdcloud.command()
 @click.argument("run_id", metavar="[RUN]", required=False)
+@click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write it as one page to FILE.")
+@click.option("--open", "opens", is_flag=True, help="With --html: show the page in a browser.")
 @json_option
-def report(run_id: str | None, as_json: bool) -> None:
+def report(run_id: str | None, html: str | None, opens: bool, as_json: bool) -> None:
     """What came out: money against plan and cap, predicted against actual, student against teacher.
 
     \b
     kdcloud report
+    kdcloud report --html report.html --open
     kdcloud report --json
     """
     from orchestrator.session import newest
 
+    _needs_html(html, opens)
     with _ledger() as ledger:
-        _report(ledger, newest(ledger, run_id), as_json)
+        _report(ledger, newest(ledger, run_id), as_json, html=html, opens=opens)
+
+
+@kdcloud.command()
+@click.argument("run_ids", metavar="RUN RUN...", nargs=-1, required=True)
+@click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write it as one page to FILE.")
+@click.option("--open", "opens", is_flag=True, help="With --html: show the page in a browser.")
+@json_option
+def compare(run_ids: tuple[str, ...], html: str | None, opens: bool, as_json: bool) -> None:
+    """Runs beside each other: cost against accuracy, and the settings in which they differ.
+
+    \b
+    kdcloud compare a1b2c3 last
+    kdcloud compare a1b2c3 last --html compare.html --open
+    """
+    _needs_html(html, opens)
+    with _ledger() as ledger:
+        _compare(ledger, run_ids, as_json, html=html, opens=opens)
 
 
 @kdcloud.command()
@@ -610,17 +631,75 @@ def _finish(ledger: Ledger, name: str, outcome: Outcome) -> None:
     sys.exit(EXIT_CODES[outcome.state])
 
 
-def _report(ledger: Ledger, name: str, as_json: bool) -> None:
-    from orchestrator.report import build_report, render_report
+def _report(ledger: Ledger, name: str, as_json: bool, *, html: str | None = None, opens: bool = False) -> None:
+    from orchestrator.report import render_report
+
+    known, made, document = _reported(ledger, name)
+    if html is not None:
+        from datetime import UTC, datetime
+
+        from orchestrator.page import render_page
+        from orchestrator.page_data import gather
+
+        _put_page(html, render_page(gather(known, made, document, now=datetime.now(UTC))), opens=opens)
+    if as_json:
+        _print_json(document)
+    elif html is None:
+        render_report(document, made, _console())
+
+
+def _reported(ledger: Ledger, name: str) -> tuple[Run, Plan, dict[str, Any]]:
+    """The run, its plan, and the document of `report --json`; providers are asked where something may bill."""
+    from orchestrator.report import build_report
     from orchestrator.session import live_machines, plan_of
 
     known = ledger.run(name)
     made = plan_of(known)
-    document = build_report(known, made, live_machines(known, _provider_of(known) if known.live else None))
+    return known, made, build_report(known, made, live_machines(known, _provider_of(known) if known.live else None))
+
+
+def _compare(ledger: Ledger, names: tuple[str, ...], as_json: bool, *, html: str | None, opens: bool) -> None:
+    from datetime import UTC, datetime
+
+    from orchestrator.compare import build_compare, render_compare
+    from orchestrator.session import newest
+
+    ids = list(dict.fromkeys(newest(ledger, name) for name in names))
+    if len(ids) < 2:
+        raise UsageError(f"{ids[0]} alone is nothing to compare", hint="name two runs; `kdcloud status` lists them")
+    runs = [(document, made) for _, made, document in (_reported(ledger, name) for name in ids)]
+    document, rate = build_compare(runs), runs[0][1].rate
+    if html is not None:
+        from orchestrator.page import render_compare_page
+
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        _put_page(html, render_compare_page(document, rate, made_at=now, version=__version__), opens=opens)
     if as_json:
         _print_json(document)
-    else:
-        render_report(document, made, _console())
+    elif html is None:
+        render_compare(document, rate, _console())
+
+
+def _needs_html(html: str | None, opens: bool) -> None:
+    if opens and html is None:
+        raise UsageError("--open needs a page to show", hint="add --html report.html")
+
+
+def _put_page(file: str, page: str, *, opens: bool) -> None:
+    """Writes a page and says where it is. Raises UsageError."""
+    import webbrowser
+    from pathlib import Path
+
+    from orchestrator.artifacts import human_bytes
+
+    path = Path(file).expanduser().resolve()
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", hint="name another file") from error
+    _talk(f"{path}: {human_bytes(path.stat().st_size)}, one file, to be opened in any browser")
+    if opens and not webbrowser.open(path.as_uri()):
+        _talk("no browser was found here: open that file yourself")
 
 
 def _other_looks(

@@ -123,7 +123,7 @@ def render_report(report: Mapping[str, Any], plan: Plan, console: Console) -> No
     if any(report["quality"].values()):
         console.print()
         console.print(_quality_table(report["quality"]))
-        for line in _harness_lines(report["quality"]):
+        for line in harness_lines(report["quality"]):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     if report["message"]:
         console.print(Text.assemble((f"{state}: ", "bold"), report["message"]), soft_wrap=True)
@@ -198,7 +198,7 @@ def _quality_table(quality: Mapping[str, Any]) -> Table:
     return table
 
 
-def _harness_lines(quality: Mapping[str, Any]) -> list[str]:
+def harness_lines(quality: Mapping[str, Any]) -> list[str]:
     """A line a number of lm-evaluation-harness: what it is, and how much of which model. Standard errors stay away."""
     told: dict[str, list[str]] = {}
     for key in QUALITY:

@@ -1,7 +1,7 @@
 """What does a checkout need before it runs? A virtual environment with kdcloud and its locked versions in it.
 
-    python3 scripts/install.py local        # what `make demo` needs
-    python3 scripts/install.py local,dev    # what `make test` needs
+    python3 scripts/install.py local,page        # what `make demo` needs
+    python3 scripts/install.py local,page,dev    # what `make test` needs
     python3 scripts/install.py local,s3,dev,sky    # what `make test-slurm` needs, in .venv-sky
 
 Does nothing when that was done already and neither pyproject.toml nor the lock changed. Standard library only, and

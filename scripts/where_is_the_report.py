@@ -14,6 +14,7 @@ def main() -> None:
     report = json.loads(answer.stdout)
     exported = [item for item in report["artifacts"] if item["stage"] == "export"]
     print(f"\nThe report again:  .venv/bin/kdcloud report {report['run']}")
+    print("As a page:          .venv/bin/kdcloud report --html report.html --open")
     print(f"Everything it made: {report['bucket']}")
     print(f"The student:        {len(exported)} files, {sum(item['bytes'] for item in exported) / 2**20:.1f} MiB")
 

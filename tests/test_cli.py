@@ -136,6 +136,7 @@ def test_a_corrupt_ledger_is_told_and_left_as_it_is(home):
 
 def test_nothing_has_run_yet(home):
     assert "quickstart" in refused(home, 2, "report")
+    assert "--html" in refused(home, 2, "report", "--open")
     assert home.json("status") == {"schema": 1, "runs": []}
     assert "nothing has run yet" in home.call("status").stdout
 
@@ -178,6 +179,11 @@ def test_a_run_from_plan_to_report(home):
     assert stage["actual"]["hours"] > 0
     assert stage["actual"]["peak_gib"] > 0
     assert report["artifacts"]
+    made = home.call("report", "--html", "page.html", "--json")
+    assert json.loads(made.stdout) == report and "page.html" in made.stderr, made.stderr
+    assert report["run"] in (home.folder / "page.html").read_text()
+    assert "alone" in refused(home, 2, "compare", "last", report["run"])
+    assert "cannot write" in refused(home, 2, "report", "--html", "no/such/folder/page.html")
     assert home.call("run", "--resume", "last").returncode == 0  # done already: nothing to do
     assert "rehears" in home.call("logs").stdout or home.call("logs").stdout
 

@@ -21,7 +21,10 @@ import orchestrator
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCKS = {"lock.txt": ("local", "quantized", "s3", "dev"), "sky.txt": ("local", "quantized", "s3", "dev", "sky")}
+LOCKS = {
+    "lock.txt": ("local", "page", "quantized", "s3", "dev"),
+    "sky.txt": ("local", "page", "quantized", "s3", "dev", "sky"),
+}
 # Whole environments of rented machines: the extras that make them up.
 ENVIRONMENTS = {"train": ("local", "quantized", "s3"), "label": ("local", "s3", "label")}
 MACHINES = [
@@ -316,6 +319,8 @@ def test_the_wheel_holds_orchestrator_tasks_and_the_recipes_only(wheel: zipfile.
         sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
         assert len(sources) >= 8
         assert sources <= names
+    templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "orchestrator" / "templates").iterdir()}
+    assert "orchestrator/templates/report.html" in templates and templates <= names  # what `report --html` fills
     recipes = {f"orchestrator/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert "orchestrator/recipes/quickstart.yaml" in recipes
     assert recipes <= names

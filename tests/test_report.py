@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator.report import QUALITY, _harness_lines, _quality_table
+from orchestrator.report import QUALITY, _quality_table, harness_lines
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -48,5 +48,5 @@ def test_the_quality_table_is_as_in_the_golden_file(name: str) -> None:
 def test_numbers_of_the_harness_stand_below_a_line_each() -> None:
     numbers = {"gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.01}}
     quality = {"teacher": row(1.0, lm_eval=numbers), "student": row(0.5, lm_eval=numbers), "student_hard": row(0.5)}
-    assert _harness_lines(quality) == ["gsm8k exact_match,strict-match: teacher 0.250, distilled 0.250"]
-    assert _harness_lines(dict.fromkeys(QUALITY)) == []
+    assert harness_lines(quality) == ["gsm8k exact_match,strict-match: teacher 0.250, distilled 0.250"]
+    assert harness_lines(dict.fromkeys(QUALITY)) == []
