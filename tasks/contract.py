@@ -305,6 +305,9 @@ class Progress:
     unit: str = "steps"
     declared: bool = False  # a phase (download, tokenise, upload) in which CPU, disk or network count as work
     step_s: float | None = None  # median seconds of a step lately
+    phase_from: float = 0.0  # `done` when this phase was first reported in this attempt
+    phase_s: float = 0.0  # seconds in it since then, until `done` last moved
+    work_s: float = 0.0  # seconds of this attempt in phases that are not declared
     numbers: dict[str, float] = field(default_factory=dict)  # loss, tokens_per_s ...
 
     def to_json(self) -> str:
@@ -327,6 +330,7 @@ class Ended:
     peak_gib: float | None = None  # largest resident memory of the process tree, or of the GPU
     last_checkpoint: str | None = None
     attempt: int = 0
+    work_s: float | None = None  # of `seconds`, at the stage's own work: not starting, fetching or sending
     schema: int = SCHEMA
 
     def to_json(self) -> str:

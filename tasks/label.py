@@ -589,6 +589,7 @@ def _result(
         "kept": len(kept),
         "dropped": dict(Counter(row["reason"] for row in dropped)),
         "tokens": sum(len(row["completion_ids"]) for row in kept),
+        "generated_tokens": sum(len(row["completion_ids"]) for row in rows),
         "tokens_per_s": speed,  # generation; None when every shard came from an earlier attempt
         "cut_share": _cut_share(generated)[0],
         "mass_inside_mean": inside,  # teacher's mass on the stored ids

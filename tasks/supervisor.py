@@ -346,8 +346,14 @@ class _Supervision:
         return Ended(
             reason=decision.stop.name.lower(), rc=int(decision.stop), message=decision.message, hint=decision.hint,
             seconds=round(time.monotonic() - self._began_s, 3), peak_gib=gpu_gib or self._meter.peak_gib or None,
-            last_checkpoint=checkpoint, attempt=self._task.attempt,
+            last_checkpoint=checkpoint, attempt=self._task.attempt, work_s=self._work_s(),
         )
+
+    def _work_s(self) -> float | None:
+        with suppress(OSError, ValueError, TaskError):
+            progress = _read_progress(self._work)
+            return None if progress is None else round(progress.work_s, 3)
+        return None
 
 
 class Occupied(TaskError):

@@ -98,6 +98,8 @@ def _run(ctx: Context, settings: TrainSettings, peers: Peers | None) -> dict[str
         "samples": len(examples),
         "too_long": too_long,
         "supervised_tokens": examples.tokens,
+        "row_tokens": float(examples.lengths.double().mean()),
+        "steps_done": work.search_steps + sum(arm["steps_done"] for arm in arms),
         "tokens": sum(arm["tokens"] for arm in arms),
         "tokens_per_s": sum(speeds) / len(speeds),
         "micro_batch": min(arm["micro_batch"] for arm in arms),
@@ -862,7 +864,7 @@ class _Work:
         trials = [(kind, lr) for kind in kinds for lr in settings.learning_rates] if searched else []
         self._search = [(kind, lr, search_steps, search_steps * n) for n, (kind, lr) in enumerate(trials)]
         self._arms: list[tuple[str, int, int, int]] = []  # kind, seed, steps, steps of the stage before it
-        self._total = search_steps * len(trials)
+        self._total = self.search_steps = search_steps * len(trials)
         for seed in range(max(1, settings.compare_seeds) if settings.compare_hard else 1):
             for kind in [*kinds, "hard_2x"] if settings.compare_hard else kinds:
                 length = steps * (2 if kind == "hard_2x" else 1)
