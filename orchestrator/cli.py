@@ -694,6 +694,7 @@ def _planned(
         now=datetime.now(UTC),
         cap_micros=money.cap_micros(_amount(budget), config.rate) if budget else None,
         deadline_s=_duration(deadline) if deadline else None,
+        calibration=_calibration(),
     )
     return planner, planner.plan(), provider, loaded
 
@@ -702,6 +703,16 @@ def _named_provider(name: str) -> Provisioner:
     from orchestrator.session import named_provider
 
     return named_provider(name)
+
+
+def _calibration() -> dict[str, tuple[float, ...]]:
+    """What earlier runs took, where there were any: a plan makes no ledger."""
+    from orchestrator.calibration import TOLD, TOOK, ratios_of
+
+    if not _home()[0].ledger.exists():
+        return {}
+    with _ledger() as ledger:
+        return ratios_of(ledger.told(TOOK, TOLD))
 
 
 def _artifacts(ledger: Ledger, name: str, stage: str | None, dest: str | None, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from orchestrator import spend
 from orchestrator.attempts import Attempt, Candidate, Fate, verdict
+from orchestrator.calibration import TOOK, took_of
 from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import BudgetExceeded, NotOwner, TeardownUnconfirmed
 from orchestrator.guarded import CALL_LIMIT_S, Guarded
@@ -444,6 +445,7 @@ class Runner:
     def _next_stage(self, run: Run, stopping: bool) -> tuple[Outcome | None, bool]:
         if self._settle_apis(ended=False):
             return None, True
+        self._note_took(run)
         stage = next((s for s in self.plan.stages if s.name not in run.done), None)
         if stage is None:
             return Outcome("done"), True
@@ -643,6 +645,18 @@ class Runner:
         self.say("done", stage, "done")
         return True
 
+    def _note_took(self, run: Run) -> None:
+        """Writes down once what each stage that is done took: the next plans learn from it."""
+        told = {e.stage for e in run.entries if e.kind == TOOK}
+        for stage in self.plan.stages:
+            if stage.name not in run.done or stage.name in told:
+                continue
+            machines = [_worked(row) for row in run.machines if row.stage == stage.name]
+            result, smoke = run.done[stage.name]["result"], bool(run.data.get("smoke"))
+            parts = [took.to_dict() for took in took_of(stage, machines, result, smoke=smoke)]
+            if parts:
+                self.ledger.note(self.run_id, TOOK, self._now(), stage=stage.name, data={"parts": parts})
+
     def _stage_is_done(self, run: Run, row: MachineRow) -> bool:
         """A machine whose stage has its result and whose job was never sent has nothing to do any more."""
         return row.stage in run.done and row.state in (State.INTENT, State.CREATING)
@@ -807,6 +821,12 @@ def worst_case_micros(row: MachineRow, clock: Clock) -> int:
     """The most an open machine may cost, now; see spend.worst_case_micros."""
     offer = offer_from_dict(row.facts.get("landed") or row.order["offer"])
     return spend.worst_case_micros(offer, reserved=row.reserved_micros, age_s=machine_age_s(row, clock))
+
+
+def _worked(row: MachineRow) -> dict[str, Any]:
+    """A machine as `calibration.took_of` weighs it."""
+    offer = offer_from_dict(row.facts.get("landed") or row.order["offer"])
+    return {**row.facts, "offer": offer, "offer_index": int(row.order["offer_index"])}
 
 
 def _open(run: Run) -> list[MachineRow]:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.calibration import TOOK, ratios_of
 from orchestrator.errors import NotOwner
 from orchestrator.handover import code_wheel, put_code
 from orchestrator.lease import Lease
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Micros, Overhead, Plan, plan_to_dict
+from orchestrator.plan import Micros, Overhead, Part, Plan, Range, plan_to_dict
 from orchestrator.provision import NoCapacity, ProvisionError
 from orchestrator.runner import Outcome, Runner, mark_to_dict
 from orchestrator.states import State
@@ -121,6 +122,21 @@ def test_an_undisturbed_run_does_every_stage_once_and_leaves_nothing(tmp_path):
     assert [m.state for m in world.run.machines] == [State.GONE] * 3
     assert len([c for c in world.provider.calls if c[0] == "launch"]) == 3
     world.check_money()
+
+
+def test_a_run_writes_down_once_what_each_stage_took(tmp_path):
+    plan = make_plan(WORK)
+    parts = {"create": Part("create fake", Range(1.0, 10.0, 100.0)), "work": Part("work rehearse", Range(1, 1, 1))}
+    stages = [replace(stage, candidate_parts=(parts,) * len(stage.candidates)) for stage in plan.stages]
+    lost = lambda order, count: Faults(lost_after_s=200.0 if count == 1 else None)  # noqa: E731
+    world = World(tmp_path, replace(plan, stages=tuple(stages)), faults=lost)
+    assert world.client(turns=45) is None and world.client(take_over=True).state == "done"
+    assert [(e.stage, [part["key"] for part in e.data["parts"]]) for e in world.run.entries if e.kind == TOOK] == [
+        ("label", ["create fake"]),  # the fake tells no work; training went over two machines
+        ("evaluate", ["create fake"]),
+    ]
+    ratios = ratios_of(Ledger(world.path).told(TOOK, 100))["create fake"]
+    assert len(ratios) == 2 and all(2.0 <= ratio <= 3.5 for ratio in ratios)  # up after 20 s, seen within a few
 
 
 def test_money_is_reserved_in_the_ledger_before_every_create(tmp_path):
