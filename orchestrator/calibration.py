@@ -74,7 +74,7 @@ def work_key(kind: str, settings: Settings, params: float | None, offer: Offer) 
     words = [kind]
     if isinstance(settings, TrainSettings):
         words += [settings.method, *(["compiled"] if settings.compile else [])]
-    if kind == "label":
+    if kind in ("label", "evaluate"):
         words.append(engine_of(settings, offer))
     if params:
         words.append(f"{2.0 ** round(math.log2(params)) / 1e9:.2g}B")
@@ -87,7 +87,7 @@ def card_of(offer: Offer) -> str:
 
 
 def engine_of(settings: Settings, offer: Offer) -> str:
-    """api | vllm | transformers: what a label stage is planned to answer with."""
+    """api | vllm | transformers: what answers are planned to be written with."""
     if getattr(settings, "api", None) is not None:
         return "api"
     wanted = str(getattr(settings, "engine", "auto"))
@@ -140,9 +140,9 @@ def share_done(stage: StagePlan, offer: Offer, result: Mapping[str, Any]) -> flo
         if not steps or not row or not uses.get("steps_in_all") or not uses.get("row_tokens"):
             return 0.0
         return float(steps / uses["steps_in_all"] * row / uses["row_tokens"])
+    if stage.kind in ("label", "evaluate") and result.get("engine") != engine_of(settings, offer):
+        return 0.0
     if stage.kind == "label":
-        if result.get("engine") != engine_of(settings, offer):
-            return 0.0
         tokens = result.get("generated_tokens")
         expected = uses.get("answers", 0.0) * uses.get("expected_answer_tokens", 0.0)
         return float(tokens / expected) if tokens and expected else 0.0

@@ -556,7 +556,7 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
         ),
     )
     for shape, times in shapes:
-        seconds += duration.ENGINE_START_S.times(times if engine else 0)
+        around += duration.ENGINE_START_S.times(times if engine else 0)
         seconds += duration.generation_s(
             speed,
             shape,
