@@ -42,12 +42,14 @@ from tasks.bucket import (
 from tasks.contract import (
     COMMIT_FILE,
     LABELS_PREFIX,
+    LIMIT_FILE,
     METRICS_FILE,
     PROGRESS_FILE,
     RESULT_FILE,
     TASK_FILE,
     DataSource,
     Exit,
+    Limit,
     Progress,
     Task,
     TaskError,
@@ -82,6 +84,11 @@ class Context(Protocol):
     @property
     def stopping(self) -> bool:
         """A stop was asked for: save a checkpoint at once, then raise Stopped."""
+        ...
+
+    @property
+    def limit(self) -> float | None:
+        """Where the stage is to end instead of its total, in the units of its progress; None = as planned."""
         ...
 
     def metric(self, step: int, **values: float) -> None:
@@ -156,6 +163,15 @@ class StageContext:
     def stopping(self) -> bool:
         self._asked_in = self._now.phase
         return self._stop
+
+    @property
+    def limit(self) -> float | None:
+        if not self.task.gate:
+            return None
+        try:
+            return Limit.from_json((self.work / LIMIT_FILE).read_text()).total
+        except FileNotFoundError:
+            return None
 
     def progress(
         self, phase: str, done: float = 0, total: float | None = None, unit: str = "steps", *,
