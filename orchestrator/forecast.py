@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tasks.contract import LabelSettings, Progress, RehearseSettings, Settings, TrainSettings
 
-LEAST_SHARE = 0.25  # of a stage: less is another experiment
+LEAST_SHARE = 0.25  # of samples or steps: fewer is another experiment
 SLACK = 0.9  # the first steps of a machine are its slowest: only what falls short at a tenth more speed falls short
 CAREFUL = 0.95  # of the time that is left, what a smaller stage is made to fit
 JUST_BEGUN = 0.03  # of a unit: nearer to its beginning `done` is right; within, answers do not come evenly

@@ -22,6 +22,7 @@ from orchestrator.calibration import Ratios, card_of, sum_of, with_ratios, work_
 from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
+from orchestrator.forecast import LEAST_SHARE
 from orchestrator.fronts import Point, cheapest_in_time, front_of, whole_front
 from orchestrator.handover import environments
 from orchestrator.market import MACHINES_AN_INFRA, PLACES_A_MACHINE, Lot, lots_of
@@ -45,7 +46,6 @@ SLURM_STARTUP_S = Range(20.0, 40.0, 90.0)  # an idle partition, a warm SkyPilot 
 CLOUD_STARTUP_S = Range(120.0, 300.0, 900.0)  # request to a usable machine; its environment comes on top
 LOCAL_STARTUP_S = Range(0.1, 0.5, 2.0)
 OLD_PRICE_DAYS = 180
-LEAST_SHARE = 0.25  # of the samples: fewer is another experiment, not advice
 MOST_ADVICE = 3  # changes that are told beside a larger budget
 
 
