@@ -478,17 +478,21 @@ class Runner:
         return False
 
     def _allowed_s(self, run: Run, row: MachineRow, offer: Offer, machine: Machine) -> tuple[float, str]:
-        """Seconds of work that this machine may still do, later stages taking what is planned; and what bounds them."""
+        """Seconds of work that this machine may still do, later stages taking what is planned; and what bounds them.
+
+        At the price that is billed: a spot machine's reservation, at the price that it may reach, ends it sooner, but
+        what is left of it is there for the next one.
+        """
         index = self.plan.stages.index(self._stage(row.stage))
         later = self.plan.stages[index + 1 :]
         costs = [*(stage.cost_micros for stage in later), *(item.cost_micros for item in self.plan.overhead)]
         floor = later_floor_micros(self.plan, index, run.apis) + sum(cost.expected - cost.low for cost in costs)
         others = run.open_micros - row.open_micros
         available = spend.available_micros(cap=run.cap_micros, spent=run.spent_micros, open_=others, later_floor=floor)
-        bounds = [
-            (spend.lifetime_s(offer, available) - machine.age_s, "cap"),
-            (machine.lifetime_s - machine.age_s, str(row.order["bound"])),
-        ]
+        billed = replace(offer, ceiling_micros_per_hour=None)
+        bounds = [(spend.lifetime_s(billed, available) - machine.age_s, "cap")]
+        if row.order["bound"] in ("month", "deadline"):
+            bounds.append((machine.lifetime_s - machine.age_s, str(row.order["bound"])))
         if run.deadline_s is not None:
             planned = sum(stage.hours.expected for stage in later) * 3600
             left = run.deadline_s - self._run_age_s(run) - planned - offer.latencies.total_s

@@ -639,6 +639,26 @@ def test_a_deadline_that_will_be_missed_is_seen_at_the_gate(tmp_path):
     world.check_money()
 
 
+def test_this_months_budget_counts_at_the_gate_like_the_cap(tmp_path):
+    world = gated(tmp_path, "stop", slower=1.0)
+    outcome = world.client(month_cap=450_000)
+    assert outcome.state == "cap" and "of it would fit" in outcome.message
+    assert world.provider.invoice_micros() < 50_000
+    world.check_money()
+
+
+def test_a_spot_machine_is_judged_by_the_price_it_is_billed_at(tmp_path):
+    """Its reservation, at twice that price, will not last; what it leaves does."""
+    offers = (fake_offer(spot=True, ceiling_micros_per_hour=1_000_000),)
+    plan = make_plan({"train": 3600.0, "evaluate": 600.0}, cap_micros=1_300_000, offers=offers)
+    world = World(tmp_path, plan, work_s={"train": 3600.0, "evaluate": 600.0})
+    world.provider.steps = {"train": 1800}
+    world.client()
+    row = world.run.machines[0]
+    assert "forecast" in row.facts and "short" not in row.facts
+    world.check_money()
+
+
 def test_your_own_machine_and_progress_of_another_attempt_are_not_judged(tmp_path):
     world = gated(tmp_path / "a", "stop")
     local = replace(world.plan.stages[0].offer, infra="local", price_micros_per_hour=500_000)
