@@ -503,6 +503,8 @@ def prove_memory(
             tried, picked = how.micro_batch, fullest(model, examples, how, peers)
             _, _, how = accumulate_within_memory(model, examples, picked, how, peers)
             model.zero_grad(set_to_none=True)
+            if peers is not None:  # each halves for itself, and all must ask each other as often
+                break
         del held
         _set_generators(drawn, device)
     return how
