@@ -40,6 +40,7 @@ class Attempt:
     lost: bool = False  # taken away by its provider
     billed_s: float = 0.0
     share: float | None = None  # of the stage's work that was done when it ended; None = not known
+    short: str = ""  # it was ended since its stage would not have been finished: what that means, in words
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ def verdict(attempts: Sequence[Attempt], candidates: Sequence[Candidate]) -> Ver
     if not attempts:
         return Verdict(Fate.TRY)
     last = attempts[-1]
+    if last.short:
+        fate = Fate.DEADLINE if last.bound == "deadline" else Fate.CAP
+        return Verdict(fate, message=last.short, hint=last.hint)
     if last.rc == Exit.DEADLINE or last.time_used_up:
         return _out_of_time(last)
     if last.rc in (Exit.BUG, Exit.BAD_INPUT):

@@ -135,6 +135,7 @@ def plan(
 )
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before money is spent.")
 @click.option("--detach", "-d", is_flag=True, help="Leave it to a process that outlives this terminal.")
+@click.option("--smoke", is_flag=True, help="Every stage with 10 samples, under a small cap of its own: try the way.")
 def run(
     recipe: str | None,
     budget: str | None,
@@ -143,6 +144,7 @@ def run(
     resume: str | None,
     yes: bool,
     detach: bool,
+    smoke: bool,
 ) -> None:
     """Plan, ask, then rent, label, train, evaluate and tear down, never over the cap.
 
@@ -151,17 +153,20 @@ def run(
     kdcloud run recipe.yaml --budget 50CNY --yes
     kdcloud run --resume last --budget 60CNY
     kdcloud run recipe.yaml --yes --detach
+    kdcloud run recipe.yaml --smoke
     """
     if (recipe is None) == (resume is None):
         raise UsageError("run needs a recipe, or --resume RUN", hint="try `kdcloud run quickstart`")
     if resume is not None and infra is not None:
         raise UsageError("a run goes on where its plan was approved for", hint="leave --infra out, or start a new run")
+    if resume is not None and smoke:
+        raise UsageError("a run goes on as it was begun", hint="leave --smoke out, or give a recipe")
     with _ledger() as ledger:
         if resume is not None:
             _resume(ledger, resume, budget, deadline, detach)
         else:
             assert recipe is not None
-            _start(ledger, recipe, budget, deadline, infra, yes, detach)
+            _start(ledger, recipe, budget, deadline, infra, yes, detach, smoke)
 
 
 @kdcloud.command()
@@ -516,11 +521,12 @@ def _start(
     infra: str | None,
     yes: bool,
     detach: bool,
+    smoke: bool,
 ) -> None:
     from orchestrator.plan import render_plan
     from orchestrator.session import infra_of, local_price, provider_for, start_run
 
-    made, provider, loaded = _plan(recipe, budget, deadline, infra, live=True)
+    made, provider, loaded = _plan(recipe, budget, deadline, infra, live=True, smoke=smoke)
     render_plan(made, _console(stderr=True))
     _warn_of_the_month(made.cap_micros)
     if not made.fits:
@@ -541,6 +547,7 @@ def _start(
         provider=provider,
         recipe_text=loaded.text,
         allow_account_key=loaded.allow_account_key,
+        smoke=smoke,
         say=_say,
     )
     _talk(f"run {session.run_id}, artefacts in {session.bucket.url}")
@@ -733,30 +740,34 @@ def _other_looks(
 
 
 def _plan(
-    recipe: str, budget: str | None, deadline: str | None, infra: str | None, *, live: bool = False
+    recipe: str, budget: str | None, deadline: str | None, infra: str | None, *, live: bool = False, smoke: bool = False
 ) -> tuple[Plan, Provisioner | None, Recipe]:
     """(plan, the provider whose offers it rests on or None, the recipe). Raises UsageError, NothingFits."""
-    return _planned(recipe, budget, deadline, infra, live=live)[1:]
+    return _planned(recipe, budget, deadline, infra, live=live, smoke=smoke)[1:]
 
 
 def _planned(
-    recipe: str, budget: str | None, deadline: str | None, infra: str | None, *, live: bool = False
+    recipe: str, budget: str | None, deadline: str | None, infra: str | None, *, live: bool = False, smoke: bool = False
 ) -> tuple[Planner, Plan, Provisioner | None, Recipe]:
     """(planner, plan, the provider whose offers it rests on or None, the recipe). Raises UsageError, NothingFits.
 
     `live`: machines are about to be rented, so their own provider is asked what it offers, not the dated table.
     """
+    from dataclasses import replace
     from datetime import UTC, datetime
 
     from orchestrator import money, price_cache
     from orchestrator.offers import offers_source
     from orchestrator.planner import Planner
     from orchestrator.recipe import load_recipe, on_infra
+    from orchestrator.smoke import NOTE, cap_of, smoke_of
 
     home, config = _home()
     loaded = load_recipe(recipe)
     if infra is not None:
         loaded = on_infra(loaded, infra)
+    if smoke:
+        loaded = smoke_of(loaded)
     named = os.environ.get("KDCLOUD_PROVIDER")
     provider = _named_provider(named) if named else None
     wanted = {name for stage in loaded.stages for name in stage.infra or loaded.infra or ("any",)}
@@ -766,21 +777,47 @@ def _planned(
         from orchestrator.session import provider_for  # with runner and ledger, which a plan does without
 
         provider = provider_for(wanted, home, local_price_micros=price, allow_account_key=loaded.allow_account_key)
-    planner = Planner(
-        loaded,
-        config=config,
-        offers_for=offers_source(loaded, provider, config, price_cache.load(home.offers_cache)),
-        now=datetime.now(UTC),
-        cap_micros=money.cap_micros(_amount(budget), config.rate) if budget else None,
-        deadline_s=_duration(deadline) if deadline else None,
-    )
-    return planner, planner.plan(), provider, loaded
+    offers_for = offers_source(loaded, provider, config, price_cache.load(home.offers_cache))
+    seen = _calibration()
+
+    def planner_of(cap: int | None) -> Planner:
+        return Planner(
+            loaded,
+            config=config,
+            offers_for=offers_for,
+            now=datetime.now(UTC),
+            cap_micros=cap,
+            deadline_s=_duration(deadline) if deadline else None,
+            calibration=seen,
+        )
+
+    planner = planner_of(money.cap_micros(_amount(budget), config.rate) if budget else None)
+    made = planner.plan()
+    if smoke:
+        made = made if budget else planner_of(cap_of(made)).plan()
+        made = replace(made, notes=(NOTE, *made.notes))
+    return planner, made, provider, loaded
 
 
 def _named_provider(name: str) -> Provisioner:
     from orchestrator.session import named_provider
 
     return named_provider(name)
+
+
+def _calibration() -> dict[str, tuple[float, ...]]:
+    """What earlier runs took, where there were any: a plan makes no ledger."""
+    from orchestrator.calibration import TOLD, TOOK, ratios_of
+
+    path = _home()[0].ledger
+    if not path.exists():
+        return {}
+    from contextlib import closing
+
+    from orchestrator.ledger import Ledger  # not by way of session, with the runner: a plan does without
+
+    with closing(Ledger(path, say=_talk)) as ledger:
+        return ratios_of(ledger.told(TOOK, TOLD))
 
 
 def _artifacts(ledger: Ledger, name: str, stage: str | None, dest: str | None, as_json: bool) -> None:

@@ -180,9 +180,8 @@ def stage_s(speed: Speed, *, downloads_gb: float, bare: bool = False, engine: bo
     return GPU_STAGE + fetch + (ENGINE_START_S if engine else Range(0.0, 0.0, 0.0))
 
 
-def hours(seconds: Range, calibration: float | None = None) -> Range:
-    """Hours; `calibration` is the ratio of actual to predicted time seen before on such a machine."""
-    return seconds.times((calibration or 1.0) / 3600)
+def hours(seconds: Range) -> Range:
+    return seconds.times(1 / 3600)
 
 
 def around(seconds: float, kind: str, host: Range | None = None) -> Range:

@@ -339,6 +339,11 @@ class Ledger:
         """Run ids, newest first."""
         return [row[0] for row in self._db.execute("SELECT id FROM run ORDER BY created_at DESC, rowid DESC")]
 
+    def told(self, kind: str, limit: int) -> list[Mapping[str, Any]]:
+        """The data of the newest entries of a kind, of all runs, newest first."""
+        rows = self._db.execute("SELECT data FROM entry WHERE kind=? ORDER BY seq DESC LIMIT ?", (kind, limit))
+        return [json.loads(row[0]) for row in rows]
+
     def machine_known(self, machine: str) -> bool:
         return self._db.execute("SELECT 1 FROM entry WHERE machine=? LIMIT 1", (machine,)).fetchone() is not None
 

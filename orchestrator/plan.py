@@ -57,6 +57,15 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some of a stage's time: the model's own estimate, and how far off it was in earlier runs of the same kind."""
+
+    key: str  # what it is compared with: kind of work and machine
+    seconds: Range  # before calibration
+    ratios: tuple[float, ...] = ()  # actual / estimated, newest first
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """One stage: its settings in full, the machines to try in order, and what it should take."""
 
@@ -76,6 +85,12 @@ class StagePlan:
     notes: tuple[str, ...]
     uses: Mapping[str, float]  # what the estimate rests on: expected lengths, counts, shares
     chosen: tuple[str, ...] = ()  # names of the settings that the recipe left to the planner
+    candidate_parts: tuple[Mapping[str, Part], ...] = ()  # of each candidate; see orchestrator.calibration
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """Of the chosen machine."""
+        return self.candidate_parts[0] if self.candidate_parts else {}
 
     @property
     def offer(self) -> Offer:
@@ -198,6 +213,8 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 
 
 def _stage_to_json(stage: StagePlan) -> dict[str, Any]:
+    from orchestrator import calibration
+
     return {
         "name": stage.name,
         "kind": stage.kind,
@@ -214,6 +231,7 @@ def _stage_to_json(stage: StagePlan) -> dict[str, Any]:
         "chosen": list(stage.chosen),
         "rejected": [asdict(one) for one in stage.rejected],
         "uses": dict(stage.uses),
+        "calibration": calibration.to_json(stage.parts),
         "notes": list(stage.notes),
     }
 
@@ -269,7 +287,7 @@ def _overhead_from_dict(raw: Mapping[str, Any]) -> Overhead:
 
 
 def _stage_from_dict(raw: Mapping[str, Any]) -> StagePlan:
-    values = {field.name: raw[field.name] for field in fields(StagePlan)}
+    values = {field.name: raw[field.name] for field in fields(StagePlan) if field.name in raw}
     values["settings"] = build(SETTINGS[raw["kind"]], raw["settings"])
     for name in ("vram_gib", "hours", "startup_hours"):
         values[name] = Range(**raw[name])
@@ -279,7 +297,13 @@ def _stage_from_dict(raw: Mapping[str, Any]) -> StagePlan:
     values["rejected"] = tuple(Rejected(**one) for one in raw["rejected"])
     for name in ("after", "notes", "chosen"):
         values[name] = tuple(raw[name])
+    each = raw.get("candidate_parts", ())  # plans of older versions have none
+    values["candidate_parts"] = tuple({name: _part_from_dict(part) for name, part in one.items()} for one in each)
     return StagePlan(**values)
+
+
+def _part_from_dict(raw: Mapping[str, Any]) -> Part:
+    return Part(raw["key"], Range(**raw["seconds"]), tuple(raw["ratios"]))
 
 
 def _offer_from_dict(raw: Mapping[str, Any]) -> Offer:
@@ -412,6 +436,8 @@ def _said_settings(stage: StagePlan) -> list[str]:
 
 def _said_uses(stage: StagePlan, plan: Plan) -> list[str]:
     """What the estimate rests on, in words."""
+    from orchestrator import calibration
+
     uses, said = stage.uses, []
     if "expected_answer_tokens" in uses:
         said.append(f"answers of about {uses['expected_answer_tokens']:.0f} tokens")
@@ -428,7 +454,8 @@ def _said_uses(stage: StagePlan, plan: Plan) -> list[str]:
         said.append(f"{uses['steps']:.0f} steps{more}")
     if uses.get("setup_s", 0.0) >= 60.0:
         said.append(f"its packages take {human_seconds(uses['setup_s'])} to install")
-    return said
+    measured = calibration.said(stage.parts)
+    return [*said, measured] if measured else said
 
 
 def _sums(plan: Plan) -> list[RenderableType]:

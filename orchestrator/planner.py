@@ -18,14 +18,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator import access, duration, money, setup_time, spend, teachers
+from orchestrator.calibration import Ratios, card_of, sum_of, with_ratios, work_key
 from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
+from orchestrator.forecast import LEAST_SHARE
 from orchestrator.fronts import Point, cheapest_in_time, front_of, whole_front
 from orchestrator.handover import environments
 from orchestrator.market import MACHINES_AN_INFRA, PLACES_A_MACHINE, Lot, lots_of
 from orchestrator.offers import known_price
-from orchestrator.plan import Micros, Overhead, Plan, Range, Rejected, StagePlan, digest_of
+from orchestrator.plan import Micros, Overhead, Part, Plan, Range, Rejected, StagePlan, digest_of
 from orchestrator.provision import Need, Offer
 from orchestrator.recipe import EvaluateStage, LabelStage, Recipe, Stage, TrainStage
 from orchestrator.setup_time import runs_vllm
@@ -36,16 +38,14 @@ from tasks.contract import Settings, TrainSettings
 OffersFor = Callable[[Need], list[Offer]]
 LotsFor = Callable[[Need], list[Lot]]
 Allowed = Callable[[str, Lot], bool]  # whether the stage of that name may look at the lot
-Calibration = Mapping[str, float]  # actual / predicted time, by `<kind>:<gpu or cpu>`
+Calibration = Ratios
 
 STORAGE_USD_MICROS_PER_GB = 23_000  # S3 standard, us-east-1, one month
 EGRESS_USD_MICROS_PER_GB = 90_000  # AWS to the internet, first 10 TB; nothing within a region
 SLURM_STARTUP_S = Range(20.0, 40.0, 90.0)  # an idle partition, a warm SkyPilot server (measured on one machine)
 CLOUD_STARTUP_S = Range(120.0, 300.0, 900.0)  # request to a usable machine; its environment comes on top
 LOCAL_STARTUP_S = Range(0.1, 0.5, 2.0)
-NOTHING_S = Range(0.0, 0.0, 0.0)
 OLD_PRICE_DAYS = 180
-LEAST_SHARE = 0.25  # of the samples: fewer is another experiment, not advice
 MOST_ADVICE = 3  # changes that are told beside a larger budget
 
 
@@ -57,6 +57,7 @@ class _Way:
     measured: Measured
     hours: Range
     startup: Range
+    parts: Mapping[str, Part]
 
     @property
     def needs_gib(self) -> float:
@@ -459,26 +460,31 @@ def _measured_option(
     if getattr(settings, "engine", "") == "vllm" and machine.offer.infra != "local" and not runs_vllm(machine.gpu):
         return "vLLM does not run on it"
     measured = measure(stage, settings, world, machine)
-    setup = _setup_s(stage, settings, machine)
-    startup = _startup_s(machine.offer.infra) + (setup or NOTHING_S)
-    if setup is not None:
-        measured = replace(measured, uses={**measured.uses, "setup_s": round(setup.expected)})
-    factor = calibration.get(f"{stage.kind}:{machine.offer.gpu or 'cpu'}")
-    startup_hours = duration.hours(startup)
-    hours = startup_hours + duration.hours(measured.seconds, factor)
-    return _Way(settings, measured, hours, startup_hours)
+    parts = _parts(stage, settings, measured, machine, calibration)
+    if "setup" in parts:
+        measured = replace(measured, uses={**measured.uses, "setup_s": round(sum_of(parts, ["setup"]).expected)})
+    startup_hours = duration.hours(sum_of(parts, ["create", "setup"]))
+    hours = startup_hours + duration.hours(sum_of(parts, ["around", "work"]))
+    return _Way(settings, measured, hours, startup_hours, parts)
 
 
 def _startup_s(infra: str) -> Range:
     return {"local": LOCAL_STARTUP_S, "slurm": SLURM_STARTUP_S}.get(infra.partition("/")[0], CLOUD_STARTUP_S)
 
 
-def _setup_s(stage: Stage, settings: Settings, machine: Machine) -> Range | None:
-    """Seconds until a rented machine has the stage's packages; None on this one, which has them. Each stage is planned
-    on a machine of its own, so that it is always the first there."""
-    if machine.offer.infra == "local":
-        return None
-    return setup_time.setup_s(setup_time.environment_of(stage.kind, settings, machine.gpu))
+def _parts(
+    stage: Stage, settings: Settings, measured: Measured, machine: Machine, calibration: Calibration
+) -> dict[str, Part]:
+    """The parts of the stage's time. This machine has the packages; a rented one gets them, each stage on one of its
+    own, so that it is always the first there."""
+    offer = machine.offer
+    found = {"create": (offer.infra, _startup_s(offer.infra))}
+    if offer.infra != "local":
+        environment = setup_time.environment_of(stage.kind, settings, machine.gpu)
+        found["setup"] = (f"{environment or 'packages'} on {offer.infra}", setup_time.setup_s(environment))
+    found["around"] = (f"{stage.kind} on {card_of(offer)}", measured.around_s)
+    found["work"] = (work_key(stage.kind, settings, measured.uses.get("params"), offer), measured.work_s)
+    return {name: with_ratios(f"{name} {key}", seconds, calibration) for name, (key, seconds) in found.items()}
 
 
 def _stage_plan(stage: Stage, world: World, best: _Option, considered: _Considered, scene: _Scene) -> StagePlan:
@@ -505,6 +511,7 @@ def _stage_plan(stage: Stage, world: World, best: _Option, considered: _Consider
         notes=tuple(_stage_notes(stage, world)),
         uses=uses,
         chosen=left_open(stage),
+        candidate_parts=(best.way.parts, *(way.parts for _, way in others)),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.ledger import Run
 from orchestrator.plan import Plan
 from orchestrator.session import state_of
+from orchestrator.smoke import NOTE
 from orchestrator.states import State
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def build_report(run: Run, plan: Plan, live: list[dict[str, Any]]) -> dict[str, 
         "schema": SCHEMA,
         "run": run.id,
         "recipe": run.name,
+        "smoke": is_smoke(run),
         "state": state_of(run),
         "started_at": run.created_at.isoformat(),
         "currency": plan.currency,
@@ -51,6 +53,11 @@ def build_report(run: Run, plan: Plan, live: list[dict[str, Any]]) -> dict[str, 
         "message": run.ends[-1].data["message"] if run.ends else "",
         "hint": run.ends[-1].data["hint"] if run.ends else "",
     }
+
+
+def is_smoke(run: Run) -> bool:
+    """Whether it was a trial with few samples."""
+    return bool(run.data.get("smoke"))
 
 
 def _stage(run: Run, stage: Any) -> dict[str, Any]:
@@ -89,6 +96,8 @@ def _stage(run: Run, stage: Any) -> dict[str, Any]:
             "cost_micros": sum(m.settled_micros for m in gone) if gone else None,
             "peak_gib": max(peaks, default=None),
         },
+        "forecast": rows[-1].facts.get("forecast") if rows else None,
+        "limited": run.done[stage.name]["result"].get("limited") if stage.name in run.done else None,
         "ends": [m.reasons[-1] for m in rows if m.reasons],
     }
 
@@ -115,6 +124,8 @@ def render_report(report: Mapping[str, Any], plan: Plan, console: Console) -> No
     state = report["state"]
     colour = {"done": "green", "running": "cyan"}.get(state, "yellow")
     console.print(Text.assemble(("run ", "bold"), (report["run"], "bold"), "  ", (state, colour)))
+    if report["smoke"]:
+        console.print(Text(NOTE, style="yellow"))
     console.print()
     console.print(_stage_table(report["stages"], plan))
     spent, cap, api = (both(report[f"{key}_micros"], plan.rate, plan.currency) for key in ("spend", "cap", "api"))
@@ -162,7 +173,9 @@ def _stage_table(stages: Sequence[Mapping[str, Any]], plan: Plan) -> Table:
             f"{hours(predicted['hours'])} → {hours(actual['hours'])}",
             f"{money(predicted['cost_micros'])} → {money(actual['cost_micros'])}",
             f"{_number(predicted['vram_gib'], '{:.2f}')} → {_number(actual['peak_gib'], '{:.2f}')}",
-            stage["state"] + (f", {stage['attempts']} attempts" if stage["attempts"] > 1 else ""),
+            stage["state"]
+            + (f", {stage['attempts']} attempts" if stage["attempts"] > 1 else "")
+            + (f", {limited['done']} of {limited['planned']}" if (limited := stage.get("limited")) else ""),
         )
     return table
 

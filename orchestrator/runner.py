@@ -17,8 +17,10 @@ from typing import Any
 
 from orchestrator import spend
 from orchestrator.attempts import Attempt, Candidate, Fate, verdict
+from orchestrator.calibration import TOOK, took_of
 from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import BudgetExceeded, NotOwner, TeardownUnconfirmed
+from orchestrator.forecast import LEAST_SHARE, Shortfall, forecast, shrinks
 from orchestrator.guarded import CALL_LIMIT_S, Guarded
 from orchestrator.handover import fetch_code, machine_env, supervisor_argv
 from orchestrator.lease import LEASE_S, RENEW_S, Lease
@@ -42,17 +44,20 @@ from orchestrator.provision import (
     ProvisionError,
     Status,
 )
-from orchestrator.states import FAILED, LOST, LOST_ORDER, TWINS, Do, Event, Machine, State, next_action
+from orchestrator.states import FAILED, LOST, LOST_ORDER, SHORT, TWINS, Do, Event, Machine, State, next_action
 from tasks.bucket import Bucket, BucketError, NotFound, read_commit
 from tasks.contract import (
     API_SPENT_FILE,
     COMMIT_FILE,
     ENDED_FILE,
+    LIMIT_FILE,
     PROGRESS_FILE,
     RESULT_FILE,
     TASK_FILE,
     Ended,
+    EvaluateSettings,
     LabelSettings,
+    Limit,
     Progress,
     Settings,
     Task,
@@ -67,6 +72,7 @@ WARN_EVERY_S = 20.0
 SWEEP_S, SWEEP_OFTEN_S, YOUNG_S = 600.0, 45.0, 240.0  # how often to look for machines nobody counts with
 LOST_GAP_S = 30.0  # a list of machines may be wrong for a moment
 BUCKET_PATIENCE_S = 600.0  # with nothing running, a bucket that does not answer is waited for that long
+GATE_EVERY_S = 5.0  # how often the speed of a stage is looked at
 TEARDOWN_PATIENCE_S = 60.0  # or three times the provider's own delays, whichever is longer
 
 
@@ -125,6 +131,7 @@ class Runner:
         self._alive_s: dict[str, float] = {}  # the age at which each machine was last seen
         self._warned: dict[str, Mark] = {}
         self._swept: Mark | None = None
+        self._judged: dict[str, Mark] = {}
 
     def run(self, *, on_turn: Callable[[Snapshot], None] | None = None, turn_s: float = 0.3) -> Outcome:
         """Loops until the run has ended. A bug tears everything down before its traceback goes on."""
@@ -201,12 +208,15 @@ class Runner:
             absent_s=self._age(row) - float(row.facts.get("absent_age_s") or 0.0),
             gap_s=gap_s(row, latencies),
             copies=int(row.facts.get("copies", 1)),
+            short="short" in row.facts,
         )
         if seen is not None and seen.state not in (Status.ABSENT, Status.UNKNOWN):
             self._alive_s[row.name] = machine.age_s
         if row.state is State.LIVE and seen is not None and seen.state in (Status.ABSENT, Status.STOPPING):
             seen = self._with_last_words(row, seen)
         do, why = next_action(machine, seen, stopping=stopping or self._stage_is_done(run, row))
+        if do is Do.WAIT and row.state is State.LIVE and seen is not None and seen.job.state is JobState.RUNNING:
+            return self._judge(run, row, machine)
         return self._act(run, row, order_offer, machine, seen, do, why)
 
     def _act(
@@ -325,6 +335,7 @@ class Runner:
                 flush_s=latencies.flush_s,
                 client_lease_s=LEASE_S if offer.infra == "local" else None,
             ),
+            gate=offer.infra != "local",
         )
         try:
             self.lease.confirm()
@@ -439,11 +450,98 @@ class Runner:
                 )
         return None
 
+    # -- the gate ----------------------------------------------------------------------------------------------------
+
+    def _judge(self, run: Run, row: MachineRow, machine: Machine) -> bool:
+        """Renews the forecast of a stage from its speed on a rented machine; acts where the money will not last."""
+        offer = offer_from_dict(row.facts.get("landed") or row.order["offer"])
+        mark, judged = self.clock.mark(), self._judged.get(row.name)
+        if offer.infra == "local" or (judged is not None and age_s(judged, mark) < GATE_EVERY_S):
+            return False
+        self._judged[row.name] = mark
+        stage, progress = self._stage(row.stage), read_progress(self.bucket, row.stage)
+        if progress is None or progress.attempt != int(row.order["attempt"]):
+            return False
+        allowed_s, bound = self._allowed_s(run, row, offer, machine)
+        found = forecast(stage.kind, progress, allowed_s=allowed_s, batch_share=_batch_share(stage))
+        if found is None:
+            return False
+        whole_s = machine.age_s + found.left_s
+        if "forecast" not in row.facts:
+            micros = spend.cost_micros(offer, whole_s)
+            self._fact(row, "gate", {"forecast": {"hours": whole_s / 3600, "cost_micros": micros}})
+            cost = shown(micros, self.plan.rate, self.plan.currency)
+            planned = human_seconds(stage.hours.expected * 3600)
+            self.say("gate", row.stage, f"at its speed it takes {human_seconds(whole_s)}, {cost}; planned {planned}")
+        if isinstance(found, Shortfall):
+            return self._fall_short(row, stage, found, offer, bound, progress)
+        return False
+
+    def _allowed_s(self, run: Run, row: MachineRow, offer: Offer, machine: Machine) -> tuple[float, str]:
+        """Seconds of work that this machine may still do, later stages taking what is planned; and what bounds them.
+
+        At the price that is billed: a spot machine's reservation, at the price that it may reach, ends it sooner, but
+        what is left of it is there for the next one.
+        """
+        index = self.plan.stages.index(self._stage(row.stage))
+        later = self.plan.stages[index + 1 :]
+        costs = [*(stage.cost_micros for stage in later), *(item.cost_micros for item in self.plan.overhead)]
+        floor = later_floor_micros(self.plan, index, run.apis) + sum(cost.expected - cost.low for cost in costs)
+        others = run.open_micros - row.open_micros
+        available = spend.available_micros(cap=run.cap_micros, spent=run.spent_micros, open_=others, later_floor=floor)
+        billed = replace(offer, ceiling_micros_per_hour=None)
+        bounds = [(spend.lifetime_s(billed, available) - machine.age_s, "cap")]
+        if row.order["bound"] in ("month", "deadline"):
+            bounds.append((machine.lifetime_s - machine.age_s, str(row.order["bound"])))
+        if run.deadline_s is not None:
+            planned = sum(stage.hours.expected for stage in later) * 3600
+            left = run.deadline_s - self._run_age_s(run) - planned - offer.latencies.total_s
+            bounds.append((left, "deadline"))
+        return min(bounds)
+
+    def _fall_short(
+        self, row: MachineRow, stage: StagePlan, found: Shortfall, offer: Offer, bound: str, progress: Progress
+    ) -> bool:
+        """Tells the stage to do less where the recipe allows it and enough is left of it; ends it otherwise."""
+        speed = f"at the speed of its first {progress.unit} it takes {human_seconds(found.left_s)} more"
+        share = min(1.0, found.share)
+        fits = f"what is left allows {human_seconds(found.allowed_s)}: {share:.0%} of it would fit"
+        limit = row.facts.get("limit")
+        if shrinks(stage.settings, self.plan.on_shortfall) and found.share >= LEAST_SHARE and found.total >= 1:
+            if limit is not None and found.total >= limit and progress.total != limit:
+                return False  # told, and not heard yet
+            told = Limit(found.total, int(row.order["attempt"]), self.lease.fence)
+            try:
+                self.lease.confirm()
+                self.bucket.put(f"{stage.name}/{LIMIT_FILE}", told.to_json().encode())
+            except BucketError as error:
+                self._warn(stage.name, f"it is to do less, and the bucket does not take the word: {error.message}")
+                return False
+            self._fact(row, "limit", {"limit": found.total})
+            less = f"{found.total:.0f} of {progress.total:.0f} {progress.unit} are done"
+            self.say("warn", stage.name, f"{speed}; {fits}: by on_shortfall, {less}")
+            return True
+        more = spend.cost_micros(offer, found.left_s) - spend.cost_micros(offer, found.allowed_s)
+        amount = shown(max(0, more), self.plan.rate, self.plan.currency)
+        short = {
+            "bound": bound,
+            "message": f"{speed}, and {fits}",
+            "hint": f"it was ended with its checkpoint: `kdcloud run --resume {self.run_id} "
+            + ("--deadline LATER`" if bound == "deadline" else f"--budget MORE` needs about {amount} more")
+            + ", or start anew with fewer samples",
+        }
+        self._fact(row, "short", {"short": short})
+        return True
+
+    def _fact(self, row: MachineRow, kind: str, data: dict[str, Any]) -> None:
+        self.ledger.note(self.run_id, kind, self._now(), stage=row.stage, machine=row.name, data=data)
+
     # -- stages ------------------------------------------------------------------------------------------------------
 
     def _next_stage(self, run: Run, stopping: bool) -> tuple[Outcome | None, bool]:
         if self._settle_apis(ended=False):
             return None, True
+        self._note_took(run)
         stage = next((s for s in self.plan.stages if s.name not in run.done), None)
         if stage is None:
             return Outcome("done"), True
@@ -643,6 +741,18 @@ class Runner:
         self.say("done", stage, "done")
         return True
 
+    def _note_took(self, run: Run) -> None:
+        """Writes down once what each stage that is done took: the next plans learn from it."""
+        told = {e.stage for e in run.entries if e.kind == TOOK}
+        for stage in self.plan.stages:
+            if stage.name not in run.done or stage.name in told:
+                continue
+            machines = [_worked(row) for row in run.machines if row.stage == stage.name]
+            result, smoke = run.done[stage.name]["result"], bool(run.data.get("smoke"))
+            parts = [took.to_dict() for took in took_of(stage, machines, result, smoke=smoke)]
+            if parts:
+                self.ledger.note(self.run_id, TOOK, self._now(), stage=stage.name, data={"parts": parts})
+
     def _stage_is_done(self, run: Run, row: MachineRow) -> bool:
         """A machine whose stage has its result and whose job was never sent has nothing to do any more."""
         return row.stage in run.done and row.state in (State.INTENT, State.CREATING)
@@ -809,6 +919,20 @@ def worst_case_micros(row: MachineRow, clock: Clock) -> int:
     return spend.worst_case_micros(offer, reserved=row.reserved_micros, age_s=machine_age_s(row, clock))
 
 
+def _batch_share(stage: StagePlan) -> float:
+    """A batch of an evaluation, as a share of one model's answers."""
+    if not isinstance(stage.settings, EvaluateSettings) or not stage.uses.get("prompts"):
+        return 1.0
+    answers = stage.uses["prompts"] * stage.settings.seeds
+    return min(1.0, stage.settings.batch_size / answers)
+
+
+def _worked(row: MachineRow) -> dict[str, Any]:
+    """A machine as `calibration.took_of` weighs it."""
+    offer = offer_from_dict(row.facts.get("landed") or row.order["offer"])
+    return {**row.facts, "offer": offer, "offer_index": int(row.order["offer_index"])}
+
+
 def _open(run: Run) -> list[MachineRow]:
     return [row for row in run.machines if row.state is not State.GONE]
 
@@ -851,6 +975,9 @@ def place(offer: Offer) -> str:
 def attempt_of(row: MachineRow) -> Attempt:
     """A machine that is gone, as the attempt it was."""
     ended = row.facts.get("ended") or {}
+    short = row.facts.get("short") if SHORT in row.reasons else None
+    if short:
+        ended = {"hint": short["hint"]}
     return Attempt(
         offer_index=int(row.order["offer_index"]),
         came_up=bool(row.facts.get("came_up", True)),
@@ -858,7 +985,8 @@ def attempt_of(row: MachineRow) -> Attempt:
         reason=row.reasons[-1] if row.reasons else "",
         message=ended.get("message", ""),
         hint=ended.get("hint", ""),
-        bound=row.order["bound"],
+        bound=short["bound"] if short else row.order["bound"],
+        short=short["message"] if short else "",
         time_used_up="its time is used up" in row.reasons,
         checkpoint=row.facts.get("checkpoint"),
         user_stop=bool(row.facts.get("user_stop")),

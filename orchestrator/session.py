@@ -130,6 +130,7 @@ def start_run(
     provider: Provisioner,
     recipe_text: str,
     allow_account_key: bool = False,
+    smoke: bool = False,
     clock: Clock | None = None,
     say: Say = lambda kind, stage, text: None,
 ) -> Session:
@@ -161,6 +162,7 @@ def start_run(
             "allow_account_key": allow_account_key,
             "plan": plan_to_dict(plan),
             "digest": plan.digest,
+            "smoke": smoke,
         },
     )
     return Session(run_id, plan, ledger, provider, bucket, lease, clock, home, config.owner, notes)

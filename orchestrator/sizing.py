@@ -59,8 +59,9 @@ class Measured:
     """What a stage with given settings needs on a given machine, its start not included."""
 
     memory: Memory
-    seconds: Range
+    work_s: Range
     uses: Mapping[str, float]
+    around_s: Range  # process start, weights fetched, results sent
 
 
 @dataclass(frozen=True)
@@ -316,9 +317,8 @@ def _measure_pretrain(settings: PretrainSettings, machine: Machine) -> Measured:
         checkpointing=False,
         half=False,
     )
-    return Measured(
-        need, duration.stage_s(machine.speed, downloads_gb=0.0) + work, {"params": shape.params, "row_tokens": length}
-    )
+    around = duration.stage_s(machine.speed, downloads_gb=0.0)
+    return Measured(need, work, {"params": shape.params, "row_tokens": length}, around)
 
 
 def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, machine: Machine) -> Measured:
@@ -350,7 +350,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
     scoring = duration.scoring_s(speed, shape, tokens=scored, mean_len=lengths.prompt + lengths.answer)
     return Measured(
         need,
-        duration.stage_s(speed, downloads_gb=_download_gb(settings.teacher, shape), engine=engine) + writing + scoring,
+        writing + scoring,
         {
             "params": shape.params,
             "answers": answers,
@@ -360,6 +360,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
             "kept_samples": kept,
             "label_gib": label_gib(stage, world),
         },
+        duration.stage_s(speed, downloads_gb=_download_gb(settings.teacher, shape), engine=engine),
     )
 
 
@@ -412,7 +413,7 @@ def _measure_api(stage: LabelStage, settings: LabelSettings, api: ApiTeacher, wo
     waiting = Range(*(max(least, tokens / rate) for rate in rates))
     return Measured(
         memory.process_memory(),
-        duration.stage_s(duration.cpu_speed(None), downloads_gb=0.0) + waiting,
+        waiting,
         {
             "answers": answers,
             "expected_answer_tokens": lengths.answer,
@@ -422,6 +423,7 @@ def _measure_api(stage: LabelStage, settings: LabelSettings, api: ApiTeacher, wo
             "api_expected_micros": answers * api.cost_micros(round(lengths.prompt), round(lengths.answer)),
             "label_gib": label_gib(stage, world),
         },
+        duration.stage_s(duration.cpu_speed(None), downloads_gb=0.0),
     )
 
 
@@ -436,7 +438,7 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
         around += COMPILE_S
     return Measured(
         _training_memory(stage, settings, world, gpu=speed.gpu),
-        around + _training_s(stage, settings, world, machine),
+        _training_s(stage, settings, world, machine),
         {
             "params": shape.params,
             "trainable": trainable,
@@ -446,6 +448,7 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
             "samples": taught.samples,
             "accumulation": settings.batch_size // settings.micro_batch,
         },
+        around,
     )
 
 
@@ -542,7 +545,8 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
             for shape, _ in shapes
         ]
     )
-    seconds = duration.stage_s(
+    seconds = Range(0.0, 0.0, 0.0)
+    around = duration.stage_s(
         speed,
         downloads_gb=sum(
             _download_gb(source, shape)
@@ -552,7 +556,7 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
         ),
     )
     for shape, times in shapes:
-        seconds += duration.ENGINE_START_S.times(times if engine else 0)
+        around += duration.ENGINE_START_S.times(times if engine else 0)
         seconds += duration.generation_s(
             speed,
             shape,
@@ -567,9 +571,13 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
             tokens = min(rows * (lengths.prompt + lengths.answer), KL_TOKENS)
             mean_len = lengths.prompt + lengths.answer
             seconds += duration.scoring_s(speed, shape, tokens=tokens, mean_len=mean_len).times(times)
-    return Measured(
-        need, seconds, {"prompts": rows, "models": students + len(shapes) - 1, "expected_answer_tokens": lengths.answer}
-    )
+    uses = {
+        "prompts": rows,
+        "models": students + len(shapes) - 1,
+        "expected_answer_tokens": lengths.answer,
+        "params": max(shape.params for shape, _ in shapes),
+    }
+    return Measured(need, seconds, uses, around)
 
 
 def _measure_export(settings: ExportSettings, world: World, machine: Machine) -> Measured:
@@ -577,14 +585,14 @@ def _measure_export(settings: ExportSettings, world: World, machine: Machine) ->
     shape = world.student_shape(stage)
     need = memory.loading_memory(shape, half=machine.speed.gpu, gpu=machine.speed.gpu)
     writing = shape.params * 2 / 1e9 * len(settings.formats) * 10  # 100 MB/s to disk and bucket, a form
-    seconds = duration.stage_s(machine.speed, downloads_gb=_download_gb(world.student(stage), shape))
-    return Measured(need, seconds + Range(writing / 3, writing, writing * 3), {"params": shape.params})
+    around = duration.stage_s(machine.speed, downloads_gb=_download_gb(world.student(stage), shape))
+    return Measured(need, Range(writing / 3, writing, writing * 3), {"params": shape.params}, around)
 
 
 def _measure_rehearse(settings: RehearseSettings, machine: Machine) -> Measured:
     own = settings.steps * settings.seconds_per_step
-    seconds = duration.stage_s(machine.speed, downloads_gb=0.0, bare=True) + Range(own, own * 1.02, own * 1.2)
-    return Measured(memory.bare_memory(), seconds, {"steps": settings.steps})
+    around = duration.stage_s(machine.speed, downloads_gb=0.0, bare=True)
+    return Measured(memory.bare_memory(), Range(own, own * 1.02, own * 1.2), {"steps": settings.steps}, around)
 
 
 def _download_gb(source: ModelSource, shape: ModelShape) -> float:

@@ -19,6 +19,7 @@ TWINS = "two machines carry its name"
 LOST = "the machine was lost"
 LOST_ORDER = "whether its order arrived is not known"  # its client died; asked again it might be billed twice
 FAILED = "the provider failed to create it"
+SHORT = "what is left would not pay for the rest of the stage"  # see orchestrator.forecast
 
 
 class State(StrEnum):
@@ -95,6 +96,7 @@ class Machine:
     absent_s: float = 0.0  # since it was first seen gone
     gap_s: float = 0.0  # between the two looks that make it gone: long where a create may still come true
     copies: int = 1  # machines that carry its name
+    short: bool = False  # the forecast says that its stage cannot be finished
 
 
 def next_action(machine: Machine, seen: Observation | None, *, stopping: bool) -> tuple[Do, str]:
@@ -145,6 +147,8 @@ def _live(machine: Machine, seen: Observation | None, stopping: bool) -> tuple[D
         return Do.STOP, TWINS
     if known and seen is not None and seen.state is not Status.RUNNING:
         return Do.STOP, LOST
+    if machine.short:
+        return Do.STOP, SHORT
     if machine.age_s >= machine.hard_limit_s:
         return Do.STOP, "its time is used up"
     if not known:

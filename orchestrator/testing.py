@@ -28,7 +28,7 @@ from orchestrator.provision import (
     Status,
 )
 from tasks.bucket import Bucket, Moved, NotFound, PreconditionFailed, Stat
-from tasks.contract import Ended, Exit
+from tasks.contract import LIMIT_FILE, PROGRESS_FILE, Ended, Exit, Limit, Progress
 
 _REASONS = {int(code): code.name.lower() for code in Exit}
 ENDS_ITSELF_AFTER_S = 30.0  # a client that is there has seen the job's end by then
@@ -172,6 +172,7 @@ class FakeProvisioner:
     offered: Sequence[Offer] = ()
     faults: Callable[[Order, int], Faults] = lambda order, count: Faults()
     checkpoint_every_s: float = 30.0
+    steps: Mapping[str, int] = field(default_factory=dict)  # of stages that tell their progress and obey limits
     calls: list[tuple[str, str]] = field(default_factory=list)
     _machines: dict[str, _Machine] = field(default_factory=dict)
     _dead: list[_Machine] = field(default_factory=list)
@@ -288,7 +289,10 @@ class FakeProvisioner:
         if faults.rc is not None:
             self._end(machine, faults.rc, machine.job_started)
             return
-        need = self.work_s[machine.stage] - machine.worked_before
+        total = self._total(machine)
+        need = self.work_s[machine.stage] * total - machine.worked_before
+        if machine.stage in self.steps:
+            self._report(machine, min(age, max(0.0, need)), total)
         latencies = machine.order.offer.latencies
         limit = machine.remaining_s - latencies.flush_s - latencies.tick_s
         moving = math.inf if faults.hang_after_s is None else faults.hang_after_s
@@ -306,9 +310,28 @@ class FakeProvisioner:
             if steps:
                 self._save(machine, at=steps * self.checkpoint_every_s)
 
+    def _total(self, machine: _Machine) -> float:
+        """The share of its steps at which the stage is to end."""
+        try:
+            limit = Limit.from_json(self.bucket.get(f"{machine.stage}/{LIMIT_FILE}")[0].decode())
+        except NotFound:
+            return 1.0
+        mine = machine.stage in self.steps and limit.attempt == _attempt_of(machine)
+        return min(1.0, limit.total / self.steps[machine.stage]) if mine else 1.0
+
+    def _report(self, machine: _Machine, worked_s: float, share: float) -> None:
+        step_s = self.work_s[machine.stage] / self.steps[machine.stage]
+        before = math.floor(machine.worked_before / step_s)
+        done = math.floor((machine.worked_before + worked_s) / step_s)
+        progress = Progress(
+            "rehearse", done, done, share * self.steps[machine.stage], step_s=step_s, phase_from=before,
+            phase_s=(done - before) * step_s, attempt=_attempt_of(machine),
+        )  # fmt: skip
+        self.bucket.put(f"{machine.stage}/{PROGRESS_FILE}", progress.to_json().encode())
+
     def _end(self, machine: _Machine, rc: int, at: float) -> None:
         machine.rc, machine.rc_at = int(rc), at
-        attempt = int(str(machine.job).rsplit("-", 1)[1]) if "-" in str(machine.job) else 0
+        attempt = _attempt_of(machine)
         message = "" if rc == 0 else f"ended with {rc}"
         ended = Ended(_REASONS.get(int(rc), "bug"), int(rc), message, seconds=at - machine.job_started, attempt=attempt)
         self.bucket.put(f"{machine.stage}/ended.json", ended.to_json().encode())
@@ -336,6 +359,10 @@ class FakeProvisioner:
     def _saved(self, stage: str) -> float:
         steps = [s.key.split("/")[2] for s in self.bucket.list(f"{stage}/checkpoints/") if s.key.endswith("/COMMIT")]
         return max((float(step.removeprefix("step-")) for step in steps), default=0.0)
+
+
+def _attempt_of(machine: _Machine) -> int:
+    return int(str(machine.job).rsplit("-", 1)[1]) if "-" in str(machine.job) else 0
 
 
 def fake_offer(

@@ -20,6 +20,7 @@ PROGRESS_FILE = "progress.json"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
 ENDED_FILE = "ended.json"
+LIMIT_FILE = "limit.json"
 COMMIT_FILE = "COMMIT"
 API_SPENT_FILE = "api-spent.json"  # what an API may have cost the stage: written down before it is used
 STAGE_PREFIX = "stage:"
@@ -271,6 +272,7 @@ class Task:
     bucket: str  # url of the run's own prefix, <bucket>/<run-id>
     settings: Settings
     watch: Watch = field(default_factory=Watch)
+    gate: bool = False  # memory is proved before the first step, and the client may set a Limit
     code_sha256: str | None = None
     schema: int = SCHEMA
 
@@ -305,6 +307,10 @@ class Progress:
     unit: str = "steps"
     declared: bool = False  # a phase (download, tokenise, upload) in which CPU, disk or network count as work
     step_s: float | None = None  # median seconds of a step lately
+    phase_from: float = 0.0  # `done` when this phase was first reported in this attempt
+    phase_s: float = 0.0  # seconds in it since then, until `done` last moved
+    work_s: float = 0.0  # seconds of this attempt in phases that are not declared
+    attempt: int = 0  # set by the supervisor
     numbers: dict[str, float] = field(default_factory=dict)  # loss, tokens_per_s ...
 
     def to_json(self) -> str:
@@ -313,6 +319,22 @@ class Progress:
     @staticmethod
     def from_json(text: str) -> Progress:
         return build(Progress, json.loads(text))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """limit.json: the client tells one attempt of a stage to end early, at `total` of its progress."""
+
+    total: float
+    attempt: int
+    fence: int  # of the client's lease
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Limit:
+        return build(Limit, json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -327,6 +349,7 @@ class Ended:
     peak_gib: float | None = None  # largest resident memory of the process tree, or of the GPU
     last_checkpoint: str | None = None
     attempt: int = 0
+    work_s: float | None = None  # of `seconds`, at the stage's own work: not starting, fetching or sending
     schema: int = SCHEMA
 
     def to_json(self) -> str:

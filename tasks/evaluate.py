@@ -89,10 +89,11 @@ def run(ctx: Context, settings: EvaluateSettings) -> dict[str, Any]:
     for index, (role, load, place) in enumerate(candidates):
         if ctx.stopping:
             raise Stopped
-        ctx.progress("evaluate", index, len(candidates), "models")
         loaded = None  # before the next one: two of them need not fit
         free_memory()
+        ctx.progress("load", declared=True)
         loaded = load()
+        ctx.progress("evaluate", index, len(candidates), "models")
         found, answers = _measure(ctx, loaded, place, rows, settings, index, len(candidates), engine)
         if role == "teacher":
             reference = _reference(loaded, rows, answers)

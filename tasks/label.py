@@ -79,13 +79,16 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
     newest = ctx.latest_checkpoint()
     started, new_tokens = time.monotonic(), 0
     for index, shard in enumerate(shards):
+        total = _total(ctx, shards)
+        if index >= total:
+            break
         found, fresh = _generated(
-            ctx, settings, api or teacher, teacher, index, shard, generated, newest[1] if newest else None
+            ctx, settings, api or teacher, teacher, index, shard, generated, newest[1] if newest else None, total
         )
         new_tokens += fresh
         generated.append(found)
         _pause_when_cut(settings, generated)
-        ctx.progress("generate", index + 1, len(shards), "shards")
+        ctx.progress("generate", index + 1, _total(ctx, shards), "shards")
     generation_s = time.monotonic() - started
     teacher.end_generation()
 
@@ -103,7 +106,10 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
             ctx.keep(shard_name(index))
         ctx.progress("score", index + 1, len(generated), "shards")
     speed = new_tokens / max(generation_s, 1e-9) if new_tokens else None
-    result = _result(ctx, settings, generated, len(rows), speed)
+    prompts = sum(map(len, shards[: len(generated)]))
+    result = _result(ctx, settings, generated, prompts, speed)
+    if prompts < len(rows):
+        result["limited"] = {"planned": len(rows), "done": prompts}
     result["engine"] = "api" if api is not None else "vllm" if wants_vllm(settings.engine, device) else "transformers"
     if api is not None:
         result["api"] = _bill(generated, api)
@@ -146,12 +152,17 @@ def _choose(rows: list[dict[str, Any]], settings: LabelSettings) -> list[dict[st
     return chosen[: settings.samples]
 
 
+def _total(ctx: Context, shards: Sequence[Any]) -> int:
+    """Shards to make: at least one."""
+    return len(shards) if ctx.limit is None else min(len(shards), max(1, int(ctx.limit)))
+
+
 # --- pass one: generate and verify -----------------------------------------------------------------------------------
 
 
 def _generated(
     ctx: Context, settings: LabelSettings, answerer: Answerer, teacher: _Teacher, index: int,
-    shard: list[dict[str, Any]], before: list[list[dict[str, Any]]], checkpoint: Path | None,
+    shard: list[dict[str, Any]], before: list[list[dict[str, Any]]], checkpoint: Path | None, total: int,
 ) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
     """The judged answers of one shard, and how many tokens of them were made just now.
 
@@ -181,7 +192,7 @@ def _generated(
         part = share * min(settings.batch_size, len(asked) - len(found))
         # Checking answers is work as well, although the tokens are there: it moves by a little.
         highest = max(highest + 1e-9, index + (len(found) + part) / len(asked))
-        ctx.progress("generate", highest, None, "shards")
+        ctx.progress("generate", highest, total, "shards")
         _stop_if_asked(ctx)
 
     seed = settings.seed * 1_000_003 + index * 10_007 + len(found)
@@ -589,6 +600,7 @@ def _result(
         "kept": len(kept),
         "dropped": dict(Counter(row["reason"] for row in dropped)),
         "tokens": sum(len(row["completion_ids"]) for row in kept),
+        "generated_tokens": sum(len(row["completion_ids"]) for row in rows),
         "tokens_per_s": speed,  # generation; None when every shard came from an earlier attempt
         "cut_share": _cut_share(generated)[0],
         "mass_inside_mean": inside,  # teacher's mass on the stored ids

@@ -32,12 +32,13 @@ def run(ctx: Context, settings: RehearseSettings) -> dict[str, Any]:
     peers = Peers() if processes > 1 else None
     try:
         step, digest = _steps(ctx, settings, peers)
+        limited = {"limited": {"planned": settings.steps, "done": step}} if step < settings.steps else {}
     finally:
         if peers is not None:
             peers.all_go_on(False)
             peers.leave()
     (ctx.out / PAYLOAD_FILE).write_bytes(payload(digest, settings.payload_bytes))
-    return {"steps": step, "digest": digest, **({"processes": processes} if peers else {})}
+    return {"steps": step, "digest": digest, **({"processes": processes} if peers else {}), **limited}
 
 
 def follow(_ctx: Context, _settings: RehearseSettings) -> None:
@@ -51,7 +52,7 @@ def follow(_ctx: Context, _settings: RehearseSettings) -> None:
 def _steps(ctx: Context, settings: RehearseSettings, peers: Peers | None) -> tuple[int, str]:
     step, digest = _resume(ctx)
     ctx.progress("rehearse", step, settings.steps)
-    while step < settings.steps:
+    while step < (total := _total(ctx, settings)):
         if ctx.stopping or not _work(ctx, settings.seconds_per_step):
             _save(ctx, step, digest, settings.payload_bytes)
             raise Stopped
@@ -60,10 +61,14 @@ def _steps(ctx: Context, settings: RehearseSettings, peers: Peers | None) -> tup
         step += 1
         digest = hashlib.sha256(f"{digest} {step}".encode()).hexdigest()
         ctx.metric(step, rehearse__step=step)
-        ctx.progress("rehearse", step, settings.steps)
+        ctx.progress("rehearse", step, total)
         if step % settings.checkpoint_every_steps == 0 and step < settings.steps:
             _save(ctx, step, digest, settings.payload_bytes)
     return step, digest
+
+
+def _total(ctx: Context, settings: RehearseSettings) -> int:
+    return settings.steps if ctx.limit is None else min(settings.steps, int(ctx.limit))
 
 
 def payload(digest: str, size: int) -> bytes:

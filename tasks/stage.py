@@ -42,12 +42,14 @@ from tasks.bucket import (
 from tasks.contract import (
     COMMIT_FILE,
     LABELS_PREFIX,
+    LIMIT_FILE,
     METRICS_FILE,
     PROGRESS_FILE,
     RESULT_FILE,
     TASK_FILE,
     DataSource,
     Exit,
+    Limit,
     Progress,
     Task,
     TaskError,
@@ -82,6 +84,11 @@ class Context(Protocol):
     @property
     def stopping(self) -> bool:
         """A stop was asked for: save a checkpoint at once, then raise Stopped."""
+        ...
+
+    @property
+    def limit(self) -> float | None:
+        """Where the stage is to end instead of its total, in the units of its progress; None = as planned."""
         ...
 
     def metric(self, step: int, **values: float) -> None:
@@ -137,7 +144,9 @@ class StageContext:
         self._bucket = bucket
         self._now = Progress()
         self._gaps: deque[float] = deque(maxlen=MEDIAN_OF)
-        self._moved_at = self._written_at = time.monotonic()
+        self._moved_at = self._written_at = self._ticked_at = time.monotonic()
+        self._phases: dict[str, tuple[float, float]] = {}  # `done` at its first report, seconds in it since then
+        self._work_s = 0.0
         self._lock = threading.RLock()  # uploads report from threads of their own
         self._stop = False
         self._asked_in: str | None = None  # the phase in which the caller last looked at `stopping`
@@ -155,6 +164,15 @@ class StageContext:
         self._asked_in = self._now.phase
         return self._stop
 
+    @property
+    def limit(self) -> float | None:
+        if not self.task.gate:
+            return None
+        try:
+            return Limit.from_json((self.work / LIMIT_FILE).read_text()).total
+        except FileNotFoundError:
+            return None
+
     def progress(
         self, phase: str, done: float = 0, total: float | None = None, unit: str = "steps", *,
         declared: bool = False, **numbers: float,
@@ -170,7 +188,9 @@ class StageContext:
     ) -> None:
         with self._lock:
             now, before = time.monotonic(), self._now
+            self._tick(now)
             moved = (phase, done) != (before.phase, before.done)
+            phase_from, phase_s = self._phases.setdefault(phase, (done, 0.0))
             if phase != before.phase:
                 self._gaps.clear()
             elif moved:
@@ -180,10 +200,20 @@ class StageContext:
             self._now = Progress(
                 phase=phase, count=before.count + moved, done=done, total=total, unit=unit, declared=declared,
                 step_s=statistics.median(self._gaps) if self._gaps else None, numbers={**before.numbers, **finite},
+                phase_from=phase_from, phase_s=phase_s if moved else before.phase_s,
+                work_s=self._work_s if moved else before.work_s,
             )
             due = phase != before.phase or done == total or now - self._written_at >= WRITE_S
             if due and self._now != before:
                 self._write(now)
+
+    def _tick(self, now: float) -> None:
+        """Adds the time since the last report to the phase that was then."""
+        span_s, self._ticked_at = now - self._ticked_at, now
+        if self._now.phase in self._phases:
+            first, seconds = self._phases[self._now.phase]
+            self._phases[self._now.phase] = first, seconds + span_s
+            self._work_s += 0.0 if self._now.declared else span_s
 
     def _write(self, now: float) -> None:
         write_text(self.work / PROGRESS_FILE, self._now.to_json())
@@ -206,6 +236,7 @@ class StageContext:
             yield moved
         finally:
             with self._lock:
+                self._tick(time.monotonic())
                 self._now = replace(outer, count=self._now.count + 1)
                 self._gaps, self._moved_at = deque(gaps, maxlen=MEDIAN_OF), time.monotonic()
                 self._write(self._moved_at)

@@ -35,12 +35,14 @@ from tasks.bootstrap import SETUP
 from tasks.bucket import Bucket, BucketError, NotFound, open_bucket, os_trouble, read_commit, sha256_of
 from tasks.contract import (
     ENDED_FILE,
+    LIMIT_FILE,
     LOG_FILE,
     METRICS_FILE,
     PROGRESS_FILE,
     TASK_FILE,
     Ended,
     Exit,
+    Limit,
     Progress,
     Task,
     TaskError,
@@ -62,7 +64,7 @@ from tasks.stage import (
     newest_attempt,
     write_text,
 )
-from tasks.watch import Activity, Decision, Sight, Usage, View, advance, decide, judge, may_save_on
+from tasks.watch import Activity, Decision, Sight, Usage, View, advance, decide, judge, may_save_on, obeys
 
 LEASE_FILE = "lease.json"  # below the run, kept fresh by the client
 STATE_FILE = "supervisor.json"  # in work: what a restart must know
@@ -228,10 +230,10 @@ class _Supervision:
         for name in (LOG_FILE, METRICS_FILE):  # a new machine goes on with the rows of the one before
             if not (self._work / name).exists() and stage.head(name) is not None:
                 stage.get_file(name, self._work / name)
-        for name in (PROGRESS_FILE, FAILED_FILE):
+        for name in (PROGRESS_FILE, FAILED_FILE, LIMIT_FILE):
             (self._work / name).unlink(missing_ok=True)
         write_text(self._work / TASK_FILE, self._task.to_json())
-        stage.put(PROGRESS_FILE, Progress().to_json().encode())
+        stage.put(PROGRESS_FILE, Progress(attempt=self._task.attempt).to_json().encode())
         self._log.say(f"attempt {self._task.attempt} of stage {self._task.stage}, {left_s(self._state):.0f} s left")
         if SETUP in os.environ:
             setup = json.loads(os.environ[SETUP])
@@ -291,7 +293,7 @@ class _Supervision:
         progress = _read_progress(self._work)
         if progress is not None:
             numbers = {**progress.numbers, "rss_gib": round(self._meter.peak_gib, 3)}
-            self._courier.progress = replace(progress, numbers=numbers)
+            self._courier.progress = replace(progress, numbers=numbers, attempt=self._task.attempt)
         return progress
 
     def _view(self) -> View:
@@ -346,8 +348,14 @@ class _Supervision:
         return Ended(
             reason=decision.stop.name.lower(), rc=int(decision.stop), message=decision.message, hint=decision.hint,
             seconds=round(time.monotonic() - self._began_s, 3), peak_gib=gpu_gib or self._meter.peak_gib or None,
-            last_checkpoint=checkpoint, attempt=self._task.attempt,
+            last_checkpoint=checkpoint, attempt=self._task.attempt, work_s=self._work_s(),
         )
+
+    def _work_s(self) -> float | None:
+        with suppress(OSError, ValueError, TaskError):
+            progress = _read_progress(self._work)
+            return None if progress is None else round(progress.work_s, 3)
+        return None
 
 
 class Occupied(TaskError):
@@ -554,12 +562,13 @@ class _Courier(threading.Thread):
     def __init__(self, bucket: Bucket, task: Task, work: Path) -> None:
         super().__init__(daemon=True)
         near = bucket.url.startswith("file:")
-        self._bucket, self._task = bucket, task
+        self._bucket, self._task, self._work = bucket, task, work
         self.rows = _Rows(bucket, task, work)
         self.progress: Progress | None = None
         self.lease: str | None = None
         self.newest_attempt: int | None = None
         self._sent: Progress | None = None
+        self._limit: Limit | None = None
         self._trouble = ""
         self._ended = threading.Event()
         self._jobs: list[tuple[float, Callable[[], None]]] = [
@@ -567,6 +576,8 @@ class _Courier(threading.Thread):
             (1.0 if near else 5.0, self.send_progress),
             (ROWS_EVERY_S, self.rows.upload),
         ]
+        if task.gate:
+            self._jobs.append((1.0 if near else 10.0, self._look_for_limit))
         if task.watch.client_lease_s is not None:
             self._jobs.insert(0, (min(5.0, task.watch.client_lease_s / 5), self._look_at_lease))
 
@@ -603,6 +614,14 @@ class _Courier(threading.Thread):
 
     def _look_for_newer(self) -> None:
         self.newest_attempt = newest_attempt(self._bucket, self._task.stage)
+
+    def _look_for_limit(self) -> None:
+        """Hands the client's limit on to the stage. One that cannot be read is none: the stage goes on as planned."""
+        with suppress(NotFound, ValueError, TypeError, TaskError):
+            found = Limit.from_json(self._bucket.get(f"{self._task.stage}/{LIMIT_FILE}")[0].decode())
+            if obeys(found, self._task, self._limit):
+                write_text(self._work / LIMIT_FILE, found.to_json())
+                self._limit = found
 
     def _look_at_lease(self) -> None:
         found = self._bucket.head(LEASE_FILE)

@@ -37,7 +37,7 @@ VALIDATION_SHARE = 0.1
 FINAL_STEPS = 20  # final_loss is the mean over the last steps, since single batches differ
 METRIC_ROWS = 200  # of an arm
 # torch has one generator for all threads: whoever seeds it and draws initial weights must not be interrupted.
-_GENERATOR = threading.Lock()
+_GENERATOR = threading.RLock()
 
 
 def run(ctx: Context, settings: TrainSettings) -> dict[str, Any]:
@@ -98,11 +98,14 @@ def _run(ctx: Context, settings: TrainSettings, peers: Peers | None) -> dict[str
         "samples": len(examples),
         "too_long": too_long,
         "supervised_tokens": examples.tokens,
+        "row_tokens": float(examples.lengths.double().mean()),
+        "steps_done": work.search_steps + sum(arm["steps_done"] for arm in arms),
         "tokens": sum(arm["tokens"] for arm in arms),
         "tokens_per_s": sum(speeds) / len(speeds),
         "micro_batch": min(arm["micro_batch"] for arm in arms),
         "student_before": before,
         **({"processes": peers.size} if peers else {}),
+        **({"limited": {"planned": arms[0]["steps"], "done": arms[0]["limit"]}} if arms[0].get("limit") else {}),
     }
 
 
@@ -324,6 +327,7 @@ class Fitted:
     steps_done: int
     best_step: int | None = None  # whose weights these are, where held-out samples chose
     best_loss: float | None = None  # of held-out samples, a token
+    limit: int | None = None  # steps, where the run was told to end earlier than planned
 
 
 @dataclass(frozen=True)
@@ -347,6 +351,7 @@ class ResumePoint:
     folder: Path
     micro_batch: int
     best: Best | None
+    limit: int | None = None
 
 
 def resume_point(ctx: Context, peers: Peers | None = None) -> ResumePoint | None:
@@ -366,23 +371,26 @@ def resume_point(ctx: Context, peers: Peers | None = None) -> ResumePoint | None
 def fit(
     ctx: Context, model: nn.Module, examples: Examples, how: Fit, arm: Arm, point: ResumePoint | None,
     notes: dict[str, float] | None = None, held_out: Examples | None = None, peers: Peers | None = None,
+    prove: bool = False,
 ) -> Fitted:  # fmt: skip
     """Trains `model` in place, from `point` when that belongs to this arm. Raises Stopped after a last checkpoint.
 
     With `peers`, each of them calls this, and takes its share of the samples of each step.
+    With `prove`, the dearest step is tried first, and changes nothing but the micro-batch if it must.
     With `held_out`, training ends early_stop_patience evaluations after their best loss, and its weights are taken.
     """
     device = next(model.parameters()).device
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = _optimizer(weights, how, device)
     order = Order(len(examples), how.batch_size, how.seed)
-    start, tokens, recent = 0, 0, []
+    start, tokens, recent, limit = 0, 0, [], None
+    planned, limited = how.steps, ctx.task.gate and arm.first == 0 and arm.total == how.steps  # and no other arm
     best, best_file = Best(), ctx.work / f"best-{arm.name}.safetensors"
     with _GENERATOR:
         torch.manual_seed(how.seed)
         if point is not None and point.arm == arm.name:
             start, tokens, recent, best = point.step, point.tokens, list(point.recent), point.best or best
-            how = replace(how, micro_batch=point.micro_batch)
+            how, limit = replace(how, micro_batch=point.micro_batch), point.limit
             _restore(point.folder, weights, optimizer, device, peers)
             if point.best is not None and _leads(peers):
                 shutil.copyfile(point.folder / BEST_FILE, best_file)
@@ -390,7 +398,7 @@ def fit(
     def save(step: int) -> None:
         state = {
             "arm": arm.name, "step": step, "recent": recent, "tokens": tokens, "notes": notes or {},
-            "micro_batch": how.micro_batch, "best": asdict(best) if best.step else None,
+            "micro_batch": how.micro_batch, "best": asdict(best) if best.step else None, "limit": limit,
         }  # fmt: skip
 
         saved = _saved(weights, optimizer, device, peers)  # all processes take part in it
@@ -405,11 +413,18 @@ def fit(
     if not is_sharded(model) and not models.is_compiled(model):  # whoever compiles it decides before
         models.use_packing(model)
     model.train()
+    if prove:
+        how = prove_memory(model, examples, how, weights, optimizer, peers)
     began, before, saved_at = time.monotonic(), tokens, time.monotonic()
     every = max(1, how.steps // METRIC_ROWS)
     ahead = Ahead(model, examples, order, peers)
     done = start
-    while done < how.steps and not (how.early_stop_patience and best.since >= how.early_stop_patience):
+    while True:
+        if limited:
+            limit = _limit(ctx, planned, done, limit, peers)
+            how = replace(how, steps=limit or planned)
+        if done >= how.steps or (how.early_stop_patience and best.since >= how.early_stop_patience):
+            break
         step = done
         if _agree(peers, ctx.stopping):
             save(step)
@@ -448,7 +463,7 @@ def fit(
         if step % every == 0 or done == how.steps or more:
             _metric(ctx, arm, step, loss, rate, speed, more)
         numbers = {"loss": total, "tokens_per_s": speed, **more}
-        ctx.progress("train", arm.first + done, arm.total, "steps", declared=False, **numbers)
+        ctx.progress("train", arm.first + done, limit or arm.total, "steps", declared=False, **numbers)
         due = bool(how.checkpoint_every_steps) and done % (how.checkpoint_every_steps or 1) == 0
         if done < how.steps and (due or _agree(peers, time.monotonic() - saved_at >= how.checkpoint_every_s)):
             save(done)
@@ -456,10 +471,66 @@ def fit(
     if best.step:
         _take(weights, load_file(best_file) if _leads(peers) else {}, peers)
     model.eval()
+    best_step, best_loss = (best.step, best.loss) if best.step else (None, None)
     return Fitted(
         sum(recent) / max(1, len(recent)), tokens, (tokens - before) / (time.monotonic() - began), how.micro_batch,
-        done, *((best.step, best.loss) if best.step else ()),
+        done, best_step, best_loss, limit,
     )  # fmt: skip
+
+
+def _limit(ctx: Context, planned: int, done: int, before: int | None, peers: Peers | None) -> int | None:
+    """Steps at which the run ends because the client said so, and learns by: a run that has them already ends now."""
+    told = ctx.limit or 0.0
+    told = told if peers is None else peers.first_says(told)
+    least = min(before or planned, max(done, 1, int(told))) if told else before
+    return None if least == planned else least
+
+
+def prove_memory(
+    model: nn.Module, examples: Examples, how: Fit, weights: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer, peers: Peers | None = None,
+) -> Fit:  # fmt: skip
+    """`how` as it fits into memory, found out before money is spent: one step on the longest batch, without an update.
+
+    Weights and random numbers stay as they were. What the optimizer will hold is held meanwhile.
+    """
+    device = next(model.parameters()).device
+    with _GENERATOR:
+        drawn = _generators(device)
+        held = [] if optimizer.state else _as_large_as_moments(weights, how, device)
+        tried = 0
+        while tried != how.micro_batch:
+            tried, picked = how.micro_batch, fullest(model, examples, how, peers)
+            _, _, how = accumulate_within_memory(model, examples, picked, how, peers)
+            model.zero_grad(set_to_none=True)
+            if peers is not None:  # each halves for itself, and all must ask each other as often
+                break
+        del held
+        _set_generators(drawn, device)
+    return how
+
+
+def fullest(model: nn.Module, examples: Examples, how: Fit, peers: Peers | None = None) -> Tensor:
+    """Samples of the micro-batch that takes most memory, once for each process."""
+    order = examples.lengths.argsort(descending=True, stable=True)
+    picked = order[: how.micro_batch]
+    if models.packs(model):  # whatever still fits into the row
+        longest = int(examples.lengths.max())
+        room, chosen = how.micro_batch * min(how.max_seq_len or longest, longest), []
+        for place, length in zip(order.tolist(), examples.lengths[order].tolist(), strict=True):
+            if length <= room:
+                room -= length
+                chosen.append(place)
+        picked = torch.tensor(chosen)
+    return picked.repeat_interleave(1 if peers is None else peers.size)
+
+
+def _as_large_as_moments(weights: Mapping[str, nn.Parameter], how: Fit, device: torch.device) -> list[Tensor]:
+    """Two numbers a trained weight; in 8 bit, of one byte."""
+    if device.type != "cuda":
+        return []
+    dtype = torch.uint8 if how.optimizer == "adamw_8bit" else None  # None: the weight's own
+    return [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in weights.values() for _ in range(2)]
 
 
 class Ahead:
@@ -862,13 +933,14 @@ class _Work:
         trials = [(kind, lr) for kind in kinds for lr in settings.learning_rates] if searched else []
         self._search = [(kind, lr, search_steps, search_steps * n) for n, (kind, lr) in enumerate(trials)]
         self._arms: list[tuple[str, int, int, int]] = []  # kind, seed, steps, steps of the stage before it
-        self._total = search_steps * len(trials)
+        self._total = self.search_steps = search_steps * len(trials)
         for seed in range(max(1, settings.compare_seeds) if settings.compare_hard else 1):
             for kind in [*kinds, "hard_2x"] if settings.compare_hard else kinds:
                 length = steps * (2 if kind == "hard_2x" else 1)
                 self._arms.append((kind, seed, length, self._total))
                 self._total += length
         self._shared = _Shared(ctx, self._total)
+        self._unproved = ctx.task.gate
 
     def search(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The learning rate of each kind of labels, and every trial's score (lower is better)."""
@@ -900,7 +972,7 @@ class _Work:
                 model = self._make(self._settings.seed)
                 fit(
                     self._shared.of(first), model, learn, how, self._arm(name, first), self._point, scores, None,
-                    self._peers,
+                    self._peers, prove=self._prove(),
                 )  # fmt: skip
                 score = validation_loss(model, choose, how)
                 scores[name] = score if self._peers is None else self._peers.first_says(score)
@@ -924,8 +996,9 @@ class _Work:
             model = self._make(self._settings.seed + seed)
             how = self._fit(kind, self._settings.seed + seed, steps, lr)
             done = fit(
-                ctx, model, self._examples, how, self._arm(name, first), self._point, None, self._held_out, self._peers
-            )
+                ctx, model, self._examples, how, self._arm(name, first), self._point, None, self._held_out, self._peers,
+                prove=self._prove(),
+            )  # fmt: skip
             self._student.save(model, folder)
             row = {
                 "name": name, "kind": kind, "seed": seed, "learning_rate": lr, "steps": steps, "path": path,
@@ -963,6 +1036,14 @@ class _Work:
     def _make(self, seed: int) -> nn.Module:
         with _GENERATOR:
             return self._student.make(seed)
+
+    def _prove(self) -> bool:
+        """Whether memory is to be proved: on a rented machine, once, before the first step of all."""
+        with self._shared.lock:
+            first, self._unproved = self._unproved, False
+        if first:
+            self._ctx.progress("prove", declared=True)
+        return first
 
     def _arm(self, name: str, first: int) -> Arm:
         plain = name in ("soft-0", "hard-0" if self._kinds == ["hard"] else "")
@@ -1011,11 +1092,16 @@ class _ArmContext:
         self, phase: str, done: float = 0, total: float | None = None, unit: str = "steps", *,
         declared: bool = False, **numbers: float,
     ) -> None:  # fmt: skip
+        self._shared.total = min(self._shared.total, int(total or self._shared.total))
         self._shared.progress(self._first, phase, done, unit, numbers)
 
     @property
     def stopping(self) -> bool:
         return self._shared.ctx.stopping
+
+    @property
+    def limit(self) -> float | None:
+        return self._shared.ctx.limit
 
     def metric(self, step: int, **values: float) -> None:
         with self._shared.lock:

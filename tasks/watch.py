@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tasks.contract import Exit, Progress, Watch
+from tasks.contract import Exit, Limit, Progress, Task, Watch
 
 STALL_STEPS = 10  # a stall is no earlier than this many median steps
 STARTUP_S = 120.0  # imports take that long on a cold disk: nothing is a stall before the first progress
@@ -156,6 +156,12 @@ def _where(progress: Progress | None) -> str:
         return "while the stage starts"
     total = "" if progress.total is None else f" of {progress.total:g}"
     return f"in {progress.phase}, at {progress.done:g}{total} {progress.unit}"
+
+
+def obeys(limit: Limit, task: Task, before: Limit | None) -> bool:
+    """Whether a limit in the bucket holds: for this attempt, by a client that has the run, and less than before."""
+    meant = task.gate and limit.attempt == task.attempt and limit.fence >= task.fence and limit.total > 0
+    return meant and (before is None or (limit.fence >= before.fence and limit.total < before.total))
 
 
 def stage_flush_s(watch: Watch) -> float:

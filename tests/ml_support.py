@@ -29,6 +29,7 @@ class FolderContext:
         self.phases: list[tuple[str, float]] = []
         self.checkpoints: list[int] = []
         self._left = stop_after
+        self.limit: float | None = None
         for folder in (self.work, self.out, self.stored):
             folder.mkdir(parents=True, exist_ok=True)
 

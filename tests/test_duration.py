@@ -145,9 +145,8 @@ def test_weights_are_fetched_by_rented_machines_only() -> None:
     assert stage_s(A10G, downloads_gb=0, engine=True).expected > stage_s(A10G, downloads_gb=0).expected
 
 
-def test_calibration_scales_the_whole_range() -> None:
+def test_hours_are_3600_seconds() -> None:
     assert hours(Range(1800, 3600, 7200)) == Range(0.5, 1, 2)
-    assert hours(Range(1800, 3600, 7200), 1.5) == Range(0.75, 1.5, 3)
 
 
 def test_arms_that_train_side_by_side_take_less_time_but_not_half():

@@ -465,10 +465,11 @@ def test_the_digest_is_of_what_is_approved_and_of_nothing_else() -> None:
 
 def test_calibration_of_a_kind_on_a_card_scales_its_work() -> None:
     usual = plan(calibration={})
-    slower = plan(calibration={"train:cpu": 2.0})
+    part = usual.stages[2].parts["work"]
+    slower = plan(calibration={part.key: (2.0,), "work train full 0.13B on A100": (9.0,)})
     assert slower.stages[0].hours == usual.stages[0].hours
-    work, start = usual.stages[2].hours.expected, usual.stages[2].startup_hours.expected
-    assert slower.stages[2].hours.expected == pytest.approx(2 * (work - start) + start)
+    more = part.seconds.expected / 3600
+    assert slower.stages[2].hours.expected == pytest.approx(usual.stages[2].hours.expected + more)
 
 
 def test_rented_machines_and_folders_at_home_do_not_meet() -> None:

@@ -94,7 +94,7 @@ def started(
     processes: int, bucket: Bucket, stage: str, settings: TrainSettings, work: Path,
     script: Sequence[str] = ("-m", "tasks.stage"),
 ) -> subprocess.CompletedProcess[str]:
-    task = Task("run", stage, "train", attempt=1, fence=1, bucket=bucket.url, settings=settings)
+    task = Task("run", stage, "train", attempt=1, fence=1, bucket=bucket.url, settings=settings, gate=True)
     work.mkdir(parents=True)
     (work / "task.json").write_text(task.to_json())
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)

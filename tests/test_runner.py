@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.calibration import TOOK, ratios_of
 from orchestrator.errors import NotOwner
 from orchestrator.handover import code_wheel, put_code
 from orchestrator.lease import Lease
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Micros, Overhead, Plan, plan_to_dict
+from orchestrator.plan import Micros, Overhead, Part, Plan, Range, plan_to_dict
 from orchestrator.provision import NoCapacity, ProvisionError
 from orchestrator.runner import Outcome, Runner, mark_to_dict
 from orchestrator.states import State
 from orchestrator.testing import FakeBucket, FakeProvisioner, Faults, VirtualClock, fake_offer
-from tasks.contract import Exit
+from tasks.contract import Exit, Progress, Task
 from tests.plans import make_plan
 
 WORK = {"label": 300.0, "train": 600.0, "evaluate": 60.0}
@@ -121,6 +122,21 @@ def test_an_undisturbed_run_does_every_stage_once_and_leaves_nothing(tmp_path):
     assert [m.state for m in world.run.machines] == [State.GONE] * 3
     assert len([c for c in world.provider.calls if c[0] == "launch"]) == 3
     world.check_money()
+
+
+def test_a_run_writes_down_once_what_each_stage_took(tmp_path):
+    plan = make_plan(WORK)
+    parts = {"create": Part("create fake", Range(1.0, 10.0, 100.0)), "work": Part("work rehearse", Range(1, 1, 1))}
+    stages = [replace(stage, candidate_parts=(parts,) * len(stage.candidates)) for stage in plan.stages]
+    lost = lambda order, count: Faults(lost_after_s=200.0 if count == 1 else None)  # noqa: E731
+    world = World(tmp_path, replace(plan, stages=tuple(stages)), faults=lost)
+    assert world.client(turns=45) is None and world.client(take_over=True).state == "done"
+    assert [(e.stage, [part["key"] for part in e.data["parts"]]) for e in world.run.entries if e.kind == TOOK] == [
+        ("label", ["create fake"]),  # the fake tells no work; training went over two machines
+        ("evaluate", ["create fake"]),
+    ]
+    ratios = ratios_of(Ledger(world.path).told(TOOK, 100))["create fake"]
+    assert len(ratios) == 2 and all(2.0 <= ratio <= 3.5 for ratio in ratios)  # up after 20 s, seen within a few
 
 
 def test_money_is_reserved_in_the_ledger_before_every_create(tmp_path):
@@ -541,3 +557,135 @@ def test_a_month_in_which_more_than_its_cap_was_spent_already_rents_nothing(tmp_
     world = World(tmp_path)
     assert world.client(month_cap=0).state == "cap"
     assert world.provider.calls == []
+
+
+# --- the gate: the first steps on the real machine
+
+
+def gated(tmp_path, on_shortfall: str, *, slower: float = 3.0, planned_s: float = 3600.0, **changes) -> World:
+    """Training planned at an hour of 1,800 steps, then an evaluation of 600 s, under a cap that pays for little more.
+
+    At $0.50 an hour: $0.50 and $0.0834 for the work, twice $0.0507 for latencies of 365 s, $0.265 to spare.
+    """
+    plan = make_plan({"train": planned_s, "evaluate": 600.0}, cap_micros=950_000)
+    work = {"train": planned_s * slower, "evaluate": 600.0}
+    world = World(tmp_path, replace(plan, on_shortfall=on_shortfall, **changes), work_s=work)
+    world.provider.steps = {"train": 1800}
+    return world
+
+
+@pytest.mark.parametrize("on_shortfall", ["stop", "fewer_samples", "fewer_epochs"])
+def test_a_machine_as_fast_as_planned_passes_the_gate(tmp_path, on_shortfall):
+    world = gated(tmp_path, on_shortfall, slower=1.0)
+    assert world.client().state == "done"
+    (train, _) = world.run.machines
+    assert train.facts["forecast"]["hours"] == pytest.approx(1.0, abs=0.02) and "short" not in train.facts
+    assert world.bucket.head("train/limit.json") is None
+    assert [words for words in world.said if words[0] == "gate"]
+    world.check_money()
+
+
+def test_a_machine_three_times_slower_is_stopped_early_and_what_would_have_fitted_is_said(tmp_path):
+    world = gated(tmp_path, "stop")
+    outcome = world.client()
+    assert outcome.state == "cap" and outcome.stage == "train"
+    assert "of it would fit" in outcome.message and "--budget MORE" in outcome.hint
+    assert world.provider.invoice_micros() < 50_000  # of 950,000: 20 steps of 6 s and what it takes to see them
+    assert any("train/checkpoints/step-" in stat.key for stat in world.bucket.list())
+    world.check_money()
+    mark = world.clock.mark()
+    Ledger(world.path).set_cap("test-abc123", 3_000_000, None, mark_to_dict(mark), mark.wall)
+    assert world.client(take_over=True).state == "done"  # from its checkpoint, with the money that it takes
+    world.check_money(cap=3_000_000)
+
+
+@pytest.mark.parametrize("on_shortfall", ["fewer_samples", "fewer_epochs"])
+def test_a_machine_three_times_slower_does_less_and_leaves_the_later_stages_their_money(tmp_path, on_shortfall):
+    world = gated(tmp_path, on_shortfall)
+    assert world.client().state == "done" and list(world.run.done) == ["train", "evaluate"]
+    (train, _) = world.run.machines
+    assert 0.25 * 1800 <= train.facts["limit"] < 0.5 * 1800  # $0.816 pays for 5,510 s of 10,800
+    assert any("are done" in text for kind, _, text in world.said if kind == "warn")
+    world.check_money()
+
+
+def test_what_later_stages_are_expected_to_cost_stays_for_them(tmp_path):
+    """Not what they cost at least, which is all that a reservation leaves."""
+    plan = gated(tmp_path / "a", "fewer_epochs").plan
+    limits = []
+    for low, folder in ((83_334, "b"), (0, "c")):
+        later = replace(plan.stages[1], cost_micros=Micros(low, 83_334, 83_334))
+        slow = {"train": 10_800.0, "evaluate": 600.0}
+        world = World(tmp_path / folder, replace(plan, stages=(plan.stages[0], later)), slow)
+        world.provider.steps = {"train": 1800}
+        assert world.client().state == "done"
+        limits.append(world.run.machines[0].facts["limit"])
+    assert limits[0] == limits[1]
+
+
+def test_less_than_a_quarter_is_no_smaller_experiment_but_a_stop(tmp_path):
+    world = gated(tmp_path, "fewer_samples", slower=8.0)
+    assert world.client().state == "cap"
+    assert world.bucket.head("train/limit.json") is None
+    assert world.provider.invoice_micros() < 100_000
+    world.check_money()
+
+
+def test_a_deadline_that_will_be_missed_is_seen_at_the_gate(tmp_path):
+    world = gated(tmp_path, "stop", deadline_s=6000.0)
+    outcome = world.client()
+    assert outcome.state == "deadline" and "--deadline" in outcome.hint
+    assert world.clock.elapsed_s < 400.0
+    world.check_money()
+
+
+def test_this_months_budget_counts_at_the_gate_like_the_cap(tmp_path):
+    world = gated(tmp_path, "stop", slower=1.0)
+    outcome = world.client(month_cap=450_000)
+    assert outcome.state == "cap" and "of it would fit" in outcome.message
+    assert world.provider.invoice_micros() < 50_000
+    world.check_money()
+
+
+def test_a_spot_machine_is_judged_by_the_price_it_is_billed_at(tmp_path):
+    """Its reservation, at twice that price, will not last; what it leaves does."""
+    offers = (fake_offer(spot=True, ceiling_micros_per_hour=1_000_000),)
+    plan = make_plan({"train": 3600.0, "evaluate": 600.0}, cap_micros=1_000_000, offers=offers)
+    world = World(tmp_path, plan, work_s={"train": 3600.0, "evaluate": 600.0})
+    world.provider.steps = {"train": 1800}
+    world.client()
+    row = world.run.machines[0]
+    assert "forecast" in row.facts and "short" not in row.facts
+    world.check_money()
+
+
+def test_your_own_machine_and_progress_of_another_attempt_are_not_judged(tmp_path):
+    world = gated(tmp_path / "a", "stop")
+    local = replace(world.plan.stages[0].offer, infra="local", price_micros_per_hour=500_000)
+    stage = replace(world.plan.stages[0], candidates=(local,), candidate_hours=world.plan.stages[0].candidate_hours[:1])
+    world = World(tmp_path / "b", replace(world.plan, stages=(stage,)), work_s={"train": 1800.0})
+    world.provider.steps = {"train": 1800}
+    asked = []
+    world.provider.run = lambda name, job, argv, env, real=world.provider.run: (asked.append(name), real(name, job, argv, env))  # noqa: E501
+    assert world.client().state == "done" and "forecast" not in world.run.machines[0].facts
+    assert Task.from_json(world.bucket.get("train/task.json")[0].decode()).gate is False
+    other = gated(tmp_path / "c", "stop", slower=1.0)
+    stale = Progress("rehearse", 500, 500.0, 1800.0, phase_s=1e6, attempt=0)
+    real = other.bucket.get
+    other.bucket.get = lambda key: (stale.to_json().encode(), None) if key == "train/progress.json" else real(key)
+    assert other.client().state == "done"
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("on_shortfall", ["stop", "fewer_epochs"])
+def test_a_client_killed_at_the_gate_ends_in_the_same_place(tmp_path, seed, on_shortfall):
+    random_ = random.Random(seed)
+    world = gated(tmp_path, on_shortfall)
+    for _ in range(random_.randint(1, 4)):
+        if world.client(turns=random_.randint(20, 80), take_over=bool(world.run.machines)):
+            break
+    states = {"stop": ("cap",), "fewer_epochs": ("done", "cap")}[on_shortfall]
+    final = next((e.data["state"] for e in world.run.entries if e.kind == "ended"), None)
+    assert (final or world.client(take_over=True).state) in states
+    assert world.provider.invoice_micros() < 950_000
+    world.check_money()

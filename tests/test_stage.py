@@ -102,6 +102,19 @@ def test_the_step_is_the_median_time_between_two_movements_of_a_phase(
     assert written(ctx).step_s is None
 
 
+def test_time_at_work_is_told_apart_from_declared_phases(bucket: Bucket, tmp_path: Path, clock: list[float]) -> None:
+    ctx = context(bucket, tmp_path / "w")
+    for gap_s, phase, done, declared in [
+        (30.0, "prepare", 0, True), (20.0, "train", 1, False), (5.0, "train", 2, False), (4.0, "upload", 7, True),
+        (9.0, "train", 2, False), (6.0, "train", 3, False), (1.0, "train", 3, False),
+    ]:  # fmt: skip
+        clock[0] += gap_s
+        ctx.progress(phase, done, declared=declared)
+    now = written(ctx)
+    # in train: 5 s, 4 s until the upload began, 6 s; the last second moved nothing, and 9 s were the upload's
+    assert (now.phase_from, now.phase_s, now.work_s) == (1, 15.0, 15.0)
+
+
 def test_a_number_that_is_none_does_not_reach_progress(bucket: Bucket, tmp_path: Path) -> None:
     ctx = context(bucket, tmp_path / "w")
     ctx.progress("a", 1, loss=float("nan"), speed=3.0)

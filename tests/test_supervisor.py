@@ -19,7 +19,7 @@ import pytest
 import tasks
 from tasks import supervisor
 from tasks.bucket import Bucket, fetch_folder, open_bucket, read_commit, sha256_of
-from tasks.contract import Ended, Exit, Progress, RehearseSettings, Task, Watch
+from tasks.contract import Ended, Exit, Limit, Progress, RehearseSettings, Task, Watch
 from tasks.rehearse import payload
 
 ROOT = Path(tasks.__file__).resolve().parents[1]
@@ -183,6 +183,40 @@ def test_a_rehearsal_runs_to_its_end_and_everything_is_in_the_bucket(bench: Benc
     os.remove(bench.work / "task.json")  # a second start must not even prepare
     assert bench.run()[0] == 0
     assert bench.ended() == ended and not (bench.work / "task.json").exists()
+
+
+def put_limit(bench: Bench, total: float, *, attempt: int = 1, fence: int = 1) -> None:
+    bench.bucket.put(f"{STAGE}/limit.json", Limit(total, attempt, fence).to_json().encode())
+
+
+def test_a_stage_ends_early_and_says_so_when_its_client_sets_a_limit(bench: Bench) -> None:
+    task = bench.task(steps=400, step_s=0.05)
+    bench.bucket.put(f"{STAGE}/task.json", replace(task, gate=True).to_json().encode())
+    process = bench.start()
+    until(lambda: progress_of(bench).done >= 2)
+    put_limit(bench, 60)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, bench.ended().reason) == (0, "done"), output
+    result = json.loads(bench.bucket.get(f"{STAGE}/result.json")[0])
+    assert result["limited"] == {"planned": 400, "done": 60} and result["steps"] == 60
+    assert (progress_of(bench).total, progress_of(bench).attempt) == (60, 1)
+
+
+def test_a_limit_for_another_attempt_or_by_a_client_that_lost_the_run_is_none(bench: Bench) -> None:
+    task = bench.task(attempt=2, steps=40, step_s=0.05)
+    bench.bucket.put(f"{STAGE}/task.json", replace(task, gate=True).to_json().encode())
+    put_limit(bench, 5, attempt=1, fence=2)
+    process = bench.start(attempt=2)
+    until(lambda: progress_of(bench).done >= 25)  # 1.25 s: it was looked for in between
+    put_limit(bench, 30, attempt=2, fence=1)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    assert json.loads(bench.bucket.get(f"{STAGE}/result.json")[0])["steps"] == 40
+
+
+def progress_of(bench: Bench) -> Progress:
+    found = bench.bucket.head(f"{STAGE}/progress.json")
+    return Progress() if found is None else Progress.from_json(bench.bucket.get(f"{STAGE}/progress.json")[0].decode())
 
 
 def test_a_stage_runs_from_a_wheel_that_is_only_on_the_path(bench: Bench, tmp_path: Path) -> None:

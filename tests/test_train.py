@@ -198,11 +198,11 @@ def test_arms_share_start_and_order_and_search_alike_and_the_control_gets_twice_
     real_fit, real_at = train.fit, Order.at
     current: list[str] = []
 
-    def spying(ctx: Any, model: Any, examples: Examples, how: Fit, arm: Arm, *rest: Any) -> Any:
+    def spying(ctx: Any, model: Any, examples: Examples, how: Fit, arm: Arm, *rest: Any, **more: Any) -> Any:
         current[:] = [arm.name]
         started[arm.name] = (float(sum(p.detach().double().abs().sum() for p in model.parameters())), [])
         assert (how.alpha == 0.0) is ("hard" in arm.name)
-        return real_fit(ctx, model, examples, how, arm, *rest)
+        return real_fit(ctx, model, examples, how, arm, *rest, **more)
 
     def at(self: Order, step: int) -> torch.Tensor:
         picked = real_at(self, step)

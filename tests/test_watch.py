@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.contract import Exit, Progress, Watch
+from tasks.contract import Exit, Limit, Progress, RehearseSettings, Task, Watch
 from tasks.watch import (
     BUSY_BYTES_PER_S,
     STARTUP_S,
@@ -21,6 +21,7 @@ from tasks.watch import (
     decide,
     judge,
     may_save_on,
+    obeys,
     stage_flush_s,
     stall_limit_s,
 )
@@ -278,3 +279,29 @@ def test_a_killed_stage_is_only_blamed_on_memory_if_the_kernel_does_not_deny_it(
     out_of_memory: bool | None, stop: Exit
 ) -> None:
     assert judge(-9, committed=False, out_of_memory=out_of_memory).stop is stop
+
+
+TASK = Task("r", "train", "rehearse", attempt=2, fence=5, bucket="file:x", settings=RehearseSettings(9, 1.0), gate=True)
+LIMIT = Limit(total=100.0, attempt=2, fence=5)
+
+
+@pytest.mark.parametrize(
+    ("limit", "task", "before", "wanted"),
+    [
+        (LIMIT, TASK, None, True),
+        (replace(LIMIT, fence=6), TASK, None, True),  # by the client that took the run over
+        (replace(LIMIT, fence=4), TASK, None, False),  # by the one before
+        (replace(LIMIT, attempt=1), TASK, None, False),
+        (replace(LIMIT, attempt=3), TASK, None, False),
+        (LIMIT, replace(TASK, gate=False), None, False),
+        (replace(LIMIT, total=0.0), TASK, None, False),
+        (LIMIT, TASK, LIMIT, False),
+        (replace(LIMIT, total=90.0), TASK, LIMIT, True),
+        (replace(LIMIT, total=110.0), TASK, LIMIT, False),  # never more again
+        (replace(LIMIT, total=90.0), TASK, replace(LIMIT, fence=6), False),
+    ],
+)
+def test_a_limit_is_for_one_attempt_by_the_client_that_has_the_run(
+    limit: Limit, task: Task, before: Limit | None, wanted: bool
+) -> None:
+    assert obeys(limit, task, before) is wanted
