@@ -368,7 +368,7 @@ def parse_entry(raw: bytes, number: int, run_id: str) -> Written | None:
             and made["n"] == number
             and type(made["fence"]) is int
             and type(entry.micros) is int
-            and entry.micros >= 0
+            and 0 <= entry.micros < 2**63  # what SQLite holds
             and isinstance(entry.kind, str)
             and isinstance(entry.stage, str | None)
             and isinstance(entry.machine, str | None)

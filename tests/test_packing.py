@@ -193,4 +193,4 @@ def test_batches_cut_ahead_are_those_of_their_step_and_of_the_micro_batch_by_the
         for got, want in zip(batches, wanted, strict=True):
             assert torch.equal(got.ids, want.ids) and torch.equal(got.labels, want.labels)
     ahead._pool.shutdown()
-    assert cut == [2, 2, 2, 1]  # the third was cut for two at a time, and again
+    assert sorted(cut) == [1, 2, 2, 2]  # the third was cut for two at a time, and again

@@ -572,9 +572,9 @@ def test_planning_is_linear_in_the_offers() -> None:
         offers = [card("A10G", 1000 + index, instance=f"i{index}") for index in range(count)]
         best = float("inf")
         for _ in range(3):
-            started = time.perf_counter()
+            started = time.process_time()
             plan(RENTED, *offers)
-            best = min(best, time.perf_counter() - started)
+            best = min(best, time.process_time() - started)
         return best
 
     assert seconds(400) < 8 * seconds(100)
