@@ -10,7 +10,6 @@ from orchestrator import sizing
 from tests.recipes import RENTED
 from tests.test_planner import card, plan
 
-
 GPUS = ("A10G", "A100-80GB")
 
 
