@@ -253,10 +253,11 @@ def down(run_id: str | None, every: bool) -> None:
     outcomes = []
     with _ledger() as ledger:
         if every:
+            runs = [ledger.run(name) for name in ledger.runs()]
             names = [
-                name
-                for name in ledger.runs()
-                if any(m.open_micros or m.state != "GONE" for m in ledger.run(name).machines)
+                run.id
+                for run in runs
+                if run.api_open_micros or any(m.open_micros or m.state != "GONE" for m in run.machines)
             ]
         else:
             names = [newest(ledger, run_id)]

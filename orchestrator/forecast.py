@@ -29,7 +29,7 @@ class Gate:
 GATES = {
     "rehearse": Gate("rehearse", 20),
     "train": Gate("train", 20),  # optimizer steps
-    "pretrain": Gate("pretrain", 20),
+    "pretrain": Gate("train", 20),  # it trains as well
     "label": Gate("generate", 1, whole=True),  # shards
     "evaluate": Gate("evaluate", 0.0),  # models; see _batches
 }

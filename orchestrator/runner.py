@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator import spend
 from orchestrator.attempts import Attempt, Candidate, Fate, verdict
-from orchestrator.calibration import TOOK, took_of
+from orchestrator.calibration import TOOK, engine_of, took_of
 from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import BudgetExceeded, NotOwner, TeardownUnconfirmed
 from orchestrator.forecast import LEAST_SHARE, Shortfall, forecast, shrinks
@@ -463,7 +463,7 @@ class Runner:
         if progress is None or progress.attempt != int(row.order["attempt"]):
             return False
         allowed_s, bound = self._allowed_s(run, row, offer, machine)
-        found = forecast(stage.kind, progress, allowed_s=allowed_s, batch_share=_batch_share(stage))
+        found = forecast(stage.kind, progress, allowed_s=allowed_s, batch_share=_batch_share(stage, offer))
         if found is None:
             return False
         whole_s = machine.age_s + found.left_s
@@ -491,12 +491,12 @@ class Runner:
         available = spend.available_micros(cap=run.cap_micros, spent=run.spent_micros, open_=others, later_floor=floor)
         billed = replace(offer, ceiling_micros_per_hour=None)
         bounds = [(spend.lifetime_s(billed, available) - machine.age_s, "cap")]
-        if row.order["bound"] in ("month", "deadline"):
-            bounds.append((machine.lifetime_s - machine.age_s, str(row.order["bound"])))
-        if run.deadline_s is not None:
+        if self.month_cap_micros is not None:
+            month = self.ledger.month(self._now()).left_micros(self.month_cap_micros) + row.open_micros
+            bounds.append((spend.lifetime_s(billed, month) - machine.age_s, "month"))
+        if run.deadline_s is not None:  # the deadline itself: a plan may be in time by a minute, and latencies are more
             planned = sum(stage.hours.expected for stage in later) * 3600
-            left = run.deadline_s - self._run_age_s(run) - planned - offer.latencies.total_s
-            bounds.append((left, "deadline"))
+            bounds.append((run.deadline_s - self._run_age_s(run) - planned, "deadline"))
         return min(bounds)
 
     def _fall_short(
@@ -523,12 +523,16 @@ class Runner:
             return True
         more = spend.cost_micros(offer, found.left_s) - spend.cost_micros(offer, found.allowed_s)
         amount = shown(max(0, more), self.plan.rate, self.plan.currency)
+        resume = f"`kdcloud run --resume {self.run_id}"
+        cures = {
+            "deadline": f"{resume} --deadline LATER`",
+            "month": f"`kdcloud budget --month MORE`, then {resume}`, needs about {amount} more",
+        }
+        cure = cures.get(bound, f"{resume} --budget MORE` needs about {amount} more")
         short = {
             "bound": bound,
             "message": f"{speed}, and {fits}",
-            "hint": f"it was ended with its checkpoint: `kdcloud run --resume {self.run_id} "
-            + ("--deadline LATER`" if bound == "deadline" else f"--budget MORE` needs about {amount} more")
-            + ", or start anew with fewer samples",
+            "hint": f"it was ended with its checkpoint: {cure}, or start anew with fewer samples",
         }
         self._fact(row, "short", {"short": short})
         return True
@@ -919,10 +923,12 @@ def worst_case_micros(row: MachineRow, clock: Clock) -> int:
     return spend.worst_case_micros(offer, reserved=row.reserved_micros, age_s=machine_age_s(row, clock))
 
 
-def _batch_share(stage: StagePlan) -> float:
-    """A batch of an evaluation, as a share of one model's answers."""
+def _batch_share(stage: StagePlan, offer: Offer) -> float:
+    """A batch of an evaluation, as a share of one model's answers. vLLM gets all prompts of a seed at once."""
     if not isinstance(stage.settings, EvaluateSettings) or not stage.uses.get("prompts"):
         return 1.0
+    if engine_of(stage.settings, offer) == "vllm":
+        return 1.0 / stage.settings.seeds
     answers = stage.uses["prompts"] * stage.settings.seeds
     return min(1.0, stage.settings.batch_size / answers)
 

@@ -58,7 +58,7 @@ VLLM_CARD = (7, 5)  # vLLM's installation page; fp16 below 8.0 by itself
 OLDER_TORCH = "cu126"
 TORCH_LINES = re.compile(r"(torch|triton|nvidia-|cuda-)")  # what another build of torch brings itself
 FULL_DISK = 2.3  # bytes on the disk for each one fetched (9.47 GB from 4.27, 5.17 from 2.88)
-SECRET = ("AWS_", "HF_", "KDCLOUD_")  # not for what installs
+SECRET = re.compile(r"AWS_|HF_|KDCLOUD_|.*(KEY|TOKEN|SECRET|PASSW|CREDENTIAL)", re.I)  # not for what installs
 
 
 def main() -> NoReturn:
@@ -400,7 +400,7 @@ def make_venv(uv: str, folder: Path, until_s: float) -> None:
 
 def call(command: list[str], until_s: float) -> None:
     """Runs it without the job's secrets. Raises Failed, or ValueError when the time is up."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(SECRET) and name != "PYTHONPATH"}
+    env = {name: value for name, value in os.environ.items() if not SECRET.match(name) and name != "PYTHONPATH"}
     env.setdefault("UV_HTTP_TIMEOUT", "120")
     try:
         subprocess.run(command, check=True, env=env, stdin=subprocess.DEVNULL, timeout=until_s - time.monotonic())

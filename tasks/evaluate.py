@@ -11,6 +11,7 @@ served first and loaded after that, for its latency, its memory and its divergen
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -56,6 +57,7 @@ class Measured:
     tokens_per_s: float  # new tokens a second, batched, of the engine that wrote
     first_token_s: float  # median over a few prompts, batch 1, by transformers
     peak_gib: float  # by transformers: vLLM takes whatever there is
+    engine: str = "transformers"  # what wrote the answers
     kl_to_teacher: float | None = None  # nats a token
     lm_eval: dict[str, dict[str, float]] | None = None  # number by metric, by task
 
@@ -105,7 +107,7 @@ def run(ctx: Context, settings: EvaluateSettings) -> dict[str, Any]:
     result = {
         "quality": {role: _quality(found) for role, found in measured.items()},
         "samples": _samples(rows, measured),
-        "engine": engine,
+        "engine": "+".join(sorted({one.engine for found in measured.values() for one in found})),
     }
     note = verify.note(settings.verify)
     return result if note is None else {**result, "note": note}
@@ -152,14 +154,15 @@ def _measure(
     tokenizer = loaded.tokenizer
     prompts = [models.prompt_ids(tokenizer, row["input"]) for row in rows]
     written = _Written(ctx, settings, prompts, index, total)
+    by_seed: list[dict[int, Completion]] | None = None
     if engine == "vllm":
-        place = place or _saved(loaded, ctx.work / f"served-{index}")
-        ctx.progress("load", declared=True)  # weights, compiling, room for the cache: minutes
-        by_seed = written.all(_served(place, tokenizer, settings, max(map(len, prompts)), written.moved), len(prompts))
+        ctx.progress("load", declared=True)  # the weights once more, compiling, room for the cache: minutes
+        by_seed = _served(ctx, loaded, place, settings, prompts, index, written)
         free_memory()
+    plain = by_seed is None
     model = loaded.model.to(device).eval()
     models.reset_peak(device)
-    if engine == "vllm":
+    if by_seed is not None:
         few = TransformersGenerator(model, tokenizer, min(SERVED_TOKENS, settings.max_new_tokens))
         few.generate(prompts[:LATENCY_PROMPTS], seed=0)
     else:
@@ -177,6 +180,7 @@ def _measure(
         tokens_per_s=sum(len(answer.ids) for each in by_seed for answer in each.values()) / written.seconds,
         first_token_s=_first_token_s(model, tokenizer, prompts[:LATENCY_PROMPTS]),
         peak_gib=models.peak_gib(device),
+        engine="transformers" if plain else "vllm",
     )  # fmt: skip
     return measured, [by_seed[0][i] for i in range(len(rows))]
 
@@ -230,19 +234,31 @@ def _plain(model: Any, tokenizer: Any, settings: EvaluateSettings, moved: Moved)
     )
 
 
-def _saved(loaded: models.Loaded, folder: Path) -> ModelSource:
-    """An adapter merged into its base, or a student from the bucket, as vLLM takes it."""
-    models.save(folder, loaded.model, loaded.tokenizer)
-    return ModelSource(path=str(folder))
-
-
 def _served(
-    place: ModelSource, tokenizer: Any, settings: EvaluateSettings, longest_prompt: int, moved: Moved
-) -> Generator:
-    return VllmGenerator(
-        place, tokenizer, settings.max_new_tokens, longest_prompt=longest_prompt, temperature=_temperature(settings),
-        top_p=settings.top_p, moved=moved,
-    )  # fmt: skip
+    ctx: Context, loaded: models.Loaded, place: ModelSource | None, settings: EvaluateSettings,
+    prompts: list[list[int]], index: int, written: _Written,
+) -> list[dict[int, Completion]] | None:  # fmt: skip
+    """What vLLM answers, which wants the weights whole in a folder: an adapter is merged into its base for it.
+
+    None where it cannot serve this model (its kind, or answers longer than its positions) and need not.
+    """
+    folder = ctx.work / f"served-{index}"
+    if place is None:
+        models.save(folder, loaded.model, loaded.tokenizer)
+        place = ModelSource(path=str(folder))
+    try:
+        generator = VllmGenerator(
+            place, loaded.tokenizer, settings.max_new_tokens, longest_prompt=max(map(len, prompts)),
+            temperature=_temperature(settings), top_p=settings.top_p, moved=written.moved,
+        )  # fmt: skip
+    except TaskError as error:
+        if settings.engine == "vllm":
+            raise
+        print(f"transformers write the answers of this model: {error}", flush=True)
+        return None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # it is loaded
+    return written.all(generator, len(prompts))
 
 
 def _judged(

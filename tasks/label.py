@@ -88,7 +88,8 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
         new_tokens += fresh
         generated.append(found)
         _pause_when_cut(settings, generated)
-        ctx.progress("generate", index + 1, _total(ctx, shards), "shards")
+        if fresh:  # what was kept before says nothing of this machine's speed
+            ctx.progress("generate", index + 1, _total(ctx, shards), "shards")
     generation_s = time.monotonic() - started
     teacher.end_generation()
 

@@ -605,6 +605,8 @@ class _Courier(threading.Thread):
             job()
         except BucketError as error:  # the stage goes on: its own uploads, the lease and the deadline bound the damage
             trouble = error.message
+        except OSError as error:  # a full disk: whoever looks must go on looking
+            trouble = f"this machine's disk: {error}"
         if trouble and trouble != self._trouble:
             say(f"[supervisor] {trouble}")
         self._trouble = trouble

@@ -394,3 +394,7 @@ def test_a_model_that_vllm_cannot_serve_ends_the_stage_in_words(trained: Path, m
     with pytest.raises(TaskError, match=r"vLLM cannot serve .*Odd.* are not supported$") as raised:
         run_stage(trained, "unserved", "evaluate", replace(EVALUATE, engine="vllm"))
     assert raised.value.hint == "use engine: transformers"
+    monkeypatch.setattr(evaluate, "wants_vllm", lambda *args: True)  # engine: auto, on a GPU
+    found = run_stage(trained, "unserved-auto", "evaluate", EVALUATE)
+    assert found is not None and found["engine"] == "transformers" and found["quality"]["student"] is not None
+    assert not list((trained / "unserved-auto" / "work").glob("served-*"))

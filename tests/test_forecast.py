@@ -43,6 +43,7 @@ MODEL = ModelSource(path="m")
         ("label", replace(LABELLING, done=2.4), 0.0, None),  # within a shard answers do not come evenly
         ("label", replace(LABELLING, done=0.9), 0.0, None),
         ("label", replace(LABELLING, phase="score"), 0.0, None),
+        ("pretrain", TRAINING, 1140.0, Ok(1140.0)),
         ("export", replace(TRAINING, phase="export"), 0.0, None),
     ],
 )

@@ -20,10 +20,10 @@ from orchestrator.lease import Lease
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Micros, Overhead, Part, Plan, Range, plan_to_dict
 from orchestrator.provision import NoCapacity, ProvisionError
-from orchestrator.runner import Outcome, Runner, mark_to_dict
+from orchestrator.runner import Outcome, Runner, _batch_share, mark_to_dict
 from orchestrator.states import State
 from orchestrator.testing import FakeBucket, FakeProvisioner, Faults, VirtualClock, fake_offer
-from tasks.contract import Exit, Progress, Task
+from tasks.contract import DataSource, EvaluateSettings, Exit, Progress, Task
 from tests.plans import make_plan
 
 WORK = {"label": 300.0, "train": 600.0, "evaluate": 60.0}
@@ -642,9 +642,28 @@ def test_a_deadline_that_will_be_missed_is_seen_at_the_gate(tmp_path):
 def test_this_months_budget_counts_at_the_gate_like_the_cap(tmp_path):
     world = gated(tmp_path, "stop", slower=1.0)
     outcome = world.client(month_cap=450_000)
-    assert outcome.state == "cap" and "of it would fit" in outcome.message
+    assert outcome.state == "cap" and "of it would fit" in outcome.message and "budget --month MORE" in outcome.hint
     assert world.provider.invoice_micros() < 50_000
     world.check_money()
+
+
+def test_a_spot_machine_under_this_months_budget_is_judged_by_the_price_it_is_billed_at(tmp_path):
+    offers = (fake_offer(spot=True, ceiling_micros_per_hour=1_500_000),)
+    plan = make_plan({"train": 3600.0}, cap_micros=9_000_000, offers=offers)
+    world = World(tmp_path, plan, work_s={"train": 3600.0})
+    world.provider.steps = {"train": 1800}
+    world.client(month_cap=900_000)  # pays for 1.8 h as billed, for 0.5 h at the ceiling
+    row = world.run.machines[0]
+    assert "forecast" in row.facts and "short" not in row.facts
+
+
+def test_a_batch_of_an_evaluation_is_a_seed_where_vllm_writes(tmp_path):
+    stage = make_plan({"train": 60.0}, cap_micros=950_000).stages[0]
+    settings = EvaluateSettings("train", None, DataSource("p"), "math", batch_size=64, seeds=2)
+    stage = replace(stage, settings=settings, uses={"prompts": 640})
+    assert _batch_share(stage, fake_offer(gpu="A100")) == 0.5
+    plain = replace(stage, settings=replace(settings, engine="transformers"))
+    assert _batch_share(plain, fake_offer(gpu="A100")) == 0.05
 
 
 def test_a_spot_machine_is_judged_by_the_price_it_is_billed_at(tmp_path):
