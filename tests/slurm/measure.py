@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 from tests.slurm.scenes import REHEARSAL, absences, is_over, reach, steps_done
-from tests.slurm.table import LEAST_READINGS, percentile_95, sample
+from tests.slurm.table import LEAST_READINGS, LIMIT_S, percentile_95, sample
 from tests.whole_runs import make_home
 
 STAGE = REHEARSAL.splitlines()[-1]
@@ -26,6 +27,8 @@ def main() -> None:
     readings = first_step(folder / "warm", recipe, "with a warm API server")
     print(f"COMMIT until absent from squeue, 95th percentile of {len(readings)}: {percentile_95(readings):.1f} s")
     print(f"  each: {sorted(readings)}")
+    if len(readings) < LEAST_READINGS or percentile_95(readings) > LIMIT_S:
+        sys.exit(f"{LEAST_READINGS} are needed within {LIMIT_S:.0f} s")
 
 
 def first_step(folder: Path, recipe: str, how: str) -> list[float]:

@@ -32,6 +32,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         threading.Thread(target=sample, daemon=True).start()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--again", action="store_true", help="a few scenarios: how soon machines leave is looked at apart")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The sentences of the contract, which are short, fill the gaps at the end."""
     items.sort(key=lambda item: getattr(item, "function", item).__module__ == "tests.test_provision_contract")
@@ -91,7 +95,9 @@ def _reports(terminalreporter: Any, all_of: str = "") -> list[Any]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The suite fails when machines leave too late, or when too few were looked at to say so."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or hasattr(session.config, "workerinput") or session.config.option.keyword:
+    if reporter is None or hasattr(session.config, "workerinput"):
+        return
+    if session.config.option.keyword or session.config.option.again:
         return
     reports = [r for rows in reporter.stats.values() for r in rows if getattr(r, "when", "") == "call"]
     noted = [value for r in reports for key, value in r.user_properties if key == ABSENT_AFTER_S]
