@@ -112,7 +112,7 @@ def training_s(
         weight_bytes=4 if full or not half else 2,
         four_bit="nf4" if four_bit else None,
         fp32_adapters=True,
-        optimizer="8bit" if eight_bit else "foreach",
+        optimizer="8bit" if eight_bit else "fused",
         state_bytes=4.0,
         checkpointing=checkpointing,
         compiled=compiled,

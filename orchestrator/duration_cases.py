@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 
 from orchestrator.cases import Case
 from orchestrator.catalog import MODELS, ModelShape
-from orchestrator.duration import around
+from orchestrator.duration import OWN_HOST, SPREAD, around, gpu_speed, scoring_s
 from orchestrator.duration_serving import Serving, serving_s
 from orchestrator.duration_training import SLOW_HOST, Training, step_s
 from orchestrator.gpus import GPUS, Gpu, gpu_named
 from orchestrator.plan import Range
 
 USUAL_HOST = 1.25  # between a fast host and a slow one, nearer to the fast
+OWN = "kdcloud"  # in a case's source: this package's code ran
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def training_of(case: Case) -> Training | None:
     full, lora = (case.method or "full") == "full", case.lora
     stored = case.weights_dtype or ("bf16" if not full else "fp32" if sharded else "bf16")
     compute = case.compute_dtype or ("bf16" if stored != "fp32" else "fp32")
-    compiled, chunked = bool(case.compile), bool(case.chunked_loss)
+    compiled, chunked, own = bool(case.compile), bool(case.chunked_loss), _is_own(case)
     return Training(
         shape_of(case),
         case.batch_size,
@@ -72,13 +73,13 @@ def training_of(case: Case) -> Training | None:
         weight_bytes=4 if stored == "fp32" else 2,
         four_bit=stored if stored in ("nf4", "int4") else None,
         fp32_adapters=None if case.optimizer_state_dtype is None else case.optimizer_state_dtype == "fp32",
-        optimizer=_optimizer(case.optimizer or "adamw"),
+        optimizer="fused" if own and case.optimizer == "adamw" else _optimizer(case.optimizer or "adamw"),
         state_bytes=2.0 if case.optimizer_state_dtype in ("bf16", "fp16") else 4.0,
         checkpointing=bool(case.gradient_checkpointing),
         eager_attention=case.attention == "eager",
         fused=full and case.attention == "flash",
         compiled=compiled,
-        loss="compiled" if compiled else "chunked" if chunked else "materialised",
+        loss="own" if own else "compiled" if compiled else "chunked" if chunked else "materialised",
         gpus=gpus,
         tensor=tensor,
         sharded=sharded,
@@ -89,17 +90,21 @@ def _train(case: Case, card: Gpu) -> Times:
     work = training_of(case)
     if work is None:
         return Times()
-    step = _step(card, work)
+    step = _step(card, work, _is_own(case))
     if case.gradient_checkpointing is None:  # it may have been on
-        again = _step(card, replace(work, checkpointing=True))
+        again = _step(card, replace(work, checkpointing=True), _is_own(case))
         step = Range(step.low, (step.expected + again.expected) / 2, again.high)
     rate = Range(work.tokens / step.high, work.tokens / step.expected, work.tokens / step.low)
     steps = case.steps if case.train_tokens is None else case.train_tokens / work.tokens
     return Times(rate, None if steps is None else step.times(steps), step)
 
 
-def _step(card: Gpu, work: Training) -> Range:
-    """Seconds of a step on a host that nobody names: as far off as published ones were, or as long as on a slow one."""
+def _step(card: Gpu, work: Training, own: bool) -> Range:
+    """Seconds of a step on a host that nobody names: as far off as published ones were, or as long as on a slow one.
+    Of this package's code as it is planned: orchestrator.duration.training_s."""
+    if own:
+        fast, slow = step_s(card, work), step_s(card, replace(work, host=SLOW_HOST))
+        return Range(fast / SPREAD["train"], slow, slow * SPREAD["train"])
     usual = around(step_s(card, replace(work, host=USUAL_HOST)), "train")
     return Range(usual.low, usual.expected, max(usual.high, step_s(card, replace(work, host=SLOW_HOST))))
 
@@ -125,7 +130,7 @@ def serving_of(case: Case) -> Serving | None:
         varied=case.output_tokens != round(case.output_tokens),
         server=True,
         plain=plain,
-        logprobs=case.soft_label_k or 0,
+        logprobs=0 if _is_own(case) else case.soft_label_k or 0,  # this package scores in a pass of its own
         weight_bytes={"fp32": 4.0, "nf4": 0.55, "int4": 0.55, "fp8": 1.0, "int8": 1.0}.get(stored, 2.0),
         four_bit=stored in ("nf4", "int4"),
         tensor=tensor,
@@ -137,10 +142,25 @@ def _generate(case: Case, card: Gpu) -> Times:
     work = serving_of(case)
     if work is None:
         return Times()
+    if _is_own(case):
+        return _label(case, card, work)
     seconds = serving_s(card, work)
     rate = work.prompts * work.answer_len / seconds
-
     return Times(around(rate, "generate"), around(seconds, "generate"))
+
+
+def _label(case: Case, card: Gpu, work: Serving) -> Times:
+    """Written, then scored: orchestrator.duration.generation_s and scoring_s."""
+    seconds = around(serving_s(card, work), "generate", OWN_HOST)
+    if case.soft_label_k:
+        length = work.prompt_len + work.answer_len
+        seconds += scoring_s(gpu_speed(card), work.shape, tokens=work.prompts * length, mean_len=length)
+    written = work.prompts * work.answer_len
+    return Times(Range(written / seconds.high, written / seconds.expected, written / seconds.low), seconds)
+
+
+def _is_own(case: Case) -> bool:
+    return OWN in (case.source or "").lower()
 
 
 def _parallel(word: str, gpus: int) -> tuple[int, str | None]:
