@@ -4,7 +4,7 @@
     python -m benchmarks.own_cases [NAME...] --out FOLDER     # on a GPU: adds to own.jsonl and own_raw.jsonl there
 
 A line of own.jsonl is a case as `kdcloud estimate` reads it, without what was measured; "own" in it says what the
-package's code is told besides. Random weights at published shapes. Each case starts from an empty GPU; steps before
+package's code is told besides. Those named own-two-... were added, and predicted, when the others had been measured. Random weights at published shapes. Each case starts from an empty GPU; steps before
 the first timed one are not counted. Process memory: what the card lacks besides what torch has reserved, and that.
 """
 
@@ -36,13 +36,16 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def predict() -> None:
-    """What `kdcloud estimate` says of each case, on each card that may come."""
+    """What `kdcloud estimate` says of each case, on each card that may come. What was said before stays."""
     from orchestrator.cases import parse_case
     from orchestrator.estimate import as_json, estimate
 
-    rows = []
+    rows = lines(PREDICTED) if PREDICTED.exists() else []
+    told = {(row["id"], row["gpu"]) for row in rows}
     for case in lines(OWN):
         for card in CARDS:
+            if (case["id"], card) in told:
+                continue
             found = as_json(estimate(parse_case(json.dumps({**_public(case), "gpu": card}))))
             rows.append({**found, "gpu": card})
     PREDICTED.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -69,7 +72,7 @@ def built(model: dict[str, Any], dtype: Any) -> Any:
 
 
 def examples(case: dict[str, Any], count: int) -> Any:
-    """Samples of `seq_len` tokens, 64 soft labels each; with `mean_tokens_per_sample` below that, of uneven lengths."""
+    """Samples of `seq_len` tokens, 64 soft labels each; with own.mean_tokens, of uneven lengths up to that."""
     import torch
 
     from tasks import train
@@ -77,8 +80,8 @@ def examples(case: dict[str, Any], count: int) -> Any:
     gen = torch.Generator().manual_seed(0)
     vocab, length = case["model"]["vocab_size"] - 300, case["seq_len"]
     lengths = torch.full((count,), length)
-    if case["mean_tokens_per_sample"] != length:  # between two means' distance, with one as long as allowed
-        mean = case["mean_tokens_per_sample"]
+    mean = case.get("own", {}).get("mean_tokens")
+    if mean:  # as far below it as above, one as long as allowed
         lengths = torch.linspace(2 * mean - length, length, count).round().long()[torch.randperm(count, generator=gen)]
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     tokens = int(offsets[-1])

@@ -14,6 +14,7 @@ from orchestrator.catalog import GPUS, Gpu, ModelShape
 from orchestrator.duration_kernels import memory_s
 from orchestrator.duration_serving import Serving, serving_s
 from orchestrator.duration_training import SLOW_HOST, Training, forward_parts, step_s
+from orchestrator.memory import MLP_PARTS
 from orchestrator.plan import Range
 
 # --- this machine (infra: local). From steps timed on 2 cores, torch 2.13, transformers' Qwen2, while nothing else
@@ -117,6 +118,7 @@ def training_s(
         checkpointing=checkpointing,
         compiled=compiled,
         loss="own",
+        mlp_parts=MLP_PARTS if checkpointing and not full else 1,
     )
     fast, slow = _step_s(speed.card.name, work), _step_s(speed.card.name, replace(work, host=SLOW_HOST))
     return Range(steps * fast / SPREAD["train"], steps * slow, steps * slow * SPREAD["train"])

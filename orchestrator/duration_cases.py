@@ -14,6 +14,7 @@ from orchestrator.duration import OWN_HOST, SPREAD, around, gpu_speed, scoring_s
 from orchestrator.duration_serving import Serving, serving_s
 from orchestrator.duration_training import SLOW_HOST, Training, step_s
 from orchestrator.gpus import GPUS, Gpu, gpu_named
+from orchestrator.memory import MLP_PARTS
 from orchestrator.plan import Range
 
 USUAL_HOST = 1.25  # between a fast host and a slow one, nearer to the fast
@@ -79,6 +80,7 @@ def training_of(case: Case) -> Training | None:
         eager_attention=case.attention == "eager",
         fused=full and case.attention == "flash",
         compiled=compiled,
+        mlp_parts=MLP_PARTS if own and case.gradient_checkpointing and not full else 1,
         loss="own" if own else "compiled" if compiled else "chunked" if chunked else "materialised",
         gpus=gpus,
         tensor=tensor,

@@ -48,12 +48,18 @@ UNPACK_BYTES = {"nf4": 5.0, "int4": 18.0}
 # Host seconds a layer: some 40 kernels forward from Python (transformers' forward alone took 0.83 ms a layer and token
 # on an A100 host of 2024: qwen.readthedocs.io v2.0, 49.94 tokens/s with 24 layers), 60 backward from C++, and adapters.
 # Compiled layers check their guards at each call. The hosts of rented H200s were SLOW_HOST times slower at all of it:
-# there 28 layers with three adapters took 173 to 175 ms a step whatever was fused, 278 with recomputation, 207 compiled
-# and recomputed (benchmarks/results/training.json).
-HOST_FORWARD_S, HOST_BACKWARD_S = 0.9e-3, 0.8e-3
+# there 28 layers took 146 to 173 ms a step with three adapters and 194 to 218 with seven, 515 with those and recomputation in
+# parts, 207 compiled and recomputed (benchmarks/cases/own.jsonl, benchmarks/results/training.json).
+HOST_FORWARD_S, HOST_BACKWARD_S = 0.95e-3, 0.9e-3
 HOST_COMPILED_FORWARD_S, HOST_COMPILED_BACKWARD_S = 1.4e-3, 0.3e-3
-HOST_ADAPTER_FORWARD_S, HOST_ADAPTER_BACKWARD_S = 0.2e-3, 0.1e-3
+HOST_ADAPTER_FORWARD_S, HOST_ADAPTER_BACKWARD_S = 0.12e-3, 0.06e-3
+# An MLP in one more part of its rows, forward, without and for each adapter; backward half of it. A 4-bit weight
+# unpacked (two kernels behind a function of Python's). AdamW in 8 bits, a tensor: one kernel after the other.
+HOST_PART_S, HOST_PART_ADAPTER_S = 0.08e-3, 0.1e-3
+HOST_UNPACK_S = 0.075e-3
+HOST_8BIT_S = 0.04e-3
 SLOW_HOST = 2.4
+MLP = ("gate_proj", "up_proj", "down_proj")
 ONE_QKV = ("qwen", "phi3", "mpt", "gpt_neox", "falcon", "bloom", "gpt2")  # q, k and v are one matrix
 HOST_ZERO3_S = 2.5e-3  # DeepSpeed's hooks around each module, a layer and pass
 HOST_FSDP_S = 0.5e-3
@@ -93,6 +99,7 @@ class Training:
     fused: bool = False
     compiled: bool = False
     loss: str = "materialised"
+    mlp_parts: int = 1  # the rows of a layer's MLP go through in so many
     gpus: int = 1
     tensor: int = 1
     sharded: str | None = None
@@ -177,11 +184,17 @@ def _micro_parts(card: Gpu, work: Training) -> Mapping[str, float]:
         parts["adapters"] = memory_s(card, tokens * moved, _row_bytes(work), kernels=kernels) + products
     if work.four_bit is not None:
         unpacked = shape.layers * sum(a * b for a, b in shape.matrices().values())
+        unpacked += (work.mlp_parts - 1) * shape.layers * sum(_mlp_weights(work))
         parts["unpacking"] = unpacked * UNPACK_BYTES[work.four_bit] / bytes_s(card) * (2 + again)
     elif work.half and work.weight_bytes == 4:  # mixed precision: cast for use, gradients cast back
         shard = work.ranks if work.sharded else 1
         parts["casts"] = memory_s(card, 6.0 * shape.params / shard * (2 if work.full else 1))
     return parts
+
+
+def _mlp_weights(work: Training) -> list[int]:
+    """Values of each weight of a layer's MLP."""
+    return [a * b for name, (a, b) in work.shape.matrices().items() if name in MLP]
 
 
 def _row_bytes(work: Training) -> float:
@@ -258,11 +271,14 @@ def optimizer_s(card: Gpu, work: Training) -> float:
     weight = 4 if not work.full else work.weight_bytes
     passes = ADAM_PASSES[work.optimizer if work.optimizer in ADAM_PASSES else "unknown"]
     adam = passes / 7 * (3 * weight + 4 * work.state_bytes)  # p twice, g, both moments twice
+    host = 0.0
     if work.optimizer == "8bit":
         adam = 3 * weight + 4 * 1.0
+        tensors = 2 * _adapters(work) if not work.full else len(work.shape.matrices()) + 2
+        host = work.host * tensors * work.shape.layers * HOST_8BIT_S
     elif work.optimizer == "sgd":
         adam = 3.0 * weight
-    return mine * (adam + CLIP_PASSES * weight) / bytes_s(card)
+    return max(host, mine * (adam + CLIP_PASSES * weight) / bytes_s(card))
 
 
 # --- the host, and the other cards
@@ -277,6 +293,11 @@ def _host_s(work: Training) -> float:
         adapters = _adapters(work)
         layer = (HOST_FORWARD_S + adapters * HOST_ADAPTER_FORWARD_S) * (1 + again)
         layer += HOST_BACKWARD_S + adapters * HOST_ADAPTER_BACKWARD_S
+        part = HOST_PART_S + sum(name in MLP for name in work.lora_targets) * HOST_PART_ADAPTER_S
+        layer += (work.mlp_parts - 1) * part * (1.5 + again)
+    if work.four_bit is not None:
+        uses = len(work.shape.matrices()) + (work.mlp_parts - 1) * len(_mlp_weights(work))
+        layer += uses * HOST_UNPACK_S * (2 + again)
     if work.sharded == "zero3":
         layer += HOST_ZERO3_S * (2 + again)
     elif work.sharded:

@@ -37,6 +37,7 @@ from orchestrator.plan import Range
 # Whose code ran, by what stands in a case's source. TRL is transformers, and with Liger-Kernel keeps the norms' inputs
 # only, and gate and up; so do the fused kernels of TinyLlama's authors.
 FRAMEWORKS: dict[str, Habits] = {
+    "kdcloud, fixed segments": replace(OURS, cached_share=1.0),  # until its stages let PyTorch's segments grow
     "kdcloud": OURS,
     "trl with liger": replace(TRANSFORMERS, name="liger", norm="fused"),
     "lightning-ai/litgpt": LITGPT,
@@ -138,7 +139,9 @@ def _job(case: Case, method: str, *, weights: str, **settings: Any) -> Training:
     if method != "full" and habits.adapter_bytes == 4 and state == 2.0:
         habits = replace(habits, adapter_bytes=2)  # moments are made like the adapters
     if habits.name == OURS.name:
+        share = habits.cached_share
         habits = own_habits(case.shape, settings["batch"] * settings["seq_len"], full=method == "full")
+        habits = replace(habits, cached_share=share)
         settings["chunked_loss"] = True
     zero = parallel.startswith("zero")  # DeepSpeed holds fp32 master weights of what is trained
     again = bool(settings["checkpointing"]) and method != "full" and habits.name == OURS.name

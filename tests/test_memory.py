@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from orchestrator.memory import (
     GIB,
     LOSS_CHUNK_LOGITS,
     MLP_PARTS,
+    READ_SPREAD,
     Memory,
     generation_memory,
     largest,
     loading_memory,
     own_training,
+    step_memory,
     training_memory,
 )
 from orchestrator.memory_generation import VLLM_GRAPHS_GIB, weight_bytes
@@ -105,8 +108,13 @@ def test_lora_freezes_two_bytes_a_parameter_and_pays_sixteen_for_its_own() -> No
 
 @pytest.mark.parametrize("row", [row for row in MEASURED if row["trainer"].startswith("kdcloud")])
 def test_our_own_training_takes_what_was_measured(row: dict[str, Any]) -> None:
-    """benchmarks/results/training.json: allocated and reserved on an H200, 8 rows of 1,024 tokens."""
-    memory = training(micro=8, checkpointing=row["checkpointing"], compiled="compiled" in row["trainer"])
+    """benchmarks/results/training.json: allocated and reserved on an H200, 8 rows of 1,024 tokens, fixed segments."""
+    job = own_training(
+        SMALL, full=False, micro_batch=8, seq_len=1024, checkpointing=row["checkpointing"],
+        compiled="compiled" in row["trainer"],
+    )  # fmt: skip
+    fixed = replace(job, habits=replace(job.habits, cached_share=1.0))
+    memory = step_memory(training_step(fixed), READ_SPREAD, gpu=True)
     assert memory.allocated_gib is not None and memory.reserved_gib is not None
     assert memory.allocated_gib.expected == pytest.approx(row["peak_gib"], rel=0.03)
     assert memory.reserved_gib.expected == pytest.approx(row["reserved_gib"], rel=0.11)
