@@ -4,8 +4,9 @@
     python -m benchmarks.own_cases [NAME...] --out FOLDER     # on a GPU: adds to own.jsonl and own_raw.jsonl there
 
 A line of own.jsonl is a case as `kdcloud estimate` reads it, without what was measured; "own" in it says what the
-package's code is told besides. Those named own-two-... were added, and predicted, when the others had been measured. Random weights at published shapes. Each case starts from an empty GPU; steps before
-the first timed one are not counted. Process memory: what the card lacks besides what torch has reserved, and that.
+package's code is told besides. Those named own-two-... were added, and predicted, when the others had been measured.
+Random weights at published shapes. Each case starts from an empty GPU; steps before the first timed one are not
+counted. Process memory: what the card lacks besides what torch has reserved, and that.
 """
 
 from __future__ import annotations
