@@ -221,43 +221,44 @@ def written(case: dict[str, Any]) -> dict[str, Any]:
     tokenizer = models.tiny_tokenizer()
     answer, engine = int(case["output_tokens"]), case["engine"]
     with tempfile.TemporaryDirectory() as folder, _never_ends(engine, case, Path(folder)) as writer:
-        scorer, seen = None, {}
+        scorer, more = None, {}
         if engine == "transformers":
             scorer = built(model, torch.bfloat16).eval()
             made: Any = generate.TransformersGenerator(scorer, tokenizer, answer, temperature=0.6, top_p=0.95)
         else:
             made = writer(tokenizer, answer)
-        free, whole = torch.cuda.mem_get_info()
-        best: dict[str, float] = {}
-        for _ in range(2):
+
+        def write() -> tuple[list[tuple[list[int], list[int]]], float]:
             torch.cuda.synchronize()
-            began = time.perf_counter()
-            pairs = []
+            began, pairs = time.perf_counter(), []
             for at in range(0, len(prompts), case["concurrency"]):
                 part = prompts[at : at + case["concurrency"]]
                 done = made.generate(part, seed=0)
                 pairs += [(p, c.ids) for p, c in zip(part, done, strict=True)]
             torch.cuda.synchronize()
-            wrote = time.perf_counter() - began
-            tokens = sum(len(ids) for _, ids in pairs)
-            free, whole = torch.cuda.mem_get_info()
-            seen = {"process_gib": (whole - free) / 2**30}
-            if engine == "transformers":
-                seen = peaks()
-            scored = 0.0
-            if case.get("soft_label_k"):
-                if scorer is None:
-                    made, _ = None, _emptied()
-                    scorer = built(model, torch.bfloat16).eval()
-                scored = _scored(label, scorer, pairs, case)
-            found = {
-                "seconds": round(wrote + scored, 2), "tokens_per_s": round(tokens / (wrote + scored), 1),
-                "writing_tokens_per_s": round(tokens / wrote, 1), "scoring_s": round(scored, 2), "tokens": tokens,
-            }  # fmt: skip
-            best = found if not best or found["seconds"] < best["seconds"] else best
-            if made is None:  # the engine is gone: writing was timed once, after one warm-up of its own
-                break
-    return {**best, **seen}
+            return pairs, time.perf_counter() - began
+
+        first, (pairs, wrote) = write()[1], write()
+        tokens = sum(len(ids) for _, ids in pairs)
+        free, whole = torch.cuda.mem_get_info()
+        seen = peaks() if engine == "transformers" else {"process_gib": (whole - free) / 2**30}
+        if case.get("own", {}).get("beside"):  # the engine's own loop over the same requests
+            params = made._params(temperature=0.6, top_p=0.95, max_tokens=answer, detokenize=False)
+            began = time.perf_counter()
+            made._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+            more["engine_alone_tokens_per_s"] = round(tokens / (time.perf_counter() - began), 1)
+        scored = 0.0
+        if case.get("soft_label_k"):
+            if scorer is None:
+                made = None
+                _emptied()
+                scorer = built(model, torch.bfloat16).eval()
+            scored = _scored(label, scorer, pairs, case)
+        return {
+            "seconds": round(wrote + scored, 2), "tokens_per_s": round(tokens / (wrote + scored), 1),
+            "writing_tokens_per_s": round(tokens / wrote, 1), "first_writing_s": round(first, 2),
+            "scoring_s": round(scored, 2), "tokens": tokens, **more, **seen,
+        }  # fmt: skip
 
 
 def _scored(label: Any, model: Any, pairs: list[tuple[list[int], list[int]]], case: dict[str, Any]) -> float:
@@ -355,11 +356,9 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
     return {**found, "whole_s": round(time.perf_counter() - began, 1)}
 
 
-def rows_of(
-    case: dict[str, Any], found: dict[str, Any], card: str, versions: dict[str, str]
-) -> Iterator[dict[str, Any]]:
+def rows_of(case: dict[str, Any], found: dict[str, Any], card: str) -> Iterator[dict[str, Any]]:
     """A case of `kdcloud estimate` for each way to count memory; its times stand in the first."""
-    case = {**_public(case), "gpu": card, "date": datetime.now(UTC).date().isoformat(), "versions": versions}
+    case = {**_public(case), "gpu": card}
     times = {key: found[key] for key in ("tokens_per_s", "seconds", "step_seconds") if key in found}
     for basis in ("allocated", "reserved", "process"):
         if f"{basis}_gib" in found:
@@ -382,7 +381,8 @@ def main(words: Iterable[str] | None = None) -> None:
 
     name = torch.cuda.get_device_name()
     card = next((card for card in CARDS if card in name), name)
-    told = {**versions("transformers", "peft", "triton", "bitsandbytes", "vllm"), "card": name}
+    used = versions("transformers", "peft", "triton", "bitsandbytes", "vllm")
+    told = {"gpu": card, "date": datetime.now(UTC).date().isoformat(), "card": name, "versions": used}
     predicted = {(row["id"], row["gpu"]): row for row in lines(PREDICTED)}
     parsed.out.mkdir(parents=True, exist_ok=True)
     with (parsed.out / "own.jsonl").open("a") as out, (parsed.out / "own_raw.jsonl").open("a") as raw:
@@ -390,8 +390,8 @@ def main(words: Iterable[str] | None = None) -> None:
             if parsed.names and not any(part in case["id"] for part in parsed.names):
                 continue
             found = measured(case)
-            raw.write(json.dumps({"id": case["id"], "gpu": card, **found}) + "\n")
-            for row in rows_of(case, found, card, told):
+            raw.write(json.dumps({"id": case["id"], **told, **found}) + "\n")
+            for row in rows_of(case, found, card):
                 out.write(json.dumps(row) + "\n")
             for stream in (out, raw):
                 stream.flush()
