@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from orchestrator import memory_cases
@@ -45,7 +46,27 @@ def tables(found: list[Row]) -> dict[str, str]:
         "scores": _table(SCORE_COLUMNS, [score_cells(each) for each in scores(found)]),
         "far": _table(("case", "error", "basis"), [(r.case.id, f"{r.error:+.1%}", r.basis) for r in far]),
         "rows": _table(heads, numbers),
+        "before": _table(
+            ("case", "segments", "GiB said", "measured", "off", "tokens/s said", "measured", "off"), list(said_before())
+        ),
     }
+
+
+def said_before() -> Iterator[tuple[str, ...]]:
+    """What was said of the package's own cases before they were measured, beside what was measured then: allocated
+    memory (of vLLM the process's) and tokens a second."""
+    asked = ROOT / "benchmarks" / "asked" / "own_predicted.jsonl"
+    said = {(row["id"], row["gpu"]): row for row in map(json.loads, asked.read_text(encoding="utf-8").splitlines())}
+    results = json.loads((ROOT / "benchmarks" / "results" / "own_cases.json").read_text(encoding="utf-8"))
+    for row in results["rows"]:
+        told = said[row["id"], row["gpu"]]
+        basis = "allocated" if "allocated_gib" in row else "process"
+        memory, speed = told["peak_gib"][basis]["expected"], told["tokens_per_s"]["expected"]
+        took, rate = row[f"{basis}_gib"], row["tokens_per_s"]
+        yield (
+            row["id"].removeprefix("own-"), row["segments"], f"{memory:.2f}", f"{took:.2f}",
+            f"{memory / took - 1:+.1%}", f"{speed:,.0f}", f"{rate:,.0f}", f"{speed / rate - 1:+.1%}",
+        )  # fmt: skip
 
 
 def residuals(cases: list[Case]) -> dict[tuple[str, str], list[float]]:

@@ -151,3 +151,23 @@ def test_a_compiled_steps_time_goes_where_it_was_measured_to_go() -> None:
     assert ms["memory"] == pytest.approx(14.7 + 2.2, rel=0.1)
     assert ms["attention"] == pytest.approx(7.7, rel=0.35)
     assert ms["loss"] == pytest.approx(3.8, rel=0.15)
+
+
+def test_the_host_starts_an_mlps_parts_and_unpacks_4_bit_weights_one_by_one() -> None:
+    """A layer, ms: three more parts of an MLP with three adapters forward, again and half as much backward; seven
+    weights, and three more for each of three parts, unpacked in three passes."""
+    work = Training(QWEN, 1, 16, full=False, lora_r=8, lora_targets=("q_proj", "gate_proj", "up_proj", "down_proj"))
+    again = replace(work, checkpointing=True)
+
+    def host(one: Training) -> float:
+        return sum(step_parts(H200, one).values()) - step_parts(H200, one)["optimizer"]
+
+    parts = host(replace(again, mlp_parts=4)) - host(again)
+    assert parts == pytest.approx(28 * 3 * (0.08e-3 + 3 * 0.1e-3) * 2.5)
+    packed = replace(again, mlp_parts=4, four_bit="nf4")
+    assert host(packed) - host(replace(again, mlp_parts=4)) == pytest.approx(28 * (7 + 9) * 0.075e-3 * 3)
+
+
+def test_adamw_in_8_bits_goes_tensor_by_tensor() -> None:
+    small = Training(QWEN, 1, 16, full=False, lora_r=1, lora_targets=QKV, optimizer="8bit")
+    assert step_parts(H200, small)["optimizer"] == pytest.approx(28 * 6 * 0.04e-3)

@@ -28,7 +28,7 @@ from orchestrator.memory import (
     training_memory,
 )
 from orchestrator.memory_generation import VLLM_GRAPHS_GIB, weight_bytes
-from orchestrator.memory_training import training_step
+from orchestrator.memory_training import layer_bytes, training_step
 
 ROOT = Path(__file__).parent.parent
 MEASURED = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())["rows"]
@@ -104,6 +104,35 @@ def test_lora_freezes_two_bytes_a_parameter_and_pays_sixteen_for_its_own() -> No
     end, trained = training_step(job).moments["step"], SMALL.lora_params(8, ("q_proj", "k_proj", "v_proj"))
     held = end["weights"] + end["adapters"] + end["gradients"] + end["optimizer"]
     assert held == pytest.approx((2 * SMALL.params + 16 * trained) / GIB)
+
+
+def test_the_loss_makes_the_heads_gradient_itself_and_it_is_counted_once() -> None:
+    """At the loss 4 bytes a value of the head for its gradient and 2 for the head in bf16, beside a chunk of logits;
+    afterwards the gradient alone. Of earlier micro-batches all gradients are there besides."""
+    job = own_training(SMALL, full=True, micro_batch=1, seq_len=8)
+    moments, head = training_step(job).moments, SMALL.vocab * SMALL.hidden
+    chunk = 2.0 * 8 * SMALL.vocab
+    assert "gradients" not in moments["loss"] and moments["loss"]["logits"] == pytest.approx((6 * head + chunk) / GIB)
+    assert moments["backward"]["gradients"] == pytest.approx(4 * head / GIB)
+    earlier = training_step(replace(job, accumulation=2)).moments["loss"]
+    assert earlier["gradients"] == pytest.approx(4 * SMALL.params / GIB)
+
+
+def test_adapters_of_4_bit_layers_share_their_inputs_and_others_cast_their_own() -> None:
+    """Under autocast, bytes a token and layer: q, k and v read one input, gate and up another, 2 bytes a value each; o's
+    is there anyway. Adapters of layers in bf16 keep 2 bytes for each of the seven."""
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    job = own_training(SMALL, full=False, micro_batch=1, seq_len=1024, lora=(8, every))
+    four_bit = replace(job, weights="nf4", method="qlora")
+    more = sum(layer_bytes(job).values()) - sum(layer_bytes(four_bit).values())
+    assert more == 2 * (2 + 1 + 1) * SMALL.hidden  # two more for q, k, v; one for o; one for gate and up
+
+
+def test_segments_that_grow_hold_less_of_what_was_freed() -> None:
+    job = own_training(SMALL, full=True, micro_batch=8, seq_len=512)
+    fixed = replace(job, habits=replace(job.habits, cached_share=1.0))
+    assert training_step(job).cached_gib == pytest.approx(0.4 * training_step(fixed).cached_gib)
+    assert training_step(job).allocated_gib == training_step(fixed).allocated_gib
 
 
 @pytest.mark.parametrize("row", [row for row in MEASURED if row["trainer"].startswith("kdcloud")])

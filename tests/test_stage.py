@@ -19,7 +19,16 @@ import tasks
 from tasks import stage as stage_module
 from tasks.bucket import Bucket, BucketError, open_bucket, read_commit, sha256_of
 from tasks.contract import DataSource, Exit, Progress, RehearseSettings, Task, TaskError
-from tasks.stage import Fenced, StageContext, Stopped, committed_checkpoints, explain, local_checkpoints, run_stage
+from tasks.stage import (
+    Fenced,
+    StageContext,
+    Stopped,
+    committed_checkpoints,
+    explain,
+    grow_segments,
+    local_checkpoints,
+    run_stage,
+)
 
 ROOT = Path(tasks.__file__).resolve().parents[1]
 
@@ -442,3 +451,12 @@ def test_a_bug_in_a_stage_is_raised_with_its_traceback(bucket: Bucket, tmp_path:
             run_stage(path, tmp_path / "w", run)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_cuda_memory_grows_in_segments_unless_somebody_said_otherwise() -> None:
+    env: dict[str, str] = {}
+    grow_segments(env)
+    assert env == dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True")
+    told = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    grow_segments(told)
+    assert told == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
