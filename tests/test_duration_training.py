@@ -136,8 +136,8 @@ def test_more_work_takes_longer_and_every_part_is_counted(
 def test_the_projects_own_training_on_an_h200_takes_what_was_measured(
     work: Training, measured: int
 ) -> None:
-    """benchmarks/results/training.json: ours, TRL's, TRL's with Liger, on one slow host. What TRL's trainer does besides
-    is not counted: the one that the host decides takes a fifth longer."""
+    """benchmarks/results/training.json: ours, TRL's, TRL's with Liger, on one slow host. What TRL's trainer does
+    besides is not counted: the one that the host decides takes a fifth longer."""
     rel = 0.2 if measured == 41_954 else 0.13
     assert work.tokens / step_s(H200, replace(work, host=SLOW_HOST)) == pytest.approx(measured, rel=rel)
 

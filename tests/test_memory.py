@@ -13,6 +13,7 @@ from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.memory import (
     CPU_PROCESS_GIB,
     CUDA_CONTEXT_GIB,
+    FUSED_BYTES_PER_LOGIT,
     FUSED_FROZEN_LOGITS,
     FUSED_LOGITS,
     GIB,
@@ -111,7 +112,7 @@ def test_the_loss_makes_the_heads_gradient_itself_and_it_is_counted_once() -> No
     afterwards the gradient alone. Of earlier micro-batches all gradients are there besides."""
     job = own_training(SMALL, full=True, micro_batch=1, seq_len=8)
     moments, head = training_step(job).moments, SMALL.vocab * SMALL.hidden
-    chunk = 2.0 * 8 * SMALL.vocab
+    chunk = FUSED_BYTES_PER_LOGIT * 8 * SMALL.vocab
     assert "gradients" not in moments["loss"] and moments["loss"]["logits"] == pytest.approx((6 * head + chunk) / GIB)
     assert moments["backward"]["gradients"] == pytest.approx(4 * head / GIB)
     earlier = training_step(replace(job, accumulation=2)).moments["loss"]
@@ -119,8 +120,8 @@ def test_the_loss_makes_the_heads_gradient_itself_and_it_is_counted_once() -> No
 
 
 def test_adapters_of_4_bit_layers_share_their_inputs_and_others_cast_their_own() -> None:
-    """Under autocast, bytes a token and layer: q, k and v read one input, gate and up another, 2 bytes a value each; o's
-    is there anyway. Adapters of layers in bf16 keep 2 bytes for each of the seven."""
+    """Under autocast, bytes a token and layer: q, k and v read one input, gate and up another, 2 bytes a value each;
+    o's is there anyway. Adapters of layers in bf16 keep 2 bytes for each of the seven."""
     every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     job = own_training(SMALL, full=False, micro_batch=1, seq_len=1024, lora=(8, every))
     four_bit = replace(job, weights="nf4", method="qlora")
