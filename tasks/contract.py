@@ -322,6 +322,38 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Writing:
+    """Answers that an engine is writing side by side, as far as they are: numbers of a Progress, all of one unit of it
+    (a shard, or a seed of one model).
+
+    Short answers end first, so those that ended are no sample of all: `length` and `going_on` are the product-limit
+    estimate, in which an answer in the middle counts for as long as it was seen (Kaplan and Meier 1958).
+    """
+
+    answers: float  # of the unit, that this attempt is to write
+    before: float  # answers of the stage or model that are there from before the unit, or earlier attempts
+    later: float  # answers of later units
+    ended: float
+    flight: float  # most at once so far
+    tokens: float
+    steps: float  # of the engine
+    seconds: float
+    length: float  # tokens of an answer, on average, up to `longest`
+    going_on: float  # share of answers that are longer than `longest`
+    longest: float  # tokens
+
+    def numbers(self) -> dict[str, float]:
+        return {f"writing_{name}": float(value) for name, value in asdict(self).items()}
+
+    @staticmethod
+    def of(progress: Progress) -> Writing | None:
+        """None where nothing of the kind was told."""
+        told = {f.name: progress.numbers.get(f"writing_{f.name}") for f in fields(Writing)}
+        known = {name: value for name, value in told.items() if value is not None}
+        return Writing(**known) if len(known) == len(told) else None
+
+
+@dataclass(frozen=True)
 class Limit:
     """limit.json: the client tells one attempt of a stage to end early, at `total` of its progress."""
 
