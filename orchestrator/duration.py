@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from orchestrator.catalog import GPUS, Gpu, ModelShape
 from orchestrator.duration_kernels import memory_s
 from orchestrator.duration_serving import Serving, serving_s
+from orchestrator.duration_serving import step_share as serving_step_share
 from orchestrator.duration_training import SLOW_HOST, Training, forward_parts, step_s
 from orchestrator.memory import MLP_PARTS
 from orchestrator.plan import Range
@@ -148,17 +149,24 @@ def generation_s(
         flops = sequences * (prompt_len + longest) * forward_flops_per_token(shape, prompt_len)
         return _spread(flops / speed.flops_s + math.ceil(rounds) * longest * LOCAL_TOKEN_STEP_S)
     batch = min(float(batch_size), sequences)
-    work = Serving(
-        shape,
-        batch,
-        prompt_len,
-        answer_len,
-        batch,
-        varied=answer_len < longest,
-        plain=not engine,
-        longest=longest,
-    )
+    work = _serving(shape, batch, prompt_len, answer_len, longest, engine=engine)
     return around(max(rounds, sequences / batch) * _serving_s(speed.card.name, work), "generate", OWN_HOST)
+
+
+def step_share(
+    speed: Speed, shape: ModelShape, *, batch_size: float, prompt_len: float, answer_len: float, longest: int
+) -> float:
+    """The share of an engine's step that is the same for one answer as for a whole batch; 1 where it is not known."""
+    if speed.card is None:
+        return 1.0
+    return _serving_step_share(speed.card.name, _serving(shape, batch_size, prompt_len, answer_len, longest))
+
+
+def _serving(
+    shape: ModelShape, batch: float, prompt_len: float, answer_len: float, longest: int, *, engine: bool = True
+) -> Serving:
+    varied = answer_len < longest
+    return Serving(shape, batch, prompt_len, answer_len, batch, varied=varied, plain=not engine, longest=longest)
 
 
 def scoring_s(speed: Speed, shape: ModelShape, *, tokens: float, mean_len: float) -> Range:
@@ -201,6 +209,11 @@ def _step_s(card: str, work: Training) -> float:
 @functools.lru_cache(4096)
 def _serving_s(card: str, work: Serving) -> float:
     return serving_s(GPUS[card], work)
+
+
+@functools.lru_cache(4096)
+def _serving_step_share(card: str, work: Serving) -> float:
+    return serving_step_share(GPUS[card], work)
 
 
 @functools.lru_cache(4096)

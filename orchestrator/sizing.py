@@ -25,6 +25,7 @@ from orchestrator.workload import (
     BUILTIN_ANSWER_TOKENS,
     BUILTIN_PROMPT_TOKENS,
     BUILTIN_VOCAB,
+    Lengths,
     World,
     architecture,
     label_bytes,
@@ -359,6 +360,8 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
             "kept_share": world.kept_share(stage),
             "kept_samples": kept,
             "label_gib": label_gib(stage, world),
+            "scoring_share": scoring.expected / max((writing + scoring).expected, 1e-9),
+            **_step_share(shape, lengths, speed, min(settings.batch_size, answers), engine=engine),
         },
         duration.stage_s(speed, downloads_gb=_download_gb(settings.teacher, shape), engine=engine),
     )
@@ -557,7 +560,7 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
     )
     for shape, times in shapes:
         around += duration.ENGINE_START_S.times(times if engine else 0)
-        seconds += duration.generation_s(
+        own = duration.generation_s(
             speed,
             shape,
             sequences=rows,
@@ -570,14 +573,29 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
         if stage.teacher:  # how far from the teacher: each model reads the teacher's answers once
             tokens = min(rows * (lengths.prompt + lengths.answer), KL_TOKENS)
             mean_len = lengths.prompt + lengths.answer
-            seconds += duration.scoring_s(speed, shape, tokens=tokens, mean_len=mean_len).times(times)
+            own += duration.scoring_s(speed, shape, tokens=tokens, mean_len=mean_len).times(times)
+        seconds += own
     uses = {
+        **_step_share(shapes[0][0], lengths, speed, rows, engine=engine),
         "prompts": rows,
         "models": students + len(shapes) - 1,
         "expected_answer_tokens": lengths.answer,
         "params": max(shape.params for shape, _ in shapes),
+        **({"teacher_share": own.expected / max(seconds.expected, 1e-9)} if stage.teacher else {}),  # it is the last
     }
     return Measured(need, seconds, uses, around)
+
+
+def _step_share(
+    shape: ModelShape, lengths: Lengths, speed: duration.Speed, batch: float, *, engine: bool
+) -> dict[str, float]:
+    """How much of an engine's step is the same for few answers as for many: what the gate judges by."""
+    if not engine:
+        return {}
+    share = duration.step_share(
+        speed, shape, batch_size=batch, prompt_len=lengths.prompt, answer_len=lengths.answer, longest=lengths.limit
+    )
+    return {"step_share": share}
 
 
 def _measure_export(settings: ExportSettings, world: World, machine: Machine) -> Measured:

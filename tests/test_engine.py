@@ -240,7 +240,7 @@ def test_transformers_are_told_between_batches(pretrained: Path, monkeypatch: py
     assert label.run(ctx, settings)["generated"] == 10 and asked == [4, 4, 2]
 
 
-def test_a_limit_told_while_labels_are_scored_ends_it_there(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811,E501
+def test_a_limit_told_while_labels_are_scored_ends_it_there(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     class Late(FolderContext):
         def progress(self, phase: str, done: float = 0, *args: Any, **more: Any) -> None:
             super().progress(phase, done, *args, **more)

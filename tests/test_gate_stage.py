@@ -70,7 +70,7 @@ def test_where_gradients_are_added_up_memory_is_proved_with_those_of_an_earlier_
     how = replace(HOW, micro_batch=micro)
     net = tiny()
     before = {name: p.clone() for name, p in net.named_parameters()}
-    optimizer = train._optimizer({name: p for name, p in net.named_parameters()}, how, torch.device("cpu"))
+    optimizer = train._optimizer(dict(net.named_parameters()), how, torch.device("cpu"))
     drawn = torch.get_rng_state()
     assert train.prove_memory(net, uneven(), how, dict(net.named_parameters()), optimizer) == how
     assert [held for _, held in seen] == wanted and len({tokens for tokens, _ in seen}) == 1

@@ -20,10 +20,10 @@ from orchestrator.lease import Lease
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Micros, Overhead, Part, Plan, Range, plan_to_dict
 from orchestrator.provision import NoCapacity, ProvisionError
-from orchestrator.runner import Outcome, Runner, _batch_share, mark_to_dict
+from orchestrator.runner import Outcome, Runner, mark_to_dict
 from orchestrator.states import State
 from orchestrator.testing import FakeBucket, FakeProvisioner, Faults, VirtualClock, fake_offer
-from tasks.contract import DataSource, EvaluateSettings, Exit, Progress, Task
+from tasks.contract import Exit, Progress, Task
 from tests.plans import make_plan
 
 WORK = {"label": 300.0, "train": 600.0, "evaluate": 60.0}
@@ -631,6 +631,28 @@ def test_less_than_a_quarter_is_no_smaller_experiment_but_a_stop(tmp_path):
     world.check_money()
 
 
+def test_a_stage_that_is_shortened_twice_is_measured_against_its_plan(tmp_path):
+    """Told to do less than half, and two and a half times slower then: what fits is much of that, little of the plan."""
+    world, real = gated(tmp_path, "fewer_samples"), FakeBucket.get
+
+    def slower(key):
+        found = real(world.bucket, key)
+        facts = world.run.machines[0].facts if key == "train/progress.json" else {}
+        if "limit" not in facts:
+            return found
+        told.add(facts["limit"])
+        now = replace(Progress.from_json(found[0].decode()), total=facts["limit"])
+        return replace(now, phase_s=now.phase_s * 2.5).to_json().encode(), found[1]
+
+    told, world.bucket.get = set(), slower
+    assert world.client().state == "cap"
+    (train, *_) = world.run.machines
+    assert train.facts["size"] == 1800 and min(told) >= 0.25 * 1800
+    share = int(train.facts["short"]["message"].partition("% of it would fit")[0].rpartition(" ")[2])
+    assert 0.25 * train.facts["limit"] / 1800 < share / 100 < 0.25  # of what it was told, it would have been enough
+    world.check_money()
+
+
 def test_a_deadline_that_will_be_missed_is_seen_at_the_gate(tmp_path):
     world = gated(tmp_path, "stop", deadline_s=6000.0)
     outcome = world.client()
@@ -655,15 +677,6 @@ def test_a_spot_machine_under_this_months_budget_is_judged_by_the_price_it_is_bi
     world.client(month_cap=900_000)  # pays for 1.8 h as billed, for 0.5 h at the ceiling
     row = world.run.machines[0]
     assert "forecast" in row.facts and "short" not in row.facts
-
-
-def test_a_batch_of_an_evaluation_is_a_seed_where_vllm_writes(tmp_path):
-    stage = make_plan({"train": 60.0}, cap_micros=950_000).stages[0]
-    settings = EvaluateSettings("train", None, DataSource("p"), "math", batch_size=64, seeds=2)
-    stage = replace(stage, settings=settings, uses={"prompts": 640})
-    assert _batch_share(stage, fake_offer(gpu="A100")) == 0.5
-    plain = replace(stage, settings=replace(settings, engine="transformers"))
-    assert _batch_share(plain, fake_offer(gpu="A100")) == 0.05
 
 
 def test_a_spot_machine_is_judged_by_the_price_it_is_billed_at(tmp_path):
