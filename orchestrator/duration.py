@@ -36,10 +36,11 @@ OWN_HOST = Range(0.9, 1.0, 1.25)  # generation and scoring on rented machines: h
 LOGIT_BYTES = 8.0  # scoring, a logit: written, read for its top candidates, read for the tail
 SCORE_BATCH_TOKENS = 8192  # tasks.label scores about so many tokens at once
 COMPILE_FROM_TOKENS = 5e6  # scoring compiles the layers from so many on (tasks.label: COMPILE_TOKENS)
-GPU_STAGE = Range(30.0, 60.0, 180.0)  # process start, imports, weights onto the card, upload of results
+GPU_STAGE = Range(30.0, 60.0, 180.0)  # process start, imports, weights onto the card
 # vLLM 0.24 with a 1.5 B model on an H200: 75 s until it answers (weights, compiling, graphs); elsewhere assumed.
 ENGINE_START_S = Range(40.0, 75.0, 180.0)
 DOWNLOAD_GB_S = Range(0.04, 0.1, 0.4)  # weights from the hub to a rented machine
+BUCKET_GB_S = Range(0.03, 0.1, 0.4)  # between a rented machine and the bucket: assumed
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,21 @@ def stage_s(speed: Speed, *, downloads_gb: float, bare: bool = False, engine: bo
         return _spread(LOCAL_BARE_S if bare else LOCAL_STAGE_S)
     if bare:
         return Range(2.0, 5.0, 15.0)
-    fetch = Range(
-        downloads_gb / DOWNLOAD_GB_S.high, downloads_gb / DOWNLOAD_GB_S.expected, downloads_gb / DOWNLOAD_GB_S.low
-    )
-    return GPU_STAGE + fetch + (ENGINE_START_S if engine else Range(0.0, 0.0, 0.0))
+    return GPU_STAGE + fetch_s(speed, downloads_gb) + (ENGINE_START_S if engine else Range(0.0, 0.0, 0.0))
+
+
+def fetch_s(speed: Speed, gb: float) -> Range:
+    """Seconds to fetch weights from the hub, of what stage_s holds."""
+    if not speed.gpu:
+        return Range(0.0, 0.0, 0.0)
+    return Range(gb / DOWNLOAD_GB_S.high, gb / DOWNLOAD_GB_S.expected, gb / DOWNLOAD_GB_S.low)
+
+
+def bucket_s(speed: Speed, gb: float) -> Range:
+    """Seconds to read from the bucket and to write to it, beside what stage_s holds."""
+    if not speed.gpu:
+        return Range(0.0, 0.0, 0.0)
+    return Range(gb / BUCKET_GB_S.high, gb / BUCKET_GB_S.expected, gb / BUCKET_GB_S.low)
 
 
 def hours(seconds: Range) -> Range:

@@ -53,6 +53,7 @@ ARMS = 3  # of a comparison: soft labels, hard labels, hard labels with twice th
 KL_TOKENS = 20_000  # of prompts and answers at most (tasks/evaluate.py: KL_TOKENS)
 ENGINE_LEAST = 2  # longest answers that an engine must have room for at once: it takes what more there is
 ARMS_STEPS = 4  # their optimizer steps together, in those of one
+NOTHING = Range(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class Measured:
     memory: Memory
     work_s: Range
     uses: Mapping[str, float]
-    around_s: Range  # process start, weights fetched, results sent
+    around_s: Range  # process start, weights onto the card, an engine's start
+    download_s: Range = NOTHING  # weights from the hub
+    bucket_s: Range = NOTHING  # inputs from the bucket, results to it
 
 
 @dataclass(frozen=True)
@@ -272,9 +275,39 @@ def measure(stage: Stage, settings: Settings, world: World, machine: Machine) ->
     """What `stage` needs with `settings`, which are its own kind's."""
     key = ("needs", id(stage), settings, _card(machine))
     if key not in world.measured:
-        world.measured[key] = (stage, _measure(stage, settings, world, machine))
+        world.measured[key] = (stage, _with_traffic(_measure(stage, settings, world, machine), stage, world, machine))
     found: Measured = world.measured[key][1]
     return found
+
+
+def _with_traffic(found: Measured, stage: Stage, world: World, machine: Machine) -> Measured:
+    """What depends on networks apart from what depends on the machine."""
+    download_s = duration.fetch_s(machine.speed, _downloads_gb(stage, world))
+    bucket_gb = fetched_gb(stage, world)
+    if not isinstance(stage, ExportStage):  # sending its files is its work
+        bucket_gb += left_gb(stage, world)
+    return replace(
+        found,
+        around_s=found.around_s - download_s,
+        download_s=download_s,
+        bucket_s=duration.bucket_s(machine.speed, bucket_gb),
+        uses={**found.uses, "bucket_gb": bucket_gb},
+    )
+
+
+def _downloads_gb(stage: Stage, world: World) -> float:
+    """Weights from the hub, as they are in the stage's own estimate."""
+    match stage:
+        case LabelStage() if stage.api is None:
+            return _download_gb(world.source(stage.teacher, stage.revision), world.shape(stage.teacher))
+        case TrainStage():
+            return _download_gb(world.student(stage), world.student_shape(stage))
+        case ExportStage():
+            return _downloads_gb(world.train(stage.student), world)
+        case EvaluateStage():
+            teacher = _download_gb(world.source(stage.teacher), world.shape(stage.teacher)) if stage.teacher else 0.0
+            return teacher + _downloads_gb(world.train(stage.student), world)
+    return 0.0
 
 
 def _measure(stage: Stage, settings: Settings, world: World, machine: Machine) -> Measured:

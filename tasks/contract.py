@@ -310,6 +310,8 @@ class Progress:
     phase_from: float = 0.0  # `done` when this phase was first reported in this attempt
     phase_s: float = 0.0  # seconds in it since then, until `done` last moved
     work_s: float = 0.0  # seconds of this attempt in phases that are not declared
+    phases_s: dict[str, float] = field(default_factory=dict)  # seconds of this attempt in declared phases, by name
+    moved_bytes: dict[str, float] = field(default_factory=dict)  # in those that count bytes: upload, download
     attempt: int = 0  # set by the supervisor
     numbers: dict[str, float] = field(default_factory=dict)  # loss, tokens_per_s ...
 
@@ -382,6 +384,8 @@ class Ended:
     last_checkpoint: str | None = None
     attempt: int = 0
     work_s: float | None = None  # of `seconds`, at the stage's own work: not starting, fetching or sending
+    phases_s: dict[str, float] = field(default_factory=dict)  # of the rest, by phase
+    moved_bytes: dict[str, float] = field(default_factory=dict)  # in those that count bytes
     schema: int = SCHEMA
 
     def to_json(self) -> str:

@@ -363,6 +363,8 @@ class _Teacher:
     def generator(self) -> Generator:
         if self._generator is None:
             if wants_vllm(self._settings.engine, self.device):
+                if self._settings.teacher.stage is None:
+                    models.fetch(self._ctx, self.place)
                 self._ctx.progress("load", declared=True)  # weights, compiling, room for the cache: minutes
                 self._generator = VllmGenerator(
                     self.place, self.tokenizer, self._settings.max_new_tokens, longest_prompt=self.longest_prompt,

@@ -632,7 +632,7 @@ def test_less_than_a_quarter_is_no_smaller_experiment_but_a_stop(tmp_path):
 
 
 def test_a_stage_that_is_shortened_twice_is_measured_against_its_plan(tmp_path):
-    """Told to do less than half, and two and a half times slower then: what fits is much of that, little of the plan."""
+    """Told to do less than half, and then far slower: what fits is much of what it was told, and little of the plan."""
     world, real = gated(tmp_path, "fewer_samples"), FakeBucket.get
 
     def slower(key):
