@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from ml_support import FolderContext, context
 from test_labels import LABEL, pretrained  # noqa: F401 (a fixture)
 
-from tasks import generate, label, models
-from tasks.contract import ModelSource, Progress, Writing
+from tasks import evaluate, generate, label, models
+from tasks.contract import DataSource, EvaluateSettings, ModelSource, Progress, Writing
 from tasks.generate import Completion, VllmGenerator, lengths_so_far
 from tasks.stage import Stopped
 
@@ -251,3 +251,24 @@ def test_a_limit_told_while_labels_are_scored_ends_it_there(pretrained: Path, mo
     ctx.__class__ = Late
     result = label.run(ctx, LABEL)
     assert result["limited"] == {"planned": 20, "done": 16} and result["generated"] == 16
+
+
+def test_an_evaluation_by_an_engine_is_seen_within_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds of the second of three models; the one answer that warms the engine up says nothing."""
+    monkeypatch.setattr(generate, "TELL_S", 0.0)
+    settings = EvaluateSettings("train", None, DataSource("p"), "math", seeds=2)
+    ctx = context(tmp_path, "evaluate", "evaluate", settings)
+    ctx.__class__ = Telling
+    ctx.said = []  # type: ignore[attr-defined]
+    prompts = [[i] for i in range(1, 7)]
+    written = evaluate._Written(ctx, settings, prompts, 1, 3)
+    generator = engine(monkeypatch, dict.fromkeys(range(1, 7), 400), at_once=3)
+    generator._moved = written.moved
+    assert [len(seed) for seed in written.all(generator, len(prompts))] == [6, 6]
+    told = [(one, Writing.of(one)) for one in ctx.said]  # type: ignore[attr-defined]
+    assert all(1.0 <= a.done <= b.done <= 2.0 for (a, _), (b, _) in itertools.pairwise(told))
+    first = next(writing for _, writing in told if writing is not None)
+    assert (first.answers, first.before, first.later, first.steps) == (6, 0, 6, 1)
+    half = next(writing for one, writing in told if one.done > 1.7)
+    assert half is not None and (half.before, half.later) == (6, 0)
+    assert sum(writing is None for _, writing in told) >= 400
