@@ -220,9 +220,9 @@ def _generated(
             telling = replace(writing, before=had + there_before, later=writing.later + later)
             numbers = {**telling.numbers(), "tokens_per_s": writing.tokens / max(writing.seconds, 1e-9)}
         # Checking answers is work as well, although the tokens are there: it moves by a little.
-        highest = max(highest + 1e-9, index + part / len(asked))
         end = _end(ctx, len(shards))
-        ctx.progress("generate", min(highest, end), end, "shards", declared=False, **numbers)
+        highest = max(highest + 1e-9, min(index + part / len(asked), end))
+        ctx.progress("generate", highest, end, "shards", declared=False, **numbers)
         _stop_if_asked(ctx)
 
     def most() -> int | None:

@@ -179,7 +179,7 @@ def test_a_single_shard_is_seen_while_it_is_written(pretrained: Path, monkeypatc
     ctx, made = served(pretrained, "seen", ONE_SHARD, monkeypatch)
     label.run(ctx, ONE_SHARD)
     told = [one for one in ctx.said if one.phase == "generate"]
-    assert [a.done < b.done for a, b in itertools.pairwise(told)].count(False) <= 2  # the last word may come again
+    assert [a.done < b.done for a, b in itertools.pairwise(told)].count(False) <= 1  # the last word: it is at its end
     assert told[0].done < 0.1 and told[-1].done == told[-1].total == 1.0
     assert len(told) > made[0].llm_engine.steps > 100
     halfway = next(one for one in told if one.done > 0.5)

@@ -23,7 +23,7 @@ from orchestrator.provision import NoCapacity, ProvisionError
 from orchestrator.runner import Outcome, Runner, mark_to_dict
 from orchestrator.states import State
 from orchestrator.testing import FakeBucket, FakeProvisioner, Faults, VirtualClock, fake_offer
-from tasks.contract import Exit, Progress, Task
+from tasks.contract import DataSource, EvaluateSettings, Exit, ModelSource, Progress, Task
 from tests.plans import make_plan
 
 WORK = {"label": 300.0, "train": 600.0, "evaluate": 60.0}
@@ -651,6 +651,48 @@ def test_a_stage_that_is_shortened_twice_is_measured_against_its_plan(tmp_path):
     share = int(train.facts["short"]["message"].partition("% of it would fit")[0].rpartition(" ")[2])
     assert 0.25 * train.facts["limit"] / 1800 < share / 100 < 0.25  # of what it was told, it would have been enough
     world.check_money()
+
+
+def evaluating(tmp_path, **uses) -> World:
+    """An evaluation of three models, planned at an hour, that shows half of its first one after 600 s."""
+    plan = make_plan({"evaluate": 3600.0}, cap_micros=2_000_000)
+    settings = EvaluateSettings("train", ModelSource(path="t"), DataSource("p"), "math", batch_size=8)
+    uses = {"prompts": 64.0, "models": 3.0, **uses}
+    stage = replace(plan.stages[0], kind="evaluate", settings=replace(settings, engine="transformers"), uses=uses)
+    world, real = World(tmp_path, replace(plan, stages=(stage,)), work_s={"evaluate": 3600.0}), FakeBucket.get
+
+    def halfway(key):
+        if key != "evaluate/progress.json":
+            return real(world.bucket, key)
+        attempt = int(world.run.machines[-1].order["attempt"])
+        now = Progress("evaluate", 9, 0.5, 3.0, unit="models", phase_s=600.0, attempt=attempt)
+        return now.to_json().encode(), None
+
+    world.bucket.get = halfway
+    return world
+
+
+def test_an_evaluations_plan_is_set_beside_the_whole_of_it(tmp_path):
+    world = evaluating(tmp_path, teacher_share=0.5)
+    assert world.client().state == "done"
+    (row,) = world.run.machines
+    (words,) = [text for kind, _, text in world.said if kind == "gate"]
+    # Half of the teacher took 600 s and is half of the work: 600 + 1,200 s are left, on a machine of some age.
+    assert row.facts["forecast"]["hours"] == pytest.approx(0.5, abs=0.02) and "planned 1.0 h" in words
+
+
+def test_of_one_model_nothing_is_set_beside_the_whole_plan(tmp_path):
+    world = evaluating(tmp_path)  # a plan that does not say how a teacher compares
+    assert world.client().state == "done"
+    assert "forecast" not in world.run.machines[0].facts
+    assert not [text for kind, _, text in world.said if kind == "gate"]
+
+
+def test_a_model_that_will_not_be_paid_for_is_called_one(tmp_path):
+    world = evaluating(tmp_path)
+    outcome = world.client(month_cap=130_000)  # at $0.50 an hour: 936 s, latencies of 365 s among them
+    assert outcome.state == "cap" and "the model at hand alone takes" in outcome.message
+    assert "would fit" not in outcome.message  # an evaluation cannot do less
 
 
 def test_a_deadline_that_will_be_missed_is_seen_at_the_gate(tmp_path):
