@@ -191,7 +191,9 @@ def test_a_single_shard_is_seen_while_it_is_written(pretrained: Path, monkeypatc
 def test_a_shard_that_is_told_to_end_early_keeps_what_is_done_and_what_was_begun_first(
     pretrained: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:
-    """Four at once of 20: nine are wanted, which is told when some have ended."""
+    """Four at once of 20: nine are wanted, which is told when some have ended. Prompts differ in length."""
+    real = models.prompt_ids
+    monkeypatch.setattr(models, "prompt_ids", lambda tok, text: [5] * (sum(map(ord, text)) % 7) + real(tok, text))
     ctx, made = served(pretrained, "early", ONE_SHARD, monkeypatch, limit=(70, 9.5 / 256))
     result = label.run(ctx, ONE_SHARD)
     rows = label._rows(ctx.out / "generated-00000.jsonl")

@@ -241,6 +241,18 @@ def test_as_many_answers_as_are_said_to_fit_do_fit(step_s: float, token_s: float
     assert less <= 1.15 * 0.6 * whole
 
 
+def test_what_an_engine_writes_is_scored_as_well() -> None:
+    engine = Simulated(lengths_of(256, 2000), 256, 0.004, 24e-6)
+    for _ in range(600):
+        engine.step()
+    planned = Planned(answer_tokens=2000, longest=8192, shard_answers=256)
+    ask = lambda planned: forecast("label", engine.progress(), allowed_s=1e9, planned=planned)  # noqa: E731
+    alone, scored = ask(planned), ask(replace(planned, scoring=0.5))
+    assert isinstance(alone, Ok) and isinstance(scored, Ok)
+    whole_s = engine.seconds + alone.left_s  # of which the half comes on top, of what is written already as well
+    assert scored.left_s - alone.left_s == pytest.approx(0.5 * whole_s, rel=0.1)
+
+
 def test_too_few_steps_of_an_engine_say_nothing() -> None:
     engine = Simulated(lengths_of(64, 2000), 64, 0.01, 1e-5)
     for _ in range(LEAST_STEPS - 1):
