@@ -505,7 +505,8 @@ class Runner:
     ) -> bool:
         """Tells the stage to do less where the recipe allows it and enough is left of it; ends it otherwise."""
         what = "it" if found.whole else "the model at hand alone"
-        speed = f"at the speed of its first {progress.unit} {what} takes {human_seconds(found.left_s)} more"
+        seen = "answers" if progress.phase in ("generate", "evaluate") else progress.unit
+        speed = f"at the speed of its first {seen} {what} takes {human_seconds(found.left_s)} more"
         share = f": {min(1.0, found.share):.0%} of it would fit" if stage.kind != "evaluate" else ""
         fits = f"what is left allows {human_seconds(found.allowed_s)}{share}"
         limit = row.facts.get("limit")
