@@ -1,7 +1,9 @@
 """How far off were the estimates of earlier runs, and what follows for the next plan? Pure: values in, ranges out.
 
-Four parts of a stage are kept apart, since a slow download says nothing about a card: `create` (until the machine takes
-its job), `setup` (its packages), `around` (process start, weights fetched, results sent) and `work`.
+Parts of a stage are kept apart, since a slow download says nothing about a card: `create` (until the machine takes its
+job), `setup` (its packages), `download` (weights from the hub), `bucket` (inputs and results, by the byte), `around`
+(process start, weights onto the card, an engine's start) and `work`, checkpoints included. What lm_eval takes is no
+part: nothing is planned for it, and a plan without it is not to wait for it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ TOOK = "took"  # entry of a run's ledger: {"parts": [Took.to_dict(), ...]}
 TOLD = 500  # such entries that a plan looks at
 LAST = 10  # runs that count: cards, drivers and this program change
 ALIKE = 1.05  # the same work on two machines of a kind differs by so much either way, at least: assumed
+BUCKET_PHASES = ("upload", "download")  # of a stage's progress
 SHORTEST_S = 1.0  # of an estimate or a time: a ratio of less than that says nothing
 
 
@@ -112,19 +115,34 @@ def took_of(
     if len(worked) != 1 or not stage.candidate_parts:
         return []
     facts = worked[0]
+    parts = stage.candidate_parts[facts["offer_index"]]
     ended = facts.get("ended") or {}
     if ended.get("rc") != Exit.DONE:
         return []
     seconds = {"create": facts["job_age_s"], "setup": (result.get("setup") or {}).get("seconds")}
     if ended.get("work_s"):
-        seconds["around"] = ended["seconds"] - ended["work_s"]
+        phases = ended.get("phases_s") or {}
+        apart = {"lm_eval": ("lm_eval",), "work": ("checkpoint",), "download": ("fetch",), "bucket": BUCKET_PHASES}
+        spent = {
+            name: sum(phases.get(phase, 0.0) for phase in names)
+            for name, names in apart.items()
+            if name in parts or name == "lm_eval"
+        }
+        seconds["around"] = ended["seconds"] - ended["work_s"] - sum(spent.values())
         share = 0.0 if smoke else share_done(stage, facts["offer"], result)
-        seconds["work"] = ended["work_s"] / share if share else None
-    parts = stage.candidate_parts[facts["offer_index"]]
+        seconds["work"] = (ended["work_s"] + spent["work"]) / share if share else None
+        seconds["download"] = spent.get("download")
+        seconds["bucket"] = _as_planned_s(stage, spent.get("bucket", 0.0), ended.get("moved_bytes") or {})
     if card_of(facts["offer"]) != card_of(stage.candidates[facts["offer_index"]]):
         return []  # something else landed
     found = (Took(part.key, part.seconds.expected, seconds.get(name) or 0.0) for name, part in parts.items())
     return [one for one in found if min(one.estimated_s, one.actual_s) >= SHORTEST_S]
+
+
+def _as_planned_s(stage: StagePlan, seconds: float, moved_bytes: Mapping[str, float]) -> float:
+    """What the bytes that were planned would have taken at the speed of those that were moved."""
+    moved = sum(moved_bytes.get(phase, 0.0) for phase in BUCKET_PHASES)
+    return seconds * stage.uses.get("bucket_gb", 0.0) * 1e9 / moved if moved else 0.0
 
 
 def share_done(stage: StagePlan, offer: Offer, result: Mapping[str, Any]) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from orchestrator.catalog import GPUS, Gpu, ModelShape
 from orchestrator.duration_kernels import memory_s
 from orchestrator.duration_serving import Serving, serving_s
+from orchestrator.duration_serving import step_share as serving_step_share
 from orchestrator.duration_training import SLOW_HOST, Training, forward_parts, step_s
 from orchestrator.memory import MLP_PARTS
 from orchestrator.plan import Range
@@ -35,10 +36,11 @@ OWN_HOST = Range(0.9, 1.0, 1.25)  # generation and scoring on rented machines: h
 LOGIT_BYTES = 8.0  # scoring, a logit: written, read for its top candidates, read for the tail
 SCORE_BATCH_TOKENS = 8192  # tasks.label scores about so many tokens at once
 COMPILE_FROM_TOKENS = 5e6  # scoring compiles the layers from so many on (tasks.label: COMPILE_TOKENS)
-GPU_STAGE = Range(30.0, 60.0, 180.0)  # process start, imports, weights onto the card, upload of results
+GPU_STAGE = Range(30.0, 60.0, 180.0)  # process start, imports, weights onto the card
 # vLLM 0.24 with a 1.5 B model on an H200: 75 s until it answers (weights, compiling, graphs); elsewhere assumed.
 ENGINE_START_S = Range(40.0, 75.0, 180.0)
 DOWNLOAD_GB_S = Range(0.04, 0.1, 0.4)  # weights from the hub to a rented machine
+BUCKET_GB_S = Range(0.03, 0.1, 0.4)  # between a rented machine and the bucket: assumed
 
 
 @dataclass(frozen=True)
@@ -148,17 +150,24 @@ def generation_s(
         flops = sequences * (prompt_len + longest) * forward_flops_per_token(shape, prompt_len)
         return _spread(flops / speed.flops_s + math.ceil(rounds) * longest * LOCAL_TOKEN_STEP_S)
     batch = min(float(batch_size), sequences)
-    work = Serving(
-        shape,
-        batch,
-        prompt_len,
-        answer_len,
-        batch,
-        varied=answer_len < longest,
-        plain=not engine,
-        longest=longest,
-    )
+    work = _serving(shape, batch, prompt_len, answer_len, longest, engine=engine)
     return around(max(rounds, sequences / batch) * _serving_s(speed.card.name, work), "generate", OWN_HOST)
+
+
+def step_share(
+    speed: Speed, shape: ModelShape, *, batch_size: float, prompt_len: float, answer_len: float, longest: int
+) -> float:
+    """The share of an engine's step that is the same for one answer as for a whole batch; 1 where it is not known."""
+    if speed.card is None:
+        return 1.0
+    return _serving_step_share(speed.card.name, _serving(shape, batch_size, prompt_len, answer_len, longest))
+
+
+def _serving(
+    shape: ModelShape, batch: float, prompt_len: float, answer_len: float, longest: int, *, engine: bool = True
+) -> Serving:
+    varied = answer_len < longest
+    return Serving(shape, batch, prompt_len, answer_len, batch, varied=varied, plain=not engine, longest=longest)
 
 
 def scoring_s(speed: Speed, shape: ModelShape, *, tokens: float, mean_len: float) -> Range:
@@ -176,10 +185,21 @@ def stage_s(speed: Speed, *, downloads_gb: float, bare: bool = False, engine: bo
         return _spread(LOCAL_BARE_S if bare else LOCAL_STAGE_S)
     if bare:
         return Range(2.0, 5.0, 15.0)
-    fetch = Range(
-        downloads_gb / DOWNLOAD_GB_S.high, downloads_gb / DOWNLOAD_GB_S.expected, downloads_gb / DOWNLOAD_GB_S.low
-    )
-    return GPU_STAGE + fetch + (ENGINE_START_S if engine else Range(0.0, 0.0, 0.0))
+    return GPU_STAGE + fetch_s(speed, downloads_gb) + (ENGINE_START_S if engine else Range(0.0, 0.0, 0.0))
+
+
+def fetch_s(speed: Speed, gb: float) -> Range:
+    """Seconds to fetch weights from the hub, of what stage_s holds."""
+    if not speed.gpu:
+        return Range(0.0, 0.0, 0.0)
+    return Range(gb / DOWNLOAD_GB_S.high, gb / DOWNLOAD_GB_S.expected, gb / DOWNLOAD_GB_S.low)
+
+
+def bucket_s(speed: Speed, gb: float) -> Range:
+    """Seconds to read from the bucket and to write to it, beside what stage_s holds."""
+    if not speed.gpu:
+        return Range(0.0, 0.0, 0.0)
+    return Range(gb / BUCKET_GB_S.high, gb / BUCKET_GB_S.expected, gb / BUCKET_GB_S.low)
 
 
 def hours(seconds: Range) -> Range:
@@ -201,6 +221,11 @@ def _step_s(card: str, work: Training) -> float:
 @functools.lru_cache(4096)
 def _serving_s(card: str, work: Serving) -> float:
     return serving_s(GPUS[card], work)
+
+
+@functools.lru_cache(4096)
+def _serving_step_share(card: str, work: Serving) -> float:
+    return serving_step_share(GPUS[card], work)
 
 
 @functools.lru_cache(4096)

@@ -160,6 +160,12 @@ def decode_step_s(card: Gpu, work: Serving, flight: float, context: float) -> fl
     return layers + head + cache + sampling + kernels + host
 
 
+def step_share(card: Gpu, work: Serving) -> float:
+    """What one answer's decoding step takes of one with as many in flight as there can be."""
+    context = _context(work)
+    return decode_step_s(card, work, 1.0, context) / decode_step_s(card, work, in_flight(card, work), context)
+
+
 def _more_experts(shape: ModelShape, rows: float) -> float:
     """Weights of the experts that `rows` tokens reach together, beyond those that one of them does."""
     experts = shape.experts

@@ -31,6 +31,10 @@ class Range:
     def __add__(self, other: Range) -> Range:
         return Range(self.low + other.low, self.expected + other.expected, self.high + other.high)
 
+    def __sub__(self, part: Range) -> Range:
+        """The rest of a sum that holds `part`."""
+        return Range(self.low - part.low, self.expected - part.expected, self.high - part.high)
+
     def times(self, factor: float) -> Range:
         return Range(self.low * factor, self.expected * factor, self.high * factor)
 

@@ -460,11 +460,12 @@ def _measured_option(
     if getattr(settings, "engine", "") == "vllm" and machine.offer.infra != "local" and not runs_vllm(machine.gpu):
         return "vLLM does not run on it"
     measured = measure(stage, settings, world, machine)
-    parts = _parts(stage, settings, measured, machine, calibration)
+    store = "/".join((world.recipe.bucket_url or "file:").partition("?")[0].split("/")[:3])  # not where in the bucket
+    parts = _parts(stage, settings, measured, machine, calibration, store)
     if "setup" in parts:
         measured = replace(measured, uses={**measured.uses, "setup_s": round(sum_of(parts, ["setup"]).expected)})
     startup_hours = duration.hours(sum_of(parts, ["create", "setup"]))
-    hours = startup_hours + duration.hours(sum_of(parts, ["around", "work"]))
+    hours = startup_hours + duration.hours(sum_of(parts, ["around", "download", "bucket", "work"]))
     return _Way(settings, measured, hours, startup_hours, parts)
 
 
@@ -473,7 +474,7 @@ def _startup_s(infra: str) -> Range:
 
 
 def _parts(
-    stage: Stage, settings: Settings, measured: Measured, machine: Machine, calibration: Calibration
+    stage: Stage, settings: Settings, measured: Measured, machine: Machine, calibration: Calibration, store: str
 ) -> dict[str, Part]:
     """The parts of the stage's time. This machine has the packages; a rented one gets them, each stage on one of its
     own, so that it is always the first there."""
@@ -482,7 +483,11 @@ def _parts(
     if offer.infra != "local":
         environment = setup_time.environment_of(stage.kind, settings, machine.gpu)
         found["setup"] = (f"{environment or 'packages'} on {offer.infra}", setup_time.setup_s(environment))
-    found["around"] = (f"{stage.kind} on {card_of(offer)}", measured.around_s)
+    found["around"] = (f"{stage.kind} itself on {card_of(offer)}", measured.around_s)
+    if measured.download_s.expected:
+        found["download"] = (f"from the hub to {offer.infra}", measured.download_s)
+    if measured.bucket_s.expected:
+        found["bucket"] = (f"{store} from {offer.infra}", measured.bucket_s)
     found["work"] = (work_key(stage.kind, settings, measured.uses.get("params"), offer), measured.work_s)
     return {name: with_ratios(f"{name} {key}", seconds, calibration) for name, (key, seconds) in found.items()}
 

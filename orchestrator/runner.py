@@ -20,7 +20,7 @@ from orchestrator.attempts import Attempt, Candidate, Fate, verdict
 from orchestrator.calibration import TOOK, engine_of, took_of
 from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import BudgetExceeded, NotOwner, TeardownUnconfirmed
-from orchestrator.forecast import LEAST_SHARE, Shortfall, forecast, shrinks
+from orchestrator.forecast import LEAST_SHARE, Shortfall, forecast, part_of, planned_of, shrinks
 from orchestrator.guarded import CALL_LIMIT_S, Guarded
 from orchestrator.handover import fetch_code, machine_env, supervisor_argv
 from orchestrator.lease import LEASE_S, RENEW_S, Lease
@@ -55,7 +55,6 @@ from tasks.contract import (
     RESULT_FILE,
     TASK_FILE,
     Ended,
-    EvaluateSettings,
     LabelSettings,
     Limit,
     Progress,
@@ -463,11 +462,13 @@ class Runner:
         if progress is None or progress.attempt != int(row.order["attempt"]):
             return False
         allowed_s, bound = self._allowed_s(run, row, offer, machine)
-        found = forecast(stage.kind, progress, allowed_s=allowed_s, batch_share=_batch_share(stage, offer))
+        known = planned_of(stage, plain_batches=engine_of(stage.settings, offer) == "transformers")
+        size = max((float(m.facts.get("size", 0.0)) for m in run.machines if m.stage == row.stage), default=0.0)
+        found = forecast(stage.kind, progress, allowed_s=allowed_s, planned=known, size=size or None)
         if found is None:
             return False
         whole_s = machine.age_s + found.left_s
-        if "forecast" not in row.facts:
+        if "forecast" not in row.facts and found.whole:  # else there is nothing to set beside the plan
             micros = spend.cost_micros(offer, whole_s)
             self._fact(row, "gate", {"forecast": {"hours": whole_s / 3600, "cost_micros": micros}})
             cost = shown(micros, self.plan.rate, self.plan.currency)
@@ -503,11 +504,13 @@ class Runner:
         self, row: MachineRow, stage: StagePlan, found: Shortfall, offer: Offer, bound: str, progress: Progress
     ) -> bool:
         """Tells the stage to do less where the recipe allows it and enough is left of it; ends it otherwise."""
-        speed = f"at the speed of its first {progress.unit} it takes {human_seconds(found.left_s)} more"
-        share = min(1.0, found.share)
-        fits = f"what is left allows {human_seconds(found.allowed_s)}: {share:.0%} of it would fit"
+        what = "it" if found.whole else "the model at hand alone"
+        seen = "answers" if progress.phase in ("generate", "evaluate") else progress.unit
+        speed = f"at the speed of its first {seen} {what} takes {human_seconds(found.left_s)} more"
+        share = f": {min(1.0, found.share):.0%} of it would fit" if stage.kind != "evaluate" else ""
+        fits = f"what is left allows {human_seconds(found.allowed_s)}{share}"
         limit = row.facts.get("limit")
-        if shrinks(stage.settings, self.plan.on_shortfall) and found.share >= LEAST_SHARE and found.total >= 1:
+        if shrinks(stage.settings, self.plan.on_shortfall) and found.share >= LEAST_SHARE and found.total > 0:
             if limit is not None and found.total >= limit and progress.total != limit:
                 return False  # told, and not heard yet
             told = Limit(found.total, int(row.order["attempt"]), self.lease.fence)
@@ -517,8 +520,8 @@ class Runner:
             except BucketError as error:
                 self._warn(stage.name, f"it is to do less, and the bucket does not take the word: {error.message}")
                 return False
-            self._fact(row, "limit", {"limit": found.total})
-            less = f"{found.total:.0f} of {progress.total:.0f} {progress.unit} are done"
+            self._fact(row, "limit", {"limit": found.total, "size": found.size})
+            less = f"{part_of(stage.settings, found.total, found.size, progress.unit)} are done"
             self.say("warn", stage.name, f"{speed}; {fits}: by on_shortfall, {less}")
             return True
         more = spend.cost_micros(offer, found.left_s) - spend.cost_micros(offer, found.allowed_s)
@@ -921,16 +924,6 @@ def worst_case_micros(row: MachineRow, clock: Clock) -> int:
     """The most an open machine may cost, now; see spend.worst_case_micros."""
     offer = offer_from_dict(row.facts.get("landed") or row.order["offer"])
     return spend.worst_case_micros(offer, reserved=row.reserved_micros, age_s=machine_age_s(row, clock))
-
-
-def _batch_share(stage: StagePlan, offer: Offer) -> float:
-    """A batch of an evaluation, as a share of one model's answers. vLLM gets all prompts of a seed at once."""
-    if not isinstance(stage.settings, EvaluateSettings) or not stage.uses.get("prompts"):
-        return 1.0
-    if engine_of(stage.settings, offer) == "vllm":
-        return 1.0 / stage.settings.seeds
-    answers = stage.uses["prompts"] * stage.settings.seeds
-    return min(1.0, stage.settings.batch_size / answers)
 
 
 def _worked(row: MachineRow) -> dict[str, Any]:

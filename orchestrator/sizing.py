@@ -25,6 +25,7 @@ from orchestrator.workload import (
     BUILTIN_ANSWER_TOKENS,
     BUILTIN_PROMPT_TOKENS,
     BUILTIN_VOCAB,
+    Lengths,
     World,
     architecture,
     label_bytes,
@@ -52,6 +53,7 @@ ARMS = 3  # of a comparison: soft labels, hard labels, hard labels with twice th
 KL_TOKENS = 20_000  # of prompts and answers at most (tasks/evaluate.py: KL_TOKENS)
 ENGINE_LEAST = 2  # longest answers that an engine must have room for at once: it takes what more there is
 ARMS_STEPS = 4  # their optimizer steps together, in those of one
+NOTHING = Range(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Measured:
     memory: Memory
     work_s: Range
     uses: Mapping[str, float]
-    around_s: Range  # process start, weights fetched, results sent
+    around_s: Range  # process start, weights onto the card, an engine's start
+    download_s: Range = NOTHING  # weights from the hub
+    bucket_s: Range = NOTHING  # inputs from the bucket, results to it
 
 
 @dataclass(frozen=True)
@@ -271,9 +275,39 @@ def measure(stage: Stage, settings: Settings, world: World, machine: Machine) ->
     """What `stage` needs with `settings`, which are its own kind's."""
     key = ("needs", id(stage), settings, _card(machine))
     if key not in world.measured:
-        world.measured[key] = (stage, _measure(stage, settings, world, machine))
+        world.measured[key] = (stage, _with_traffic(_measure(stage, settings, world, machine), stage, world, machine))
     found: Measured = world.measured[key][1]
     return found
+
+
+def _with_traffic(found: Measured, stage: Stage, world: World, machine: Machine) -> Measured:
+    """What depends on networks apart from what depends on the machine."""
+    download_s = duration.fetch_s(machine.speed, _downloads_gb(stage, world))
+    bucket_gb = fetched_gb(stage, world)
+    if not isinstance(stage, ExportStage):  # sending its files is its work
+        bucket_gb += left_gb(stage, world)
+    return replace(
+        found,
+        around_s=found.around_s - download_s,
+        download_s=download_s,
+        bucket_s=duration.bucket_s(machine.speed, bucket_gb),
+        uses={**found.uses, "bucket_gb": bucket_gb},
+    )
+
+
+def _downloads_gb(stage: Stage, world: World) -> float:
+    """Weights from the hub, as they are in the stage's own estimate."""
+    match stage:
+        case LabelStage() if stage.api is None:
+            return _download_gb(world.source(stage.teacher, stage.revision), world.shape(stage.teacher))
+        case TrainStage():
+            return _download_gb(world.student(stage), world.student_shape(stage))
+        case ExportStage():
+            return _downloads_gb(world.train(stage.student), world)
+        case EvaluateStage():
+            teacher = _download_gb(world.source(stage.teacher), world.shape(stage.teacher)) if stage.teacher else 0.0
+            return teacher + _downloads_gb(world.train(stage.student), world)
+    return 0.0
 
 
 def _measure(stage: Stage, settings: Settings, world: World, machine: Machine) -> Measured:
@@ -359,6 +393,8 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
             "kept_share": world.kept_share(stage),
             "kept_samples": kept,
             "label_gib": label_gib(stage, world),
+            "scoring_share": scoring.expected / max((writing + scoring).expected, 1e-9),
+            **_step_share(shape, lengths, speed, min(settings.batch_size, answers), engine=engine),
         },
         duration.stage_s(speed, downloads_gb=_download_gb(settings.teacher, shape), engine=engine),
     )
@@ -557,7 +593,7 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
     )
     for shape, times in shapes:
         around += duration.ENGINE_START_S.times(times if engine else 0)
-        seconds += duration.generation_s(
+        own = duration.generation_s(
             speed,
             shape,
             sequences=rows,
@@ -570,14 +606,29 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
         if stage.teacher:  # how far from the teacher: each model reads the teacher's answers once
             tokens = min(rows * (lengths.prompt + lengths.answer), KL_TOKENS)
             mean_len = lengths.prompt + lengths.answer
-            seconds += duration.scoring_s(speed, shape, tokens=tokens, mean_len=mean_len).times(times)
+            own += duration.scoring_s(speed, shape, tokens=tokens, mean_len=mean_len).times(times)
+        seconds += own
     uses = {
+        **_step_share(shapes[0][0], lengths, speed, rows, engine=engine),
         "prompts": rows,
         "models": students + len(shapes) - 1,
         "expected_answer_tokens": lengths.answer,
         "params": max(shape.params for shape, _ in shapes),
+        **({"teacher_share": own.expected / max(seconds.expected, 1e-9)} if stage.teacher else {}),  # it is the last
     }
     return Measured(need, seconds, uses, around)
+
+
+def _step_share(
+    shape: ModelShape, lengths: Lengths, speed: duration.Speed, batch: float, *, engine: bool
+) -> dict[str, float]:
+    """How much of an engine's step is the same for few answers as for many: what the gate judges by."""
+    if not engine:
+        return {}
+    share = duration.step_share(
+        speed, shape, batch_size=batch, prompt_len=lengths.prompt, answer_len=lengths.answer, longest=lengths.limit
+    )
+    return {"step_share": share}
 
 
 def _measure_export(settings: ExportSettings, world: World, machine: Machine) -> Measured:

@@ -310,6 +310,8 @@ class Progress:
     phase_from: float = 0.0  # `done` when this phase was first reported in this attempt
     phase_s: float = 0.0  # seconds in it since then, until `done` last moved
     work_s: float = 0.0  # seconds of this attempt in phases that are not declared
+    phases_s: dict[str, float] = field(default_factory=dict)  # seconds of this attempt in declared phases, by name
+    moved_bytes: dict[str, float] = field(default_factory=dict)  # in those that count bytes: upload, download
     attempt: int = 0  # set by the supervisor
     numbers: dict[str, float] = field(default_factory=dict)  # loss, tokens_per_s ...
 
@@ -319,6 +321,38 @@ class Progress:
     @staticmethod
     def from_json(text: str) -> Progress:
         return build(Progress, json.loads(text))
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Answers that an engine is writing side by side, as far as they are: numbers of a Progress, all of one unit of it
+    (a shard, or a seed of one model).
+
+    Short answers end first, so those that ended are no sample of all: `length` and `going_on` are the product-limit
+    estimate, in which an answer in the middle counts for as long as it was seen (Kaplan and Meier 1958).
+    """
+
+    answers: float  # of the unit, that this attempt is to write
+    before: float  # answers of the stage or model that are there from before the unit, or earlier attempts
+    later: float  # answers of later units
+    ended: float
+    flight: float  # most at once so far
+    tokens: float
+    steps: float  # of the engine
+    seconds: float
+    length: float  # tokens of an answer, on average, up to `longest`
+    going_on: float  # share of answers that are longer than `longest`
+    longest: float  # tokens
+
+    def numbers(self) -> dict[str, float]:
+        return {f"writing_{name}": float(value) for name, value in asdict(self).items()}
+
+    @staticmethod
+    def of(progress: Progress) -> Writing | None:
+        """None where nothing of the kind was told."""
+        told = {f.name: progress.numbers.get(f"writing_{f.name}") for f in fields(Writing)}
+        known = {name: value for name, value in told.items() if value is not None}
+        return Writing(**known) if len(known) == len(told) else None
 
 
 @dataclass(frozen=True)
@@ -350,6 +384,8 @@ class Ended:
     last_checkpoint: str | None = None
     attempt: int = 0
     work_s: float | None = None  # of `seconds`, at the stage's own work: not starting, fetching or sending
+    phases_s: dict[str, float] = field(default_factory=dict)  # of the rest, by phase
+    moved_bytes: dict[str, float] = field(default_factory=dict)  # in those that count bytes
     schema: int = SCHEMA
 
     def to_json(self) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tasks import models, verify
-from tasks.contract import EvaluateSettings, ModelSource, TaskError, build
+from tasks.contract import EvaluateSettings, ModelSource, TaskError, Writing, build
 from tasks.generate import (
     Completion,
     Generator,
@@ -193,19 +193,32 @@ class _Written:
     ) -> None:
         self._ctx, self._settings, self._prompts, self._index, self._total = ctx, settings, prompts, index, total
         self._seed, self._answers, self._size = 0, 0, 1
+        self._highest = float(index)
+        self._counts = False  # not while one answer warms the engine up
         self.seconds = 0.0
 
-    def moved(self, share: float) -> None:
+    def moved(self, share: float, writing: Writing | None = None, /) -> None:
         """`share` of a batch is written: minutes, where answers are long."""
+        if not self._counts:
+            share, writing = 0.0, None
         part = self._answers + share * min(self._size, len(self._prompts) - self._answers)
         done = self._index + (self._seed + part / len(self._prompts)) / self._settings.seeds
-        self._ctx.progress("evaluate", done, self._total, "models")
+        numbers: dict[str, float] = {}
+        if writing is not None:
+            before = self._seed * len(self._prompts) + self._answers
+            later = self._settings.seeds * len(self._prompts) - before - writing.answers
+            numbers = replace(writing, before=before, later=later).numbers()
+            numbers["tokens_per_s"] = writing.tokens / max(writing.seconds, 1e-9)
+        self._highest = max(self._highest + 1e-9, done)  # how much is to come is estimated anew all the while
+        done = min(self._highest, self._index + 1.0)
+        self._ctx.progress("evaluate", done, self._total, "models", declared=False, **numbers)
         if self._ctx.stopping:
             raise Stopped
 
     def all(self, generator: Generator, size: int) -> list[dict[int, Completion]]:
         """By seed, then by prompt. `size` prompts at a time, alike lengths together."""
         generator.generate(self._prompts[:1], seed=0)  # warm-up, not counted
+        self._counts = True
         order = sorted(range(len(self._prompts)), key=lambda i: len(self._prompts[i]))
         self._size = size
         by_seed: list[dict[int, Completion]] = []

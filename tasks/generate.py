@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -12,12 +15,22 @@ import torch
 from torch import Tensor
 
 from tasks import hub
-from tasks.contract import ModelSource, TaskError
+from tasks.contract import ModelSource, TaskError, Writing
 
 ENGINES = ("auto", "vllm", "transformers")
 CACHE_SHARE = 0.6  # of free memory that the key-value cache of a batch may take; the rest is for what a step holds
 
-Moved = Callable[[float], None]  # told the share of the answers at hand that is written; may raise Stopped
+STREAM_TOKENS = 32  # of an answer between two words of it: a word a token would cost vLLM a tenth of its speed
+TELL_S = 0.5  # between two looks at all answers in flight
+
+
+class Moved(Protocol):
+    """Told the share of the answers at hand that is written, by an engine in full; may raise Stopped."""
+
+    def __call__(self, share: float, writing: Writing | None = None, /) -> None: ...
+
+
+Most = Callable[[], int | None]  # answers that are still wanted of those asked for at once; None = all
 
 
 @dataclass(frozen=True)
@@ -33,8 +46,13 @@ class Generator(Protocol):
     def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]: ...
 
 
-def still(share: float) -> None:
+def still(share: float, writing: Writing | None = None, /) -> None:
     """Nobody wants to know."""
+
+
+def everything() -> int | None:
+    """All answers are wanted."""
+    return None
 
 
 def wants_vllm(engine: str, device: torch.device) -> bool:
@@ -108,8 +126,23 @@ class TransformersGenerator:
         return Completion(ids, "length")
 
 
+def lengths_so_far(ended: Sequence[int], going: Sequence[int]) -> tuple[float, float, int]:
+    """(mean length up to the longest, share of answers that are longer, the longest) from the lengths of answers that
+    ended and of those in the middle. Lengths of 0 say nothing."""
+    ends, all_ = Counter(ended), Counter(n for n in (*ended, *going) if n > 0)
+    alive, share, mean, before = sum(all_.values()), 1.0, 0.0, 0
+    for length in sorted(all_):
+        mean += share * (length - before)
+        share *= 1.0 - ends[length] / alive
+        alive, before = alive - all_[length], length
+    return mean, share, before
+
+
 class VllmGenerator:
-    """vLLM, without log-probabilities: those come from our own pass and would slow generation to a quarter."""
+    """vLLM, without log-probabilities: those come from our own pass and would slow generation to a quarter.
+
+    Its engine is stepped here instead of by LLM.generate, which tells nothing before all answers have ended.
+    """
 
     def __init__(
         self, place: ModelSource, tokenizer: Any, max_new_tokens: int, *, longest_prompt: int, temperature: float = 0.0,
@@ -117,45 +150,98 @@ class VllmGenerator:
     ) -> None:  # fmt: skip
         """Raises TaskError when vLLM cannot serve the model."""
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+        from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
         self._max_new_tokens, self._temperature, self._top_p = max_new_tokens, temperature, top_p
-        self._params = SamplingParams
+        self._params, self._kind = SamplingParams, RequestOutputKind.DELTA
         self._eos = tokenizer.eos_token_id
         try:
             self._llm = LLM(
                 model=hub.local_path(place), revision=place.revision, trust_remote_code=place.trust_remote_code,
-                load_format="safetensors", seed=seed,
+                load_format="safetensors", seed=seed, stream_interval=STREAM_TOKENS,
                 # By default the model's whole context, 131,072 tokens for R1-Distill: no small card's cache holds that.
                 max_model_len=longest_prompt + max_new_tokens,
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError) as error:
             first = str(error).strip().split("\n")[0]
             raise TaskError(f"vLLM cannot serve {place.path}: {first}", hint="use engine: transformers") from error
-        self._moved, self._steps = moved or still, 0
-        engine = self._llm.llm_engine
-        self._step, engine.step = engine.step, self._counted_step
-
-    def _counted_step(self) -> Any:
-        """A token of every answer in flight; longer prompts and a full cache make it a few more steps than tokens."""
-        self._steps += 1
-        self._moved(self._steps / (self._steps + self._max_new_tokens))
-        return self._step()
+        self._moved, self._names = moved or still, itertools.count()
 
     def generate(self, prompts: list[list[int]], *, seed: int) -> list[Completion]:
-        params = [
-            self._params(
-                temperature=self._temperature, top_p=self._top_p, max_tokens=self._max_new_tokens, seed=seed + i,
-                stop_token_ids=[self._eos], detokenize=False,
-            )
-            for i in range(len(prompts))
-        ]  # fmt: skip
-        self._steps = 0
-        outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        done = []
-        for output in outputs:
-            ids = list(output.outputs[0].token_ids)
-            stopped = output.outputs[0].finish_reason == "stop"
-            if stopped and (not ids or ids[-1] != self._eos):
-                ids.append(self._eos)  # some versions leave the end of sequence out
-            done.append(Completion(ids, "stop" if stopped else "length"))
-        return done
+        found = dict(self.stream(prompts, seed=seed))
+        return [found[i] for i in range(len(prompts))]
+
+    def stream(
+        self, prompts: list[list[int]], *, seed: int, most: Most = everything
+    ) -> Iterator[tuple[int, Completion]]:
+        """(place in `prompts`, answer) as they end. Where fewer are wanted meanwhile, the last ones asked for are
+        dropped, whatever they have become: to keep those that end soon would be to keep the short ones."""
+        engine, names = self._llm.llm_engine, [str(next(self._names)) for _ in prompts]
+        flight, place = _Flight(names, self._max_new_tokens), {name: i for i, name in enumerate(names)}
+        try:
+            for i, name in enumerate(names):
+                engine.add_request(name, {"prompt_token_ids": prompts[i]}, self._sampling(seed + i))
+            told_at = 0.0
+            while engine.has_unfinished_requests():
+                outputs = engine.step()
+                flight.steps += 1
+                for output in outputs:
+                    flight.ids[output.request_id] += output.outputs[0].token_ids
+                    if output.finished:
+                        del flight.open[output.request_id]
+                        yield place[output.request_id], self._completion(flight.ids[output.request_id], output)
+                dropped = flight.beyond(most())
+                if dropped:
+                    engine.abort_request(dropped)
+                if dropped or time.monotonic() - told_at >= TELL_S:
+                    writing, told_at = flight.writing(), time.monotonic()
+                self._moved(flight.share(writing), writing)
+        finally:
+            if flight.open:
+                engine.abort_request(list(flight.open))
+
+    def _sampling(self, seed: int) -> Any:
+        return self._params(
+            temperature=self._temperature, top_p=self._top_p, max_tokens=self._max_new_tokens, seed=seed,
+            stop_token_ids=[self._eos], detokenize=False, output_kind=self._kind,
+        )  # fmt: skip
+
+    def _completion(self, ids: list[int], output: Any) -> Completion:
+        stopped = output.outputs[0].finish_reason == "stop"
+        if stopped and (not ids or ids[-1] != self._eos):
+            ids = [*ids, self._eos]  # some versions leave the end of sequence out
+        return Completion(ids, "stop" if stopped else "length")
+
+
+class _Flight:
+    """What an engine was asked at once, and what it has written of it."""
+
+    def __init__(self, names: Sequence[str], longest: int) -> None:
+        self._longest = longest
+        self.open = dict.fromkeys(names)  # in the order they were asked, which is that in which they begin
+        self.ids: dict[str, list[int]] = {name: [] for name in names}
+        self.steps, self._most, self._began = 0, 0, time.monotonic()
+
+    def beyond(self, most: int | None) -> list[str]:
+        """Takes out what is not wanted any more; what has ended is never taken back."""
+        excess = 0 if most is None else len(self.ids) - max(most, len(self.ids) - len(self.open))
+        dropped = list(self.open)[len(self.open) - excess :] if excess > 0 else []
+        for name in dropped:
+            del self.open[name], self.ids[name]
+        return dropped
+
+    def writing(self) -> Writing:
+        going = [len(self.ids[name]) for name in self.open if self.ids[name]]
+        ended = [len(ids) for name, ids in self.ids.items() if name not in self.open]
+        self._most = max(self._most, len(going))
+        mean, share, longest = lengths_so_far(ended, going)
+        return Writing(
+            answers=len(self.ids), before=0, later=0, ended=len(ended), flight=self._most,
+            tokens=sum(ended) + sum(going), steps=self.steps, seconds=time.monotonic() - self._began,
+            length=mean, going_on=share, longest=longest,
+        )  # fmt: skip
+
+    def share(self, writing: Writing) -> float:
+        """Of all tokens: of an answer in the middle, half of what it may still have is taken to come."""
+        mean = writing.length + writing.going_on * (self._longest - writing.longest) / 2
+        return min(1.0, writing.tokens / max(1.0, len(self.ids) * mean))

@@ -8,12 +8,14 @@ that are kept as they finish. Token ids are never made from text again.
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +23,11 @@ import torch
 from torch import Tensor
 
 from tasks import api_teacher, losses, models, verify
-from tasks.contract import API_SPENT_FILE, ApiTeacher, LabelSettings, ModelSource, TaskError
+from tasks.contract import API_SPENT_FILE, ApiTeacher, LabelSettings, ModelSource, TaskError, Writing
 from tasks.generate import (
     Completion,
     Generator,
+    Most,
     Moved,
     TransformersGenerator,
     VllmGenerator,
@@ -42,6 +45,7 @@ SCORE_TOKENS = 16384  # tokens of a scoring batch
 COMPILE_TOKENS = 5_000_000  # to score: compiled layers are a quarter faster and take 8 s to compile (H200, 1.5B)
 SCORE_ELEMENTS = 1 << 25  # logits held at once on a CPU; on CUDA as many as the loss holds
 SAMPLES_SHOWN = 8
+ROUNDING = 1e-6  # of a limit, in answers
 LEAST_TAIL = 1e-7  # an API's log-probabilities are rounded: what is left of 1 is no smaller than that
 
 
@@ -54,11 +58,12 @@ class Question:
 class Answerer(Protocol):
     """Something that answers questions: (place in `questions`, completion), in the order they come.
 
-    `moved` is called all the while: answers take minutes, and what does not move counts as stalled.
+    `moved` is called all the while: answers take minutes, and what does not move counts as stalled. `most` says how
+    many are still wanted: an API, whose answers take no machine's time, need not ask.
     """
 
     def answers(
-        self, questions: Sequence[Question], *, seed: int, moved: Moved
+        self, questions: Sequence[Question], *, seed: int, moved: Moved, most: Most
     ) -> Iterator[tuple[int, Completion]]: ...
 
 
@@ -78,18 +83,18 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
     generated: list[list[dict[str, Any]]] = []
     newest = ctx.latest_checkpoint()
     started, new_tokens = time.monotonic(), 0
-    for index, shard in enumerate(shards):
-        total = _total(ctx, shards)
-        if index >= total:
+    for index in range(len(shards)):
+        if index >= _end(ctx, len(shards)):
             break
         found, fresh = _generated(
-            ctx, settings, api or teacher, teacher, index, shard, generated, newest[1] if newest else None, total
+            ctx, settings, api or teacher, teacher, index, shards, generated, newest[1] if newest else None
         )
         new_tokens += fresh
         generated.append(found)
         _pause_when_cut(settings, generated)
         if fresh:  # what was kept before says nothing of this machine's speed
-            ctx.progress("generate", index + 1, _total(ctx, shards), "shards")
+            end = _end(ctx, len(shards))
+            ctx.progress("generate", min(index + 1, end), end, "shards")
     generation_s = time.monotonic() - started
     teacher.end_generation()
 
@@ -99,15 +104,20 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
     scored = sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in waiting)
     if settings.api is None and settings.top_k and scored >= COMPILE_TOKENS:
         teacher.compile()
-    for index, found in enumerate(generated):
+    for index, found in enumerate(list(generated)):
+        total = math.ceil(_end(ctx, len(generated)))
+        if index >= total:
+            del generated[index:]
+            break
         _stop_if_asked(ctx)
         if not ctx.kept(shard_name(index)):
             kept = [row for row in found if row["kept"]]
-            write_shard(ctx.out / shard_name(index), header, list(_score(ctx, teacher, kept, settings, header, index)))
+            samples = list(_score(ctx, teacher, kept, settings, header, index, total))
+            write_shard(ctx.out / shard_name(index), header, samples)
             ctx.keep(shard_name(index))
-        ctx.progress("score", index + 1, len(generated), "shards")
+        ctx.progress("score", index + 1, total, "shards")
     speed = new_tokens / max(generation_s, 1e-9) if new_tokens else None
-    prompts = sum(map(len, shards[: len(generated)]))
+    prompts = sum(len({row["key"] for row in found}) for found in generated)
     result = _result(ctx, settings, generated, prompts, speed)
     if prompts < len(rows):
         result["limited"] = {"planned": len(rows), "done": prompts}
@@ -153,9 +163,18 @@ def _choose(rows: list[dict[str, Any]], settings: LabelSettings) -> list[dict[st
     return chosen[: settings.samples]
 
 
-def _total(ctx: Context, shards: Sequence[Any]) -> int:
-    """Shards to make: at least one."""
-    return len(shards) if ctx.limit is None else min(len(shards), max(1, int(ctx.limit)))
+def _end(ctx: Context, shards: int) -> float:
+    """Shards to make, the last one perhaps in part."""
+    limit = ctx.limit
+    return float(shards) if limit is None else min(float(shards), limit if limit > 0 else 1.0)
+
+
+def _wanted(ctx: Context, settings: LabelSettings, shards: int, index: int) -> int | None:
+    """Answers that are to be there of a shard: at least one; None = all."""
+    end = _end(ctx, shards)
+    if end >= min(shards, index + 1):
+        return None
+    return max(1, int((end - index) * settings.shard_size * settings.samples_per_prompt + ROUNDING))
 
 
 # --- pass one: generate and verify -----------------------------------------------------------------------------------
@@ -163,19 +182,22 @@ def _total(ctx: Context, shards: Sequence[Any]) -> int:
 
 def _generated(
     ctx: Context, settings: LabelSettings, answerer: Answerer, teacher: _Teacher, index: int,
-    shard: list[dict[str, Any]], before: list[list[dict[str, Any]]], checkpoint: Path | None, total: int,
+    shards: list[list[dict[str, Any]]], before: list[list[dict[str, Any]]], checkpoint: Path | None,
 ) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
     """The judged answers of one shard, and how many tokens of them were made just now.
 
-    A shard that is whole is kept; of one that is not, every batch is in a checkpoint as soon as it is there, and the
-    newest `checkpoint` of an earlier attempt tells where to go on.
+    A shard that is whole, or as much of it as a limit allows, is kept; of one that is not, every batch is in a
+    checkpoint as soon as it is there, and the newest `checkpoint` of an earlier attempt tells where to go on.
     """
+    shard = shards[index]
     name = f"generated-{index:05d}.jsonl"
     if ctx.kept(name):
         return _rows(ctx.out / name), 0
     _stop_if_asked(ctx)
     prompts = [models.prompt_ids(teacher.tokenizer, row["input"]) for row in shard]
-    order = sorted(range(len(shard)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
+    order = list(range(len(shard)))
+    if not teacher.packs:  # alike lengths together: little padding
+        order.sort(key=lambda i: len(prompts[i]))
     asked = [(i, copy) for i in order for copy in range(settings.samples_per_prompt)]
     found = _rows(checkpoint / name) if checkpoint is not None and (checkpoint / name).exists() else []
     had, saved, fresh = sum(map(len, before)), len(found), 0
@@ -186,20 +208,31 @@ def _generated(
         if saved < len(found):
             ctx.checkpoint(had + len(found), lambda folder: _write_rows(folder / name, found))
 
-    highest = float(index)
+    highest, numbers = float(index), dict[str, float]()
 
-    def moved(share: float) -> None:
-        nonlocal highest
-        part = share * min(settings.batch_size, len(asked) - len(found))
+    def moved(share: float, writing: Writing | None = None, /) -> None:
+        nonlocal highest, numbers
+        part = len(found) + share * min(settings.batch_size, len(asked) - len(found))
+        if writing is not None:
+            there_before = writing.before + len(asked) - len(open_)
+            part = there_before + share * writing.answers
+            later = sum(map(len, shards[index + 1 :])) * settings.samples_per_prompt
+            telling = replace(writing, before=had + there_before, later=writing.later + later)
+            numbers = {**telling.numbers(), "tokens_per_s": writing.tokens / max(writing.seconds, 1e-9)}
         # Checking answers is work as well, although the tokens are there: it moves by a little.
-        highest = max(highest + 1e-9, index + (len(found) + part) / len(asked))
-        ctx.progress("generate", highest, total, "shards")
+        end = _end(ctx, len(shards))
+        highest = max(highest + 1e-9, min(index + part / len(asked), end))
+        ctx.progress("generate", highest, end, "shards", declared=False, **numbers)
         _stop_if_asked(ctx)
+
+    def most() -> int | None:
+        wanted = _wanted(ctx, settings, len(shards), index)
+        return None if wanted is None else max(0, wanted - (len(asked) - len(open_)))
 
     seed = settings.seed * 1_000_003 + index * 10_007 + len(found)
     questions = [Question(shard[i]["input"], prompts[i]) for i, _ in open_]
     try:
-        for place, completion in answerer.answers(questions, seed=seed, moved=moved):
+        for place, completion in answerer.answers(questions, seed=seed, moved=moved, most=most):
             i, copy = open_[place]
             found.append(_judged(settings, teacher, shard[i], copy, prompts[i], completion))
             fresh += len(completion.ids)
@@ -330,27 +363,45 @@ class _Teacher:
     def generator(self) -> Generator:
         if self._generator is None:
             if wants_vllm(self._settings.engine, self.device):
+                if self._settings.teacher.stage is None:
+                    models.fetch(self._ctx, self.place)
                 self._ctx.progress("load", declared=True)  # weights, compiling, room for the cache: minutes
                 self._generator = VllmGenerator(
                     self.place, self.tokenizer, self._settings.max_new_tokens, longest_prompt=self.longest_prompt,
                     temperature=self._settings.temperature, top_p=self._settings.top_p, seed=self._settings.seed,
-                    moved=lambda share: self.moved(share),
+                    moved=lambda share, writing=None, /: self.moved(share, writing),
                 )  # fmt: skip
             else:
                 self._generator = TransformersGenerator(
                     models.causal(self.model), self.tokenizer, self._settings.max_new_tokens,
                     temperature=self._settings.temperature, top_p=self._settings.top_p,
-                    moved=lambda share: self.moved(share),
+                    moved=lambda share, writing=None, /: self.moved(share, writing),
                 )  # fmt: skip
         return self._generator
 
-    def answers(self, questions: Sequence[Question], *, seed: int, moved: Moved) -> Iterator[tuple[int, Completion]]:
+    @property
+    def packs(self) -> bool:
+        """Whether what writes the answers does not care for their order."""
+        return self._settings.api is None and wants_vllm(self._settings.engine, self.device)
+
+    def answers(
+        self, questions: Sequence[Question], *, seed: int, moved: Moved, most: Most
+    ) -> Iterator[tuple[int, Completion]]:
         """In batches, each with a seed of its own that follows from its place."""
-        self.moved = moved
-        size = self._batch_size()
-        for at in range(0, len(questions), size):
-            batch = questions[at : at + size]
-            yield from enumerate(self.generator().generate([one.ids for one in batch], seed=seed + at), at)
+        size, at = self._batch_size(), 0
+        while at < len(questions):
+            wanted = most()
+            batch = questions[at : min(at + size, len(questions) if wanted is None else wanted)]
+            if not batch:
+                return
+            self.moved = partial(_of_all, moved, at, len(questions) - at - len(batch))
+            generator, prompts = self.generator(), [one.ids for one in batch]
+            if isinstance(generator, VllmGenerator):
+                left = partial(_left, most, at)
+                yield from ((at + i, done) for i, done in generator.stream(prompts, seed=seed + at, most=left))
+            else:
+                yield from enumerate(generator.generate(prompts, seed=seed + at), at)
+            at += len(batch)
 
     def _batch_size(self) -> int:
         """The settings' own, but for a machine on which transformers take vLLM's place: that size was meant for an
@@ -389,6 +440,17 @@ class _Teacher:
         return replace(self.header(), teacher=f"api:{self._settings.api.model}", top_k=top_k, temperature=1.0)
 
 
+def _of_all(moved: Moved, before: int, later: int, share: float, writing: Writing | None = None, /) -> None:
+    """What a batch tells, with the answers of a shard before and after it."""
+    moved(share, None if writing is None else replace(writing, before=before, later=later))
+
+
+def _left(most: Most, before: int) -> int | None:
+    """Of all that is wanted, what a batch may still give."""
+    wanted = most()
+    return None if wanted is None else max(0, wanted - before)
+
+
 class ApiGenerator:
     """A teacher behind an API: text becomes ids of the tokenizer named beside it, once.
 
@@ -413,7 +475,9 @@ class ApiGenerator:
         (self._ctx.out / API_SPENT_FILE).write_text(json.dumps(asdict(spent)))
         self._ctx.keep(API_SPENT_FILE)
 
-    def answers(self, questions: Sequence[Question], *, seed: int, moved: Moved) -> Iterator[tuple[int, Completion]]:
+    def answers(
+        self, questions: Sequence[Question], *, seed: int, moved: Moved, most: Most
+    ) -> Iterator[tuple[int, Completion]]:
         """No seed is sent: few APIs know one."""
         began = time.monotonic()
 
@@ -477,8 +541,9 @@ class ApiGenerator:
 
 
 def _score(
-    ctx: Context, teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSettings, header: Header, index: int
-) -> Iterator[Sample]:
+    ctx: Context, teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSettings, header: Header, index: int,
+    total: int,
+) -> Iterator[Sample]:  # fmt: skip
     """Soft labels of the kept completions, in the order of `rows`."""
     k = header.top_k
     if settings.api is not None:
@@ -491,12 +556,14 @@ def _score(
             c = len(row["completion_ids"])
             yield _sample(row, torch.zeros(c, 0), torch.zeros(c, 0), empty.new_zeros(c), empty.new_zeros(c))
         return
-    for batch in batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows], SCORE_TOKENS):
+    lengths = [len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows]
+    for batch in batches(lengths, SCORE_TOKENS):
         pairs = [(rows[i]["prompt_ids"], rows[i]["completion_ids"]) for i in batch]
         for i, parts in zip(batch, score(teacher.model, pairs, k, settings.label_temperature,
                                          real_vocabulary=len(teacher.tokenizer)), strict=True):  # fmt: skip
             scored[i] = _sample(rows[i], *parts)
-        ctx.progress("score", index + len(scored) / len(rows), None, "shards")
+        done = sum(lengths[i] for i in scored) / sum(lengths)  # by tokens: short ones come first
+        ctx.progress("score", index + done, total, "shards")
         _stop_if_asked(ctx)
     for i in range(len(rows)):
         yield scored[i]

@@ -248,7 +248,15 @@ def load(ctx: Context, source: ModelSource, *, dtype: torch.dtype, four_bit: boo
         return load_stage(ctx.input(source.stage), ctx, dtype=dtype, four_bit=four_bit)
     if source.path is None:
         raise TaskError("a model from scratch cannot be loaded", hint="name a path or an earlier stage")
+    fetch(ctx, source)
     return Loaded(_pretrained(source, dtype, four_bit), load_tokenizer(source))
+
+
+def fetch(ctx: Context, source: ModelSource) -> None:
+    """The weights of a hub id on this machine's disk. How long it takes depends on the network, and on no card."""
+    ctx.progress("fetch", declared=True)
+    hub.local_path(source)
+    ctx.progress("load", declared=True)
 
 
 def bits_and_bytes(what: str) -> Any:

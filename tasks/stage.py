@@ -147,6 +147,8 @@ class StageContext:
         self._moved_at = self._written_at = self._ticked_at = time.monotonic()
         self._phases: dict[str, tuple[float, float]] = {}  # `done` at its first report, seconds in it since then
         self._work_s = 0.0
+        self._declared_s: dict[str, float] = {}
+        self._moved_bytes: dict[str, float] = {}
         self._lock = threading.RLock()  # uploads report from threads of their own
         self._stop = False
         self._asked_in: str | None = None  # the phase in which the caller last looked at `stopping`
@@ -214,9 +216,12 @@ class StageContext:
             first, seconds = self._phases[self._now.phase]
             self._phases[self._now.phase] = first, seconds + span_s
             self._work_s += 0.0 if self._now.declared else span_s
+            if self._now.declared:
+                self._declared_s[self._now.phase] = self._declared_s.get(self._now.phase, 0.0) + span_s
 
     def _write(self, now: float) -> None:
-        write_text(self.work / PROGRESS_FILE, self._now.to_json())
+        told = replace(self._now, phases_s=dict(self._declared_s), moved_bytes=dict(self._moved_bytes))
+        write_text(self.work / PROGRESS_FILE, told.to_json())
         self._written_at = now
 
     @contextmanager
@@ -230,6 +235,7 @@ class StageContext:
             nonlocal moved_bytes
             with self._lock:
                 moved_bytes += count
+                self._moved_bytes[phase] = self._moved_bytes.get(phase, 0.0) + count
                 self._report(phase, moved_bytes, None, "bytes", True, {})
 
         try:

@@ -345,16 +345,19 @@ class _Supervision:
         assert decision.stop is not None
         progress = self._activity.sight.progress
         gpu_gib = 0.0 if progress is None else progress.numbers.get("gpu_gib", 0.0)
+        last = self._last_progress()
         return Ended(
             reason=decision.stop.name.lower(), rc=int(decision.stop), message=decision.message, hint=decision.hint,
             seconds=round(time.monotonic() - self._began_s, 3), peak_gib=gpu_gib or self._meter.peak_gib or None,
-            last_checkpoint=checkpoint, attempt=self._task.attempt, work_s=self._work_s(),
+            last_checkpoint=checkpoint, attempt=self._task.attempt,
+            work_s=None if last is None else round(last.work_s, 3),
+            phases_s={} if last is None else {name: round(seconds, 3) for name, seconds in last.phases_s.items()},
+            moved_bytes={} if last is None else last.moved_bytes,
         )
 
-    def _work_s(self) -> float | None:
+    def _last_progress(self) -> Progress | None:
         with suppress(OSError, ValueError, TaskError):
-            progress = _read_progress(self._work)
-            return None if progress is None else round(progress.work_s, 3)
+            return _read_progress(self._work)
         return None
 
 

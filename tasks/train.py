@@ -492,7 +492,9 @@ def prove_memory(
 ) -> Fit:  # fmt: skip
     """`how` as it fits into memory, found out before money is spent: one step on the longest batch, without an update.
 
-    Weights and random numbers stay as they were. What the optimizer will hold is held meanwhile.
+    A step of several micro-batches is at its dearest in the second one, which has the gradients of the first beside
+    it: so the longest batch is taken twice. Weights and random numbers stay as they were. What the optimizer will
+    hold is held meanwhile.
     """
     device = next(model.parameters()).device
     with _GENERATOR:
@@ -501,7 +503,10 @@ def prove_memory(
         tried = 0
         while tried != how.micro_batch:
             tried, picked = how.micro_batch, fullest(model, examples, how, peers)
-            _, _, how = accumulate_within_memory(model, examples, picked, how, peers)
+            batches = list(micro_batches(model, examples, _share(picked, peers), how))
+            if how.micro_batch * (1 if peers is None else peers.size) < how.batch_size:
+                batches += batches
+            _, _, how = accumulate_within_memory(model, examples, picked, how, peers, batches)
             model.zero_grad(set_to_none=True)
             if peers is not None:  # each halves for itself, and all must ask each other as often
                 break

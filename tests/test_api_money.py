@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from orchestrator import spend
 from orchestrator.budget import build_budget, describe
+from orchestrator.cli import kdcloud
 from orchestrator.clock import SystemClock
 from orchestrator.config import Config, Home
 from orchestrator.errors import BudgetExceeded, UsageError
@@ -334,3 +336,37 @@ def test_a_line_counts_in_the_month_in_which_it_is_settled_and_only_what_is_new(
     assert ledger.month(february) == Month("2026-02", 500, 0, 500)
     assert ledger.run("a-aaa111").apis["label"] == ApiLine(700, 0, 600, 1000)
     assert ledger.month(AT).spent_micros == 200 and ledger.run("b-bbb222").apis == {}
+
+
+# --- kdcloud down --all
+
+
+def test_down_all_settles_an_apis_line_that_no_machine_is_left_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client died between the end of its machine and the settling: nothing runs, and money is still set apart."""
+    monkeypatch.setenv("KDCLOUD_HOME", str(tmp_path))
+    monkeypatch.delenv("KDCLOUD_PROVIDER", raising=False)
+    plan = asking(cap_micros=10**7)
+    here = replace(plan.stages[0].offer, infra="local", price_micros_per_hour=0)
+    stages = tuple(replace(s, candidates=(here,), candidate_hours=s.candidate_hours[:1]) for s in plan.stages)
+    home, clock = Home(tmp_path), SystemClock()
+    ledger, mark = Ledger(home.ledger), clock.mark()
+    for run, settled in ((RUN, False), ("other-def456", True)):
+        bucket = open_bucket(f"file:{tmp_path}/bucket/{run}")
+        ledger.create_run(
+            run, name="t", bucket=bucket.url, cap_micros=10**7, deadline_s=None, mark=mark_to_dict(mark), at=mark.wall,
+            data={"schema": 1, "owner": "owner1", "plan": plan_to_dict(replace(plan, stages=stages))},
+        )  # fmt: skip
+        ledger.reserve_api(run, "label", WHOLE, mark.wall, later_floor=0)
+        told = {"micros": 70_000, "granted": 80_000}
+        bucket.put(f"label/{API_SPENT_FILE}", json.dumps(told).encode())
+        if settled:
+            ledger.settle_api(run, "label", 80_000, mark.wall)
+    ledger.close()
+    done = CliRunner().invoke(kdcloud, ["down", "--all"])
+    assert done.exit_code == 0 and "1 ended; nothing of yours is running" in done.output
+    run = Ledger(home.ledger).run(RUN)
+    assert (run.apis["label"].open_micros, run.apis["label"].settled_micros) == (0, 80_000)  # what was granted
+    assert not any(e.kind == "stop_requested" for e in Ledger(home.ledger).run("other-def456").entries)
+    assert "nothing was running" in CliRunner().invoke(kdcloud, ["down", "--all"]).output

@@ -125,6 +125,32 @@ def test_start_packages_and_work_are_told_apart(made: Plan) -> None:
     assert all(took[name].estimated_s == train.parts[name].seconds.expected for name in took)
 
 
+def test_what_scales_with_networks_or_other_work_is_no_part_of_a_machines_own_time(made: Plan) -> None:
+    """Of an hour: 1,800 s work, 300 s checkpoints, 400 s weights, 60 s bucket for twice the bytes, 700 s lm_eval."""
+    train = made.stages[1]
+    phases = {"checkpoint": 300.0, "fetch": 400.0, "upload": 40.0, "download": 20.0, "lm_eval": 700.0, "load": 90.0}
+    planned_bytes = train.uses["bucket_gb"] * 1e9
+    moved = {"upload": 1.5 * planned_bytes, "download": 0.5 * planned_bytes, "checkpoint": 9e9}
+    ended = {"phases_s": phases, "moved_bytes": moved}
+    took = by_part(took_of(train, [done(train, ended=ended)], trained(train)))
+    assert {name: round(one.actual_s) for name, one in took.items()} == {
+        "create": 150, "setup": 60, "download": 400, "bucket": 30, "work": 2100, "around": 3600 - 1800 - 1460,
+    }  # fmt: skip
+    assert took["around"].actual_s >= phases["load"]
+
+
+def test_a_slow_bucket_or_hub_is_learnt_of_its_place_and_leaves_all_else_as_it_was(made: Plan) -> None:
+    train = made.stages[1]
+    assert train.parts["bucket"].key.startswith("bucket s3://bucket from ") and "hub" in train.parts["download"].key
+    slow = {train.parts[name].key: (3.0,) for name in ("bucket", "download")}
+    seen = plan(RENTED, *CARDS, calibration=slow).stages[1]
+    elsewhere = plan(RENTED.replace("s3://bucket/kd", "s3://other/kd"), *CARDS, calibration=slow).stages[1]
+    same = [name for name in train.parts if seen.parts[name].ratios == ()]
+    assert set(train.parts) - set(same) == {"bucket", "download"} and seen.hours.expected > train.hours.expected
+    assert elsewhere.parts["bucket"].ratios == () and elsewhere.parts["download"].ratios == (3.0,)
+    assert all("on " in train.parts[name].key for name in ("around", "work"))  # a card
+
+
 def test_more_steps_or_longer_rows_than_expected_are_no_slower_card(made: Plan) -> None:
     train = made.stages[1]
     more = trained(train, steps_done=2 * train.uses["steps_in_all"], row_tokens=1.5 * train.uses["row_tokens"])
@@ -167,7 +193,8 @@ def test_a_plan_uses_what_was_seen_says_so_and_is_narrower(made: Plan) -> None:
     assert after.offer == train.offer
     width = lambda one: one.high / one.low  # noqa: E731
     assert width(after.hours) < width(train.hours)
-    measured = after.startup_hours.expected + (train.parts["around"].seconds.expected / 3600)
+    beside = sum(train.parts[name].seconds.expected for name in ("around", "download", "bucket"))
+    measured = after.startup_hours.expected + beside / 3600
     measured += ratio * train.parts["work"].seconds.expected / 3600
     assert after.hours.low <= measured <= after.hours.high and after.hours.expected == pytest.approx(measured)
     assert after.cost_micros.expected > train.cost_micros.expected

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+import vllm_stand_in
 from ml_support import context, run_stage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -332,31 +333,20 @@ def test_formats_that_are_not_there_are_refused(trained: Path, name: str, says: 
         export.run(context(trained, "export", "export", EVALUATE), ExportSettings("train", formats=("hf", name)))
 
 
-class Server:
-    """vLLM's LLM, as far as it is used: greedy answers of the folder's model, a step of its engine for each."""
+def greedy(served: vllm_stand_in.LLM) -> vllm_stand_in.Answer:
+    """Answers of the folder's model."""
+    model = AutoModelForCausalLM.from_pretrained(served.model, dtype=torch.float32)
 
-    made: ClassVar[list[Server]] = []
-
-    def __init__(self, model: str, max_model_len: int, load_format: str, **rest: Any) -> None:
-        assert load_format == "safetensors" and rest == {"revision": None, "trust_remote_code": False, "seed": 0}
-        self.model, self.room = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), max_model_len
-        self.llm_engine = SimpleNamespace(step=lambda: None)
-        self.asked: list[int] = []
-        Server.made.append(self)
-
-    def generate(self, prompts: list[dict[str, list[int]]], params: list[Any], use_tqdm: bool) -> list[Any]:
-        self.asked.append(len(prompts))
-        return [self._one(p["prompt_token_ids"], one) for p, one in zip(prompts, params, strict=True)]
-
-    def _one(self, ids: list[int], params: Any) -> Any:
-        self.llm_engine.step()
-        assert len(ids) + params.max_tokens <= self.room and params.temperature == 0.0
+    def answer(ids: list[int], params: Any) -> list[int]:
+        assert len(ids) + params.max_tokens <= served.room and params.temperature == 0.0
         (end,) = params.stop_token_ids
-        out = self.model.generate(
-            torch.tensor([ids]), max_new_tokens=params.max_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
-        )[0, len(ids) :].tolist()
-        said = SimpleNamespace(token_ids=out, finish_reason="stop" if out[-1] == end else "length")
-        return SimpleNamespace(outputs=[said])
+        asked = torch.tensor([ids])
+        told = model.generate(
+            asked, max_new_tokens=params.max_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
+        )
+        return list(told[0, len(ids) :].tolist())
+
+    return answer
 
 
 @pytest.mark.parametrize("student", ["train", "single"])
@@ -365,11 +355,8 @@ def test_vllm_is_asked_the_same_and_each_model_is_its_own(
 ) -> None:
     plain = replace(EVALUATE, student=student)
     wanted = run_stage(trained, f"plain-{student}", "evaluate", plain)
-    fake = ModuleType("vllm")
-    fake.LLM, fake.SamplingParams = Server, lambda **kwargs: SimpleNamespace(**kwargs)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", fake)
+    made = vllm_stand_in.install(monkeypatch, greedy).made
     monkeypatch.setattr(generate, "find_spec", lambda name: name)
-    Server.made.clear()
     found = run_stage(trained, f"served-{student}", "evaluate", replace(plain, engine="vllm"))
     assert wanted is not None and found is not None
     assert (wanted["engine"], found["engine"]) == ("transformers", "vllm")
@@ -380,16 +367,15 @@ def test_vllm_is_asked_the_same_and_each_model_is_its_own(
         if row is not None:
             assert got["accuracy"] == row["accuracy"] and got["kl_to_teacher"] == row["kl_to_teacher"]
             assert got["tokens_per_s"] > 0 and got["first_token_s"] > 0 and got["peak_gib"] > 0
-    assert [one.asked for one in Server.made] == [[1, 20]] * {"train": 8, "single": 3}[student]
+    assert len(made) == {"train": 8, "single": 3}[student]
 
 
 def test_a_model_that_vllm_cannot_serve_ends_the_stage_in_words(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**kwargs: Any) -> None:
         raise ValueError("Model architectures ['Odd'] are not supported\nfor now")
 
-    fake = ModuleType("vllm")
-    fake.LLM, fake.SamplingParams = refuse, None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", fake)
+    vllm_stand_in.install(monkeypatch, greedy)
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", refuse)
     monkeypatch.setattr(generate, "find_spec", lambda name: name)
     with pytest.raises(TaskError, match=r"vLLM cannot serve .*Odd.* are not supported$") as raised:
         run_stage(trained, "unserved", "evaluate", replace(EVALUATE, engine="vllm"))

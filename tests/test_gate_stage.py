@@ -53,17 +53,43 @@ def test_the_step_that_proves_it_is_the_dearest_of_all(
     assert rows[0] == max(rows) == 68
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("micro", "wanted"), [(8, [False]), (4, [False, True])])
+def test_where_gradients_are_added_up_memory_is_proved_with_those_of_an_earlier_micro_batch(
+    micro: int, wanted: list[bool], packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole step in one micro-batch has none when its activations are there; no step has those of a second."""
+    monkeypatch.setattr(train.models, "packs", lambda model: packed)
+    real, seen = train.loss_of, []
+
+    def looking(net: Any, batch: train.Batch, *rest: Any) -> Any:
+        seen.append((batch.ids.numel(), all(p.grad is not None for p in net.parameters() if p.requires_grad)))
+        return real(net, batch, *rest)
+
+    monkeypatch.setattr(train, "loss_of", looking)
+    how = replace(HOW, micro_batch=micro)
+    net = tiny()
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    optimizer = train._optimizer(dict(net.named_parameters()), how, torch.device("cpu"))
+    drawn = torch.get_rng_state()
+    assert train.prove_memory(net, uneven(), how, dict(net.named_parameters()), optimizer) == how
+    assert [held for _, held in seen] == wanted and len({tokens for tokens, _ in seen}) == 1
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in net.named_parameters())
+    assert not optimizer.state and torch.equal(torch.get_rng_state(), drawn)
+
+
 def test_memory_that_runs_out_while_it_is_proved_costs_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = student()
     small, large = copy.deepcopy(start), copy.deepcopy(start)
     wanted = fit(rented(tmp_path / "a"), small, uneven(), replace(FOUR, micro_batch=2), ARM, None)
-    rows = out_of_memory(monkeypatch, at=[1])
+    rows = out_of_memory(monkeypatch, at=[2])  # with the gradients of the first
     got = fit(rented(tmp_path / "b"), large, uneven(), FOUR, ARM, None, prove=True)
     assert (got.micro_batch, got.final_loss) == (2, wanted.final_loss)
-    assert rows[0] == 68 and rows[4] == 32  # did not fit; what fits best into 2 * 17 was proved
-    assert rows[5:] == 6 * [24, 24, 32]  # then six steps as usual
+    proved = rows[: -6 * 3]
+    assert proved[:2] == [68, 68] and proved[-2:] == [32, 32]  # did not fit; what fits best into 2 * 17 was proved
+    assert rows[len(proved) :] == 6 * [24, 24, 32]  # then six steps as usual
     for a, b in zip(trained(small).values(), trained(large).values(), strict=True):
         assert torch.equal(a, b)
 

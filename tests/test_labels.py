@@ -9,7 +9,7 @@ import sys
 from dataclasses import astuple, replace
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ from tasks.contract import (
     TaskError,
     TrainSettings,
 )
-from tasks.generate import Completion, TransformersGenerator, VllmGenerator, rows_that_fit
+from tasks.generate import Completion, TransformersGenerator, rows_that_fit
 from tasks.label import score
 from tasks.labels import Header, Sample, pack_bits, read_labels, shard_name, unpack_bits, write_shard
 from tasks.losses import distillation_loss
@@ -631,57 +631,6 @@ def test_loading_is_a_phase_in_which_the_network_counts_and_every_scored_batch_m
     label.run(ctx, replace(LABEL, samples=8))
     assert told[:2] == ["prepare", "load"] and told.count("load") == 1
     assert len({one for one in told if one.startswith("score 0.")}) >= 2
-
-
-class FakeEngine:
-    def __init__(self) -> None:
-        self.open: list[tuple[list[int], Any]] = []
-
-    def step(self) -> list[Any]:
-        """Two answers a step."""
-        done, self.open = self.open[:2], self.open[2:]
-        return done
-
-
-class FakeLlm:
-    """What vLLM's LLM does, as far as it matters: it takes steps of its engine until everything is answered."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        self.kwargs, self.llm_engine = kwargs, FakeEngine()
-        self.asked: list[Any] = []
-
-    def generate(self, prompts: list[dict[str, list[int]]], params: list[Any], use_tqdm: bool) -> list[Any]:
-        self.asked += params
-        self.llm_engine.open = [(p["prompt_token_ids"], q) for p, q in zip(prompts, params, strict=True)]
-        found = []
-        while self.llm_engine.open:
-            found += self.llm_engine.step()
-        ends = ("stop", "length")
-        said = [SimpleNamespace(token_ids=[5] * (len(p) % 3), finish_reason=ends[len(p) % 2]) for p, _ in found]
-        return [SimpleNamespace(outputs=[one]) for one in said]
-
-
-def test_vllm_moves_with_every_step_and_is_not_asked_for_more_room_than_the_answers_need(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fake = ModuleType("vllm")
-    fake.LLM, fake.SamplingParams = FakeLlm, lambda **kwargs: SimpleNamespace(**kwargs)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    moved: list[float] = []
-    tokenizer = models.tiny_tokenizer()
-    made = VllmGenerator(
-        ModelSource(path="/there"), tokenizer, LABEL.max_new_tokens, longest_prompt=17, moved=moved.append
-    )
-    assert made._llm.kwargs["max_model_len"] == 17 + LABEL.max_new_tokens
-    end = tokenizer.eos_token_id
-    for _ in range(2):
-        assert made.generate([[1], [1, 2], [1, 2, 3, 4, 5]], seed=3) == [
-            Completion([5], "length"), Completion([5, 5, end], "stop"), Completion([5, 5], "length"),
-        ]  # fmt: skip
-    assert len(moved) == 4 and moved[:2] == moved[2:] and 0 < moved[0] < moved[1] < 1
-    # Log-probabilities of an engine carry the sampling temperature, or cost three quarters of its speed.
-    asked = made._llm.asked
-    assert len(asked) == 6 and not any("logprobs" in name for one in asked for name in vars(one))
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from orchestrator.lease import Lease
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Micros, Overhead, Part, Plan, Range, plan_to_dict
 from orchestrator.provision import NoCapacity, ProvisionError
-from orchestrator.runner import Outcome, Runner, _batch_share, mark_to_dict
+from orchestrator.runner import Outcome, Runner, mark_to_dict
 from orchestrator.states import State
 from orchestrator.testing import FakeBucket, FakeProvisioner, Faults, VirtualClock, fake_offer
-from tasks.contract import DataSource, EvaluateSettings, Exit, Progress, Task
+from tasks.contract import DataSource, EvaluateSettings, Exit, ModelSource, Progress, Task
 from tests.plans import make_plan
 
 WORK = {"label": 300.0, "train": 600.0, "evaluate": 60.0}
@@ -631,6 +631,70 @@ def test_less_than_a_quarter_is_no_smaller_experiment_but_a_stop(tmp_path):
     world.check_money()
 
 
+def test_a_stage_that_is_shortened_twice_is_measured_against_its_plan(tmp_path):
+    """Told to do less than half, and then far slower: what fits is much of what it was told, and little of the plan."""
+    world, real = gated(tmp_path, "fewer_samples"), FakeBucket.get
+
+    def slower(key):
+        found = real(world.bucket, key)
+        facts = world.run.machines[0].facts if key == "train/progress.json" else {}
+        if "limit" not in facts:
+            return found
+        told.add(facts["limit"])
+        now = replace(Progress.from_json(found[0].decode()), total=facts["limit"])
+        return replace(now, phase_s=now.phase_s * 2.5).to_json().encode(), found[1]
+
+    told, world.bucket.get = set(), slower
+    assert world.client().state == "cap"
+    (train, *_) = world.run.machines
+    assert train.facts["size"] == 1800 and min(told) >= 0.25 * 1800
+    share = int(train.facts["short"]["message"].partition("% of it would fit")[0].rpartition(" ")[2])
+    assert 0.25 * train.facts["limit"] / 1800 < share / 100 < 0.25  # of what it was told, it would have been enough
+    world.check_money()
+
+
+def evaluating(tmp_path, **uses) -> World:
+    """An evaluation of three models, planned at an hour, that shows half of its first one after 600 s."""
+    plan = make_plan({"evaluate": 3600.0}, cap_micros=2_000_000)
+    settings = EvaluateSettings("train", ModelSource(path="t"), DataSource("p"), "math", batch_size=8)
+    uses = {"prompts": 64.0, "models": 3.0, **uses}
+    stage = replace(plan.stages[0], kind="evaluate", settings=replace(settings, engine="transformers"), uses=uses)
+    world, real = World(tmp_path, replace(plan, stages=(stage,)), work_s={"evaluate": 3600.0}), FakeBucket.get
+
+    def halfway(key):
+        if key != "evaluate/progress.json":
+            return real(world.bucket, key)
+        attempt = int(world.run.machines[-1].order["attempt"])
+        now = Progress("evaluate", 9, 0.5, 3.0, unit="models", phase_s=600.0, attempt=attempt)
+        return now.to_json().encode(), None
+
+    world.bucket.get = halfway
+    return world
+
+
+def test_an_evaluations_plan_is_set_beside_the_whole_of_it(tmp_path):
+    world = evaluating(tmp_path, teacher_share=0.5)
+    assert world.client().state == "done"
+    (row,) = world.run.machines
+    (words,) = [text for kind, _, text in world.said if kind == "gate"]
+    # Half of the teacher took 600 s and is half of the work: 600 + 1,200 s are left, on a machine of some age.
+    assert row.facts["forecast"]["hours"] == pytest.approx(0.5, abs=0.02) and "planned 1.0 h" in words
+
+
+def test_of_one_model_nothing_is_set_beside_the_whole_plan(tmp_path):
+    world = evaluating(tmp_path)  # a plan that does not say how a teacher compares
+    assert world.client().state == "done"
+    assert "forecast" not in world.run.machines[0].facts
+    assert not [text for kind, _, text in world.said if kind == "gate"]
+
+
+def test_a_model_that_will_not_be_paid_for_is_called_one(tmp_path):
+    world = evaluating(tmp_path)
+    outcome = world.client(month_cap=130_000)  # at $0.50 an hour: 936 s, latencies of 365 s among them
+    assert outcome.state == "cap" and "the model at hand alone takes" in outcome.message
+    assert "would fit" not in outcome.message  # an evaluation cannot do less
+
+
 def test_a_deadline_that_will_be_missed_is_seen_at_the_gate(tmp_path):
     world = gated(tmp_path, "stop", deadline_s=6000.0)
     outcome = world.client()
@@ -655,15 +719,6 @@ def test_a_spot_machine_under_this_months_budget_is_judged_by_the_price_it_is_bi
     world.client(month_cap=900_000)  # pays for 1.8 h as billed, for 0.5 h at the ceiling
     row = world.run.machines[0]
     assert "forecast" in row.facts and "short" not in row.facts
-
-
-def test_a_batch_of_an_evaluation_is_a_seed_where_vllm_writes(tmp_path):
-    stage = make_plan({"train": 60.0}, cap_micros=950_000).stages[0]
-    settings = EvaluateSettings("train", None, DataSource("p"), "math", batch_size=64, seeds=2)
-    stage = replace(stage, settings=settings, uses={"prompts": 640})
-    assert _batch_share(stage, fake_offer(gpu="A100")) == 0.5
-    plain = replace(stage, settings=replace(settings, engine="transformers"))
-    assert _batch_share(plain, fake_offer(gpu="A100")) == 0.05
 
 
 def test_a_spot_machine_is_judged_by_the_price_it_is_billed_at(tmp_path):

@@ -122,6 +122,7 @@ def test_time_at_work_is_told_apart_from_declared_phases(bucket: Bucket, tmp_pat
     now = written(ctx)
     # in train: 5 s, 4 s until the upload began, 6 s; the last second moved nothing, and 9 s were the upload's
     assert (now.phase_from, now.phase_s, now.work_s) == (1, 15.0, 15.0)
+    assert now.phases_s == {"prepare": 20.0, "upload": 9.0}
 
 
 def test_a_number_that_is_none_does_not_reach_progress(bucket: Bucket, tmp_path: Path) -> None:
@@ -148,6 +149,7 @@ def test_an_upload_is_a_declared_phase_that_ends_with_the_upload(
     after = written(ctx)
     assert (after.phase, after.done, after.total, after.declared) == ("train", 3, 10, False)
     assert after.count > during[0].count > 1  # the upload itself was movement
+    assert after.moved_bytes["checkpoint"] > 0 and set(after.phases_s) == {"checkpoint"}
 
 
 def test_a_loop_that_never_asks_is_stopped_in_the_third_call(bucket: Bucket, tmp_path: Path) -> None:
