@@ -19,7 +19,7 @@ budget: 10 CNY
 infra: local
 local: {price: 0.10 USD/h}
 stages:
-  - {name: rehearse, kind: rehearse, steps: 40, seconds_per_step: 0.05, checkpoint_every_steps: 20}
+  - {name: rehearse, kind: rehearse, steps: 40, seconds_per_step: 0.1, checkpoint_every_steps: 40}
 """
 
 
