@@ -40,7 +40,7 @@ def draw(scene: Scene, width: int, height: int = 1000) -> list[Text]:
     roomy = room >= len(rows) + 3
     middle = at if at is not None else sum(stage.state == DONE for stage in scene.stages)
     first, last = window(len(rows), min(middle, len(rows) - 1), room)
-    lines = [*title, *([Text(), header] if roomy else [])]
+    lines = [*([Text()] if room >= len(rows) + 4 else []), *title, *([Text(), header] if roomy else [])]
     if first:
         lines.append(Text(f" ✓ {first} before", "dim"))
     for index in range(first, last):
@@ -76,7 +76,7 @@ def _title(scene: Scene, width: int) -> list[Text]:
         (scene.state, STATE_STYLES.get(scene.state, "yellow")),
         f" {human_seconds(scene.took_s)}",
     )
-    if scene.left is None or scene.state not in ("running", "stopping"):
+    if scene.left is None:
         return [name]
     about = f", {human_seconds(scene.left.expected)} left"
     spread = f" ({span(scene.left)})"
@@ -169,7 +169,7 @@ def _left(stage: StageLine, scene: Scene, width: int) -> str:
         return "done"
     if stage.left is None:
         return "longer than planned" if stage.state == RUNNING and width >= SLIM else "?"
-    spread = f" ({span(stage.left)})" if width >= SLIM else ""
+    spread = f" ({span(stage.left)})" if width >= SLIM and stage.left.high >= 3 else ""
     return f"{human_seconds(stage.left.expected)}{spread}"
 
 
@@ -177,8 +177,8 @@ def span(seconds: Range) -> str:
     """`45–70 s`, `1.5–3.1 min`, `52 s–1.8 min`."""
     low, high = human_seconds(seconds.low), human_seconds(seconds.high)
     number, _, unit = low.partition(" ")
-    if low == high:
-        return low
+    if low == high or seconds.high < 3:
+        return high
     return f"{number}–{high}" if high.endswith(f" {unit}") else f"{low}–{high}"
 
 
@@ -195,7 +195,7 @@ def _work(scene: Scene, width: int) -> list[Text]:
     parts = []
     if work.total:
         share = min(1.0, max(0.0, work.done / work.total))
-        counts = f"{share:4.0%}  {_count(work.done)} of {_count(work.total)} {work.unit}"
+        counts = f"{share:4.0%}  {count_of(work.done)} of {count_of(work.total)} {work.unit}"
         room = width - len(INDENT) - len(work.doing) - len(counts) - 2
         if room >= 8:
             parts.append(Text.assemble(f"{work.doing} ", bar(share, min(40, room), "cyan"), counts))
@@ -226,7 +226,7 @@ def _flow(parts: Sequence[Text], width: int) -> list[Text]:
     return lines
 
 
-def _count(value: float) -> str:
+def count_of(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 

@@ -165,6 +165,7 @@ def follow_logs(
     machine = _Machine(provider, clock)
     current = stage or _first(run, names)
     reader = _Reader(bucket, current, last)
+    say(f"--- {current} ---")
     while True:
         news.look()
         run = ledger.run(run_id)

@@ -15,11 +15,11 @@ from functools import partial
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol
 
-from orchestrator.drawing import draw, span
+from orchestrator.drawing import count_of, draw, span
 from orchestrator.money import human_seconds, shown
 from orchestrator.plan import Plan
 from orchestrator.runner import Snapshot
-from orchestrator.scene import Curve, Scene, clean, curve_of, load_of, scene_of, speed_of
+from orchestrator.scene import Curve, Scene, clean, curve_of, load_of, phase_of, scene_of, speed_of
 from tasks.bucket import BucketError, open_bucket
 from tasks.contract import METRICS_FILE, Progress
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 PLAIN_EVERY_S = 10.0
+HANG = 11  # columns of the time and the mark before what happened
 DRAW_EVERY_S = 0.5
 CURVE_EVERY_S = 5.0
 CURVE_BYTES_S = 200_000  # of metrics.jsonl; larger ones are read less often
@@ -217,12 +218,12 @@ class Screen:
         lines = lines_of(width - 1, height - 1)
         back = erased(self._widths, width)
         self._widths = [line.cell_len for line in lines]
-        self._write(back + self._ansi(above, width) + self._ansi(lines, width))
+        self._write(back + self._ansi(hung(above, width), width) + self._ansi(lines, width))
 
     def end(self, above: list[Text]) -> None:
         """Leaves what was said; the picture goes."""
         width, _ = self.size()
-        self._write(erased(self._widths, width) + self._ansi(above, width) + "\x1b[?25h")
+        self._write(erased(self._widths, width) + self._ansi(hung(above, width), width) + "\x1b[?25h")
         self._widths = []
 
     def size(self) -> tuple[int, int]:
@@ -250,6 +251,19 @@ def erased(widths: list[int], columns: int) -> str:
     """What takes back lines that were so wide, now that the terminal has so many columns; the cursor is below them."""
     rows = sum(max(1, math.ceil(width / columns)) for width in widths)
     return f"\r\x1b[{rows}A\x1b[J" if rows else "\r\x1b[J"
+
+
+def hung(lines: list[Text], width: int) -> list[Text]:
+    """What happened, wrapped at words below its own text."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console, found, room = Console(width=width), [], max(HANG, width - HANG)
+    for line in lines:
+        for index, part in enumerate(line[HANG:].wrap(console, room)):
+            part.rstrip()
+            found.append(Text.assemble(" " * HANG if index else line[:HANG], part))
+    return found
 
 
 class _Above:
@@ -309,8 +323,8 @@ def plain_line(scene: Scene, snapshot: Snapshot, plan: Plan) -> str:
 def describe(progress: Progress) -> str:
     """`train 42 % (336/800 steps)`."""
     if not progress.total:
-        return progress.phase
-    count = f"{progress.done:,.0f}/{progress.total:,.0f} {progress.unit}"
+        return phase_of(progress)
+    count = f"{count_of(progress.done)}/{count_of(progress.total)} {progress.unit}"
     return f"{progress.phase} {100 * progress.done / progress.total:.0f} % ({count})"
 
 

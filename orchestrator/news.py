@@ -25,7 +25,7 @@ def news_of(entry: Entry, plan: Plan) -> tuple[str, str] | None:
             return "warn", f"the money would not last: by on_shortfall it ends at {data['limit']:.0f}"
         case "short":
             return "warn", str(data["short"]["message"])
-        case "stop" if data.get("why"):
+        case "stop" if data.get("why") not in (None, "its work is done"):
             return "stop", f"ending the machine: {data['why']}"
         case "gone":
             return "gone", f"its machine is gone; {shown(entry.micros, plan.rate, plan.currency)}"

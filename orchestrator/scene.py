@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,6 +20,7 @@ from orchestrator.states import State
 from tasks.contract import Progress
 
 DONE, RUNNING, WAITING, STOPPED = "done", "running", "waiting", "stopped"
+_TIMES = ((1, "s"), (60, "min"), (3600, "h"))
 _STATES = {
     State.INTENT: "ordering a machine",
     State.CREATING: "waiting for the machine",
@@ -97,7 +99,9 @@ def scene_of(
         run=run.id,
         state=state,
         took_s=max(0.0, (now - run.created_at).total_seconds()),
-        left=outlook.together(lefts[stage.name] for stage in plan.stages if stage.name not in run.done),
+        left=outlook.together(lefts[stage.name] for stage in plan.stages if stage.name not in run.done)
+        if state == RUNNING
+        else None,
         stages=tuple(_line(stage, snapshot, now, lefts[stage.name], since_s) for stage in plan.stages),
         work=None if state not in ("running", "stopping") else _work(snapshot, plan, curve),
         spent_micros=_spending(snapshot, since_s),
@@ -226,7 +230,7 @@ def _work(snapshot: Snapshot, plan: Plan, curve: Curve) -> Work | None:
     if row.state is not State.LIVE or progress is None:
         return Work(_STATES[row.state])
     return Work(
-        doing="starting" if progress.phase == "start" else clean(progress.phase),
+        doing=phase_of(progress),
         done=progress.done,
         total=progress.total,
         unit=clean(progress.unit),
@@ -234,6 +238,10 @@ def _work(snapshot: Snapshot, plan: Plan, curve: Curve) -> Work | None:
         load=load_of(progress.numbers),
         curve=curve if stage.kind in ("train", "pretrain") else Curve(),
     )
+
+
+def phase_of(progress: Progress) -> str:
+    return "starting" if progress.phase == "start" else clean(progress.phase)
 
 
 def speed_of(stage: StagePlan, progress: Progress) -> str:
@@ -244,17 +252,10 @@ def speed_of(stage: StagePlan, progress: Progress) -> str:
     seen = progress.done - progress.phase_from
     if seen <= 0 or progress.phase_s <= 0 or progress.phase != outlook.WORK_PHASES.get(stage.kind):
         return ""
-    answers, unit = _answers_a_unit(stage, progress), progress.unit
-    rate = seen * (answers or 1.0) / progress.phase_s
-    for seconds, name in ((1, "s"), (60, "min"), (3600, "h")):
-        if rate * seconds >= 0.95 or name == "h":
-            value = rate * seconds
-            return (
-                f"{value:,.0f} {'answers' if answers else clean(unit)}/{name}"
-                if value >= 9.95
-                else (f"{value:.1f} {'answers' if answers else clean(unit)}/{name}")
-            )
-    return ""
+    answers = _answers_a_unit(stage, progress)
+    rate, what = seen * (answers or 1.0) / progress.phase_s, "answers" if answers else clean(progress.unit)
+    seconds, name = next((one for one in _TIMES if rate * one[0] >= 0.95), _TIMES[-1])
+    return f"{rate * seconds:,.{0 if rate * seconds >= 9.95 else 1}f} {what}/{name}"
 
 
 def _answers_a_unit(stage: StagePlan, progress: Progress) -> float | None:
@@ -287,25 +288,28 @@ def load_of(numbers: Mapping[str, float]) -> str:
 
 
 def curve_of(text: str) -> Curve:
-    """The losses in a metrics.jsonl: of the model that is trained now. Of several at once it is the one begun first."""
-    losses: dict[str, list[float]] = {}
-    last: list[str] = []
+    """The losses in a metrics.jsonl: of the model that is trained now. Of several at once it is the one begun first.
+
+    Steps that were repeated after a resume count as they were last.
+    """
+    losses: dict[str, dict[int, float]] = {}
+    lately: deque[str] = deque(maxlen=8)
     for line in text.splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             continue
         for key, value in row.items():
             if key.endswith("loss/total") and isinstance(value, (int, float)) and math.isfinite(value):
-                losses.setdefault(key, []).append(float(value))
-                last.append(key)
-    if not last:
+                losses.setdefault(key, {})[row["step"]] = float(value)
+                lately.append(key)
+    if not lately:
         return Curve()
-    lately = set(last[-8:])
     key = next(name for name in losses if name in lately)
-    return Curve(clean(key.removesuffix("loss/total").rstrip("/")), tuple(losses[key]))
+    values = tuple(losses[key][step] for step in sorted(losses[key]))
+    return Curve(clean(key.removesuffix("loss/total").rstrip("/")), values)
 
 
 SPARKS = "▁▂▃▄▅▆▇█"

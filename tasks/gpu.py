@@ -18,11 +18,11 @@ LIBRARY = "libnvidia-ml.so.1"
 
 
 class _Memory(ctypes.Structure):  # nvmlMemory_t
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]  # noqa: RUF012
+    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
 
 
 class _Utilization(ctypes.Structure):  # nvmlUtilization_t, per cent of the driver's last sample period
-    _fields_ = [("gpu", ctypes.c_uint), ("memory", ctypes.c_uint)]  # noqa: RUF012
+    _fields_ = [("gpu", ctypes.c_uint), ("memory", ctypes.c_uint)]
 
 
 @dataclass(frozen=True)
