@@ -55,16 +55,15 @@ def draw(scene: Scene, width: int, height: int = 1000) -> list[Text]:
 
 def window(count: int, middle: int, room: int) -> tuple[int, int]:
     """First and last (exclusive) of the rows that fit, around `middle`; a row is left for each side that is cut off."""
-    if count <= room:
-        return 0, count
     first, last = middle, middle + 1
-    for wider in ((first - 1, last), (first - 1, last + 1)) if room > 3 else ():
-        first, last = max(0, wider[0]), min(count, wider[1])
     while True:
-        grown = (first, last + 1) if last < count else (first - 1, last)
-        if grown[1] - grown[0] + (grown[0] > 0) + (grown[1] < count) > room or grown == (first, last):
-            return first, last
-        first, last = max(0, grown[0]), grown[1]
+        before = first, last
+        for later, earlier in ((1, 0), (0, 1)):
+            start, end = first - earlier, last + later
+            if 0 <= start and end <= count and end - start + (start > 0) + (end < count) <= room:
+                first, last = start, end
+        if (first, last) == before:
+            return before
 
 
 def _title(scene: Scene, width: int) -> list[Text]:

@@ -63,7 +63,7 @@ def show_logs(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     except KeyboardInterrupt:
-        say(f"{run_id} goes on; `kdcloud attach {run_id}` watches it, `kdcloud down {run_id}` ends it")
+        say(f"\n{run_id} goes on; `kdcloud attach {run_id}` watches it, `kdcloud down {run_id}` ends it")
         return
     say(f"--- {run_id}: {outcome.state}{f': {clean(outcome.message)}' if outcome.message else ''} ---")
     if outcome.hint:

@@ -56,6 +56,7 @@ def show(run_id: str, *, ledger: Ledger, home: Home, port: int | None, say: Call
     try:
         status = serve(bucket, stages, home.runs / run_id / "tensorboard", port=port, say=say, ended=ended)
     except KeyboardInterrupt:
+        say("\nTensorBoard has ended")
         return
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -33,7 +33,7 @@ class Gpu:
 
 
 class Gpus:
-    """Open it once; `read` then takes well below a millisecond a GPU. Nothing where there is no NVIDIA driver."""
+    """Open it once; `read` then takes some milliseconds. Nothing where there is no NVIDIA driver."""
 
     def __init__(self, library: Callable[[], ctypes.CDLL] = lambda: ctypes.CDLL(LIBRARY)) -> None:
         self._handles: list[ctypes.c_void_p] = []
