@@ -30,7 +30,7 @@ from tasks.contract import LOG_FILE
 CUT = "[supervisor] the beginning is cut off"  # first line of a log that was too long to be uploaded whole
 OVERLAPS = (50, 20, 8, 3, 1)  # so many lines of what was told are looked for in a log that lost its beginning
 LOOK_S = 2.0  # at the bucket
-NEAR_S, FAR_S, REST_S = 0.5, 5.0, 60.0  # at this machine, at another one, and after it did not answer
+NEAR_S, FAR_S, REST_S = 0.5, 5.0, 20.0  # at this machine, at another one, and after it did not answer
 MACHINE_LIMIT_S = 30.0
 _NEWLINES = re.compile(r"\r\n|\r|\n")
 
