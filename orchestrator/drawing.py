@@ -60,7 +60,7 @@ def window(count: int, middle: int, room: int) -> tuple[int, int]:
         before = first, last
         for later, earlier in ((1, 0), (0, 1)):
             start, end = first - earlier, last + later
-            if 0 <= start and end <= count and end - start + (start > 0) + (end < count) <= room:
+            if start >= 0 and end <= count and end - start + (start > 0) + (end < count) <= room:
                 first, last = start, end
         if (first, last) == before:
             return before

@@ -19,7 +19,7 @@ from orchestrator.drawing import count_of, draw, span
 from orchestrator.money import human_seconds, shown
 from orchestrator.plan import Plan
 from orchestrator.runner import Snapshot
-from orchestrator.scene import Curve, Scene, clean, curve_of, load_of, phase_of, scene_of, speed_of
+from orchestrator.scene import Curve, Scene, Told, clean, curve_of, load_of, phase_of, scene_of, speed_of, told_by
 from tasks.bucket import BucketError, open_bucket
 from tasks.contract import METRICS_FILE, Progress
 
@@ -81,7 +81,7 @@ class PlainView:
 
     def __init__(self, plan: Plan, *, note: str = "") -> None:
         self.note, self.state = note, "running"
-        self._plan, self._last = plan, -PLAIN_EVERY_S
+        self._plan, self._last, self._told = plan, -PLAIN_EVERY_S, _Memory(plan)
 
     def __enter__(self) -> PlainView:
         return self
@@ -94,10 +94,11 @@ class PlainView:
         print(f"{clock_of(at)}  {clean(stage or '-'):<10} {clean(text)}", file=sys.stderr, flush=True)
 
     def update(self, snapshot: Snapshot) -> None:
+        told = self._told.at(snapshot)
         if snapshot.progress is None or time.monotonic() - self._last < PLAIN_EVERY_S:
             return
         self._last = time.monotonic()
-        scene = scene_of(snapshot, self._plan, now=datetime.now(UTC), curve=Curve(), state=self.state)
+        scene = scene_of(snapshot, self._plan, now=datetime.now(UTC), curve=Curve(), state=self.state, told=told)
         self.say("progress", snapshot.stage, plain_line(scene, snapshot, self._plan))
 
 
@@ -111,7 +112,8 @@ class RichView:
         self.note, self.state = note, "running"
         self._plan, self._url = plan, url
         self._said: deque[Text] = deque()
-        self._seen: tuple[Snapshot, float] | None = None
+        self._seen: tuple[Snapshot, Told | None, float] | None = None
+        self._told = _Memory(plan)
         self._curve: tuple[str | None, Curve] = (None, Curve())
         self._screen = Screen(sys.stderr)
         self._plain: PlainView | None = None
@@ -148,7 +150,7 @@ class RichView:
 
     def update(self, snapshot: Snapshot) -> None:
         before = self._seen
-        self._seen = (snapshot, time.monotonic())
+        self._seen = (snapshot, self._told.at(snapshot), time.monotonic())
         if self._plain is not None:
             self._plain.update(snapshot)
         elif before is None or before[0].stage != snapshot.stage:
@@ -158,11 +160,11 @@ class RichView:
         """What is to be drawn now; None before anything was seen."""
         if self._seen is None:
             return None
-        snapshot, at = self._seen
+        snapshot, told, at = self._seen
         stage, curve = self._curve
         return scene_of(
             snapshot, self._plan, now=datetime.now(UTC), curve=curve if stage == snapshot.stage else Curve(),
-            state=self.state, note=self.note, since_s=time.monotonic() - at,
+            state=self.state, note=self.note, since_s=time.monotonic() - at, told=told,
         )  # fmt: skip
 
     def _taken(self) -> list[Text]:
@@ -194,6 +196,19 @@ class RichView:
                 self._curve = (stage, curve_of(data.decode(errors="replace")))
                 pause = max(CURVE_EVERY_S, len(data) / CURVE_BYTES_S)
                 self._wake.set()
+
+
+class _Memory:
+    """What a stage last told of its work."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._stages = {stage.name: stage for stage in plan.stages}
+        self._told: Told | None = None
+
+    def at(self, snapshot: Snapshot) -> Told | None:
+        stage = self._stages.get(snapshot.stage or "")
+        self._told = (told_by(snapshot, stage) if stage is not None else None) or self._told
+        return self._told
 
 
 def _nothing(width: int, height: int) -> list[Text]:

@@ -84,11 +84,14 @@ class Scene:
 
 def scene_of(
     snapshot: Snapshot, plan: Plan, *, now: datetime, curve: Curve, state: str = "running", note: str = "",
-    warning: str = "", since_s: float = 0.0,
+    warning: str = "", since_s: float = 0.0, told: Told | None = None,
 ) -> Scene:  # fmt: skip
-    """`since_s`: seconds since the snapshot was taken; ages go on, what was seen stays."""
+    """`since_s`: seconds since the snapshot was taken; ages go on, what was seen stays.
+
+    `told`: what the stage last said of its work, where it is at something else just now (see `told_by`).
+    """
     run, open_rows = snapshot.run, [row for row in snapshot.run.machines if row.state is not State.GONE]
-    lefts = {stage.name: _left(stage, snapshot, since_s) for stage in plan.stages}
+    lefts = {stage.name: _left(stage, snapshot, since_s, told) for stage in plan.stages}
     machines = [_machine_micros(row, snapshot, since_s, lefts) for row in open_rows if row.state is not State.INTENT]
     covered = {row.stage for row in open_rows if row.state is not State.INTENT} | set(run.done)
     waiting = [stage for stage in plan.stages if stage.name not in covered]
@@ -151,18 +154,40 @@ def _machine_micros(row: MachineRow, snapshot: Snapshot, since_s: float, lefts: 
     return Micros(0, row.reserved_micros, row.reserved_micros)
 
 
-def _left(stage: StagePlan, snapshot: Snapshot, since_s: float) -> Range | None:
+def _left(stage: StagePlan, snapshot: Snapshot, since_s: float, told: Told | None) -> Range | None:
     if stage.name in snapshot.run.done:
         return None
     if stage.name != snapshot.stage or snapshot.machine is None:
         return stage.hours.times(3600)
     index = int(snapshot.machine.order.get("offer_index", 0))
     hours = stage.candidate_hours[index] if index < len(stage.candidate_hours) else stage.hours
-    age = snapshot.machine_age_s + since_s
-    found = outlook.left_s(stage, hours, age, _of_now(snapshot))
-    if found is None or _of_now(snapshot) is None or outlook.work_share(stage, snapshot.progress) is None:
-        return found
-    return Range(*(max(0.0, value - since_s) for value in (found.low, found.expected, found.high)))
+    now = told_by(snapshot, stage) or (told if told is not None and told.machine == snapshot.machine.name else None)
+    age_s = snapshot.machine_age_s + since_s
+    if now is None or now.stage != stage.name:
+        return outlook.left_s(stage, hours, age_s, None)
+    found = outlook.left_s(stage, hours, now.age_s, now.progress)
+    if found is None:
+        return None
+    passed = age_s - now.age_s
+    return Range(*(max(0.0, value - passed) for value in (found.low, found.expected, found.high)))
+
+
+@dataclass(frozen=True)
+class Told:
+    """How far a stage was with its work, and how old its machine was then."""
+
+    machine: str
+    stage: str
+    progress: Progress
+    age_s: float
+
+
+def told_by(snapshot: Snapshot, stage: StagePlan) -> Told | None:
+    """None while it is at something else: loading, checking, a checkpoint."""
+    progress, row = _of_now(snapshot), snapshot.machine
+    if progress is None or row is None or outlook.work_share(stage, progress) is None:
+        return None
+    return Told(row.name, stage.name, progress, snapshot.machine_age_s)
 
 
 def _of_now(snapshot: Snapshot) -> Progress | None:

@@ -88,7 +88,17 @@ def test_no_line_is_wider_than_the_terminal_and_no_picture_higher(width, height)
 def test_narrow_terminals_lose_columns_and_keep_every_stage():
     wide, middle, narrow = ("\n".join(plain(SCENE, width)) for width in (120, 80, 60))
     for text in (wide, middle, narrow):
-        for word in ("label #2", "train", "evaluate", "export", "¥19.53", "¥24.14", "¥49.98", "26,714 tokens/s", "GPU 97"):
+        for word in (
+            "label #2",
+            "train",
+            "evaluate",
+            "export",
+            "¥19.53",
+            "¥24.14",
+            "¥49.98",
+            "26,714 tokens/s",
+            "GPU 97",
+        ):
             assert word in text
     assert "us-east-1" in wide and "price/h" in wide and "planned" in wide
     assert "A10G spot, aws" in middle and "us-east-1" not in middle and "price/h" not in middle
@@ -118,7 +128,9 @@ def styles_of(scene: Scene) -> set[str]:
     return {str(span.style) for span in money.spans}
 
 
-@pytest.mark.parametrize(("spent", "colour"), [(79, "green"), (80, "yellow"), (94, "yellow"), (95, "red"), (100, "red")])
+@pytest.mark.parametrize(
+    ("spent", "colour"), [(79, "green"), (80, "yellow"), (94, "yellow"), (95, "red"), (100, "red")]
+)
 def test_money_changes_colour_at_80_and_95_percent_of_the_cap(spent, colour):
     assert money_style(spent, 100) == colour
     micros = SCENE.cap_micros * spent // 100 + 1
@@ -160,6 +172,8 @@ def test_spans_share_their_unit():
     assert span(Range(50, 50, 50)) == "50 s"
 
 
-@pytest.mark.parametrize(("share", "drawn"), [(0.0, "────"), (0.5, "━━──"), (0.625, "━━╸─"), (1.0, "━━━━"), (7.0, "━━━━")])
+@pytest.mark.parametrize(
+    ("share", "drawn"), [(0.0, "────"), (0.5, "━━──"), (0.625, "━━╸─"), (1.0, "━━━━"), (7.0, "━━━━")]
+)
 def test_a_bar_is_half_a_column_exact(share, drawn):
     assert bar(share, 4, "cyan").plain == drawn

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 
-import pytest
 from rich.text import Text
 
 from orchestrator import live
@@ -68,7 +67,7 @@ def running(done: float = 50.0):
 
 
 def test_a_terminal_gets_the_picture_and_everything_else_plain_lines(monkeypatch):
-    terminal = take_terminal(monkeypatch)
+    take_terminal(monkeypatch)
     assert isinstance(view_for(PLAN, "fake:"), RichView)
     for term in ("dumb", ""):
         monkeypatch.setenv("TERM", term)
@@ -94,7 +93,15 @@ def test_plain_lines_come_when_something_happens_and_every_ten_seconds(monkeypat
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 + 3  # at 0, 10 and 20 s
     assert re.fullmatch(r"\d\d:\d\d:\d\d  label      on this machine", lines[0])
-    for part in ("rehearse 50 % (50/100 steps)", "loss 1.25", "2.5 steps/s", "0.40 GiB", "20 s left (", "spent", "cap ¥"):
+    for part in (
+        "rehearse 50 % (50/100 steps)",
+        "loss 1.25",
+        "2.5 steps/s",
+        "0.40 GiB",
+        "20 s left (",
+        "spent",
+        "cap ¥",
+    ):
         assert part in lines[1]
     assert "\x1b" not in "".join(lines)
 
@@ -154,6 +161,7 @@ def test_what_happened_is_wrapped_at_words_below_itself():
 
 def test_no_colour_is_used_where_none_is_wanted(monkeypatch):
     terminal = take_terminal(monkeypatch)
+
     def codes() -> set[str]:
         screen = Screen(terminal)
         screen.paint([], lambda width, height: [Text("done", "green bold")])
@@ -191,7 +199,7 @@ def test_the_view_draws_the_run_and_tells_what_happens_above_it(tmp_path, monkey
 
 
 def test_losses_come_from_the_bucket_while_they_grow(tmp_path, monkeypatch):
-    terminal = take_terminal(monkeypatch)
+    take_terminal(monkeypatch)
     monkeypatch.setattr(live, "CURVE_EVERY_S", 0.02)
     folder = tmp_path / "label"
     folder.mkdir()
@@ -207,6 +215,7 @@ def test_losses_come_from_the_bucket_while_they_grow(tmp_path, monkeypatch):
 
 def test_a_view_that_cannot_be_drawn_gives_way_to_plain_lines(tmp_path, monkeypatch):
     terminal = take_terminal(monkeypatch)
+
     def broken(*args: object) -> list[Text]:
         raise ValueError("bad luck")
 

@@ -18,7 +18,9 @@ TRAIN = replace(PLAN.stages[1], kind="train", hours=Range(0.1, 0.2, 0.4))  # 360
 
 
 def progress(done: float, total: float | None, phase_s: float, *, phase: str = "train", **more: float) -> Progress:
-    return Progress(phase=phase, done=done, total=total, phase_from=more.pop("phase_from", 0.0), phase_s=phase_s, **more)
+    return Progress(
+        phase=phase, done=done, total=total, phase_from=more.pop("phase_from", 0.0), phase_s=phase_s, **more
+    )
 
 
 def test_before_anything_is_seen_the_plan_counts_down():
@@ -64,6 +66,13 @@ def test_an_evaluation_counts_the_time_in_which_answers_are_checked():
     assert found is not None and found.expected == pytest.approx(5 * 3.9 / 6) and found.low < 3.0 < found.high
 
 
+def test_an_evaluation_that_loads_its_models_slowly_takes_as_long_for_the_others():
+    stage = replace(TRAIN, kind="evaluate", startup_hours=Range(0.0, 0.0, 20 / 3600))
+    seen = Progress(phase="evaluate", done=3, total=11, phase_s=1.8, work_s=4.0)
+    found = outlook.left_s(stage, stage.hours, 170.0, seen)  # 150 s for three models
+    assert found is not None and found.expected == pytest.approx(8 * 50.0)
+
+
 def test_the_share_of_a_stage_is_that_of_its_main_phase():
     assert outlook.work_share(TRAIN, progress(100, 400, 50.0)) == 0.25
     assert outlook.work_share(TRAIN, progress(1, 2, 50.0, phase="verify")) is None
@@ -79,7 +88,7 @@ def test_a_machine_costs_what_its_time_will_have_cost_but_never_more_than_it_has
     offer = fake_offer(3_600_000)  # 1,000 micro-USD a second
     left = Range(10.0, 20.0, 500.0)
     assert outlook.machine_micros(offer, age_s=100, left=left, reserved=200_000) == Micros(110_000, 120_000, 200_000)
-    assert outlook.machine_micros(offer, age_s=100, left=None, reserved=200_000) == Micros(100_000, 200_000, 200_000)
+    assert outlook.machine_micros(offer, age_s=100, left=None, reserved=900_000) == Micros(100_000, 200_000, 900_000)
 
 
 def test_the_whole_is_what_is_settled_open_and_still_to_come():

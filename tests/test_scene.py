@@ -22,6 +22,7 @@ from orchestrator.scene import (
     scene_of,
     sparkline,
     speed_of,
+    told_by,
 )
 from orchestrator.states import Event
 from orchestrator.testing import START, FakeBucket, VirtualClock, fake_offer
@@ -40,7 +41,14 @@ class World:
         self.bucket = FakeBucket(self.clock)
         mark = {"wall": START.isoformat(), "boot_id": "b", "boot_s": 0.0}
         self.ledger.create_run(
-            "r-abc123", name="r", bucket="fake:", cap_micros=PLAN.cap_micros, deadline_s=None, mark=mark, at=START, data={}
+            "r-abc123",
+            name="r",
+            bucket="fake:",
+            cap_micros=PLAN.cap_micros,
+            deadline_s=None,
+            mark=mark,
+            at=START,
+            data={},
         )
 
     def order(self, stage: str, attempt: int = 1, reserved: int = 400_000) -> str:
@@ -143,6 +151,22 @@ def test_a_stage_done_on_another_ones_machine_took_from_its_first_word_to_its_re
     assert world.scene().stages[0].took_s == 40.0
 
 
+def test_while_it_saves_or_loads_the_end_that_was_seen_comes_nearer():
+    world = World()
+    world.up(world.order("label"))
+    world.clock.sleep(50)
+    seen = Progress("rehearse", 1, done=50, total=100, phase_s=50.0, attempt=1)
+    told = told_by(world.snapshot(seen), PLAN.stages[0])
+    world.clock.sleep(10)
+    saving = Progress("checkpoint", 2, done=1e6, unit="bytes", attempt=1)
+    assert world.scene(saving, told=told).stages[0].left.expected == pytest.approx(40.0)
+    assert told_by(world.snapshot(saving), PLAN.stages[0]) is None
+    faster = replace(told, progress=replace(seen, done=75))
+    assert world.scene(saving, told=faster).stages[0].left.expected == pytest.approx(50.0 / 75 * 25 - 10)
+    other = replace(faster, machine="kd-another")  # the plan's again
+    assert world.scene(saving, told=other).stages[0].left.expected == pytest.approx(40.0)
+
+
 def test_between_two_looks_ages_and_money_go_on():
     world = World()
     world.up(world.order("label"))
@@ -219,7 +243,11 @@ def test_of_two_models_side_by_side_the_curve_does_not_jump_between_them():
 
 
 def test_repeated_steps_count_as_they_were_last():
-    assert curve_of(rows((0, "", 5.0), (1, "", 4.0), (2, "", 9.0), (1, "", 4.5), (2, "", 4.0))).values == (5.0, 4.5, 4.0)
+    assert curve_of(rows((0, "", 5.0), (1, "", 4.0), (2, "", 9.0), (1, "", 4.5), (2, "", 4.0))).values == (
+        5.0,
+        4.5,
+        4.0,
+    )
 
 
 def test_half_written_and_senseless_rows_are_left_out():

@@ -1,4 +1,4 @@
-"""TensorBoard over a run's events: they come as they grow, it listens on this machine only, and ends with the command."""
+"""TensorBoard over a run's events: they come as they grow, only this machine is served, and it ends with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def test_only_events_of_known_stages_are_brought(bucket, tmp_path):
     for key in ("train/events/a", "train/model/b", "other/events/c", "train/events-old/d"):
         bucket.put(key, b"x")
     Copy(bucket, ["train"], tmp_path / "own").look()
-    assert [path.relative_to(tmp_path / "own").as_posix() for path in (tmp_path / "own").rglob("*") if path.is_file()] == [
-        "train/a"
-    ]
+    assert [
+        path.relative_to(tmp_path / "own").as_posix() for path in (tmp_path / "own").rglob("*") if path.is_file()
+    ] == ["train/a"]
 
 
 def test_what_is_shorter_for_a_moment_takes_nothing_away_and_what_differs_begins_anew(tmp_path):
