@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
+from tasks import supervisor
+from tasks.contract import PROGRESS_FILE, Progress
 from tasks.gpu import Gpu, Gpus, Watcher, numbers_of
 
 
@@ -91,3 +95,57 @@ def test_a_driver_that_hangs_holds_up_nobody():
     free.set()
     watcher.join(10)
     assert not watcher.is_alive()  # no GPU: nothing to look at
+
+
+# --- what the supervisor makes of it
+
+
+class Process:
+    """As psutil tells of one: so many seconds of processor time."""
+
+    def __init__(self, pid: int, cpu_s: float) -> None:
+        self.pid, self.cpu_s = pid, cpu_s
+
+    def oneshot(self):
+        return nullcontext()
+
+    def create_time(self) -> float:
+        return 1.0
+
+    def cpu_times(self) -> SimpleNamespace:
+        return SimpleNamespace(user=self.cpu_s, system=0.0)
+
+    def memory_info(self) -> SimpleNamespace:
+        return SimpleNamespace(rss=1 << 30)
+
+
+def test_busy_cores_are_those_of_the_last_seconds_and_count_processes_that_have_left(monkeypatch):
+    now, processes = [100.0], [Process(1, 0.0), Process(2, 0.0)]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervisor, "descendants", lambda guard: processes)
+    meter = supervisor._Meter()
+    meter.read(None)
+    now[0], processes[0].cpu_s, processes[1].cpu_s = 104.0, 4.0, 2.0
+    meter.read(None)
+    assert meter.cores == 1.5  # 6 s of processor time in 4 s
+    now[0] = 105.0
+    meter.read(None)
+    assert meter.cores == 1.5  # too short a while to say anything new
+    now[0] = 108.0
+    processes.pop()
+    meter.read(None)
+    assert meter.cores == 0.0
+
+
+def test_progress_in_the_bucket_tells_memory_cores_and_gpus_beside_the_stages_own_numbers(tmp_path):
+    (tmp_path / PROGRESS_FILE).write_text(Progress("train", 1, done=1, total=2, numbers={"loss": 0.5}).to_json())
+    seeing = supervisor._Supervision.__new__(supervisor._Supervision)
+    seeing._work, seeing._task = tmp_path, SimpleNamespace(attempt=3)
+    seeing._meter = SimpleNamespace(peak_gib=1.25, cores=1.9)
+    seeing._gpus = SimpleNamespace(numbers={"gpu_use": 0.9, "gpu_used_gib": 60.0, "gpu_total_gib": 80.0})
+    seeing._courier = SimpleNamespace(progress=None)
+    seeing._see_progress()
+    sent = seeing._courier.progress
+    assert sent.attempt == 3 and sent.numbers == {
+        "loss": 0.5, "rss_gib": 1.25, "cpu_cores": 1.9, "gpu_use": 0.9, "gpu_used_gib": 60.0, "gpu_total_gib": 80.0,
+    }  # fmt: skip
