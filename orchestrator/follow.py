@@ -109,10 +109,19 @@ class Tape:
 
     def fresh(self, lines: Sequence[str]) -> list[str]:
         """The lines that were not told yet."""
+        if self._last_has_grown(lines):
+            self.told.pop()
         count = min(len(self.told), len(lines))
         new = list(lines[count:]) if self.told[:count] == list(lines[:count]) else self._after_overlap(lines)
         self.told += new
         return new
+
+    def _last_has_grown(self, lines: Sequence[str]) -> bool:
+        """Whether only half of the last line was told: then it is told again, whole."""
+        at = len(self.told) - 1
+        if not 0 <= at < len(lines) or lines[at] == self.told[at] or self.told[:at] != list(lines[:at]):
+            return False
+        return lines[at].startswith(self.told[at])
 
     def _after_overlap(self, lines: Sequence[str]) -> list[str]:
         for size in OVERLAPS:
@@ -173,7 +182,7 @@ def follow_logs(
         gone = outcome is None and driver.is_gone() and not _works_alone(run)
         row = None if done or outcome or gone else _row_at_work(run, current)
         if reader.is_due(clock) or row is None:
-            reader.read(clock)
+            reader.read(clock, whole=bool(done or outcome or gone))
         for line in reader.fresh(row, machine.lines(row)):
             out(line)
         if outcome is not None:
@@ -215,7 +224,7 @@ class _Reader:
     def __init__(self, bucket: Bucket, stage: str, last: int) -> None:
         self._bucket, self._stage, self._last = bucket, stage, last
         self._stored: list[str] = []
-        self._etag = ""
+        self._known: tuple[str, bool] = ("", False)
         self._read: Mark | None = None
         self._tape = Tape()
         self._before: dict[str, Tape] = {}  # what a machine printed before its attempt began, by job
@@ -223,14 +232,18 @@ class _Reader:
     def is_due(self, clock: Clock) -> bool:
         return self._read is None or age_s(self._read, clock.mark()) >= LOOK_S
 
-    def read(self, clock: Clock) -> None:
-        """A log that is not there yet, or a bucket that does not answer, changes nothing."""
+    def read(self, clock: Clock, *, whole: bool) -> None:
+        """A log that is not there yet, or a bucket that does not answer, changes nothing.
+
+        Without `whole` a last line that has no end yet is left for later.
+        """
         self._read, key = clock.mark(), f"{self._stage}/{LOG_FILE}"
         try:
             found = self._bucket.head(key)
-            if found is not None and found.etag != self._etag:
+            if found is not None and (found.etag, whole) != self._known:
                 data, stat = self._bucket.get(key)
-                self._stored, self._etag = lines_of(data), stat.etag
+                ends = whole or data.endswith((b"\n", b"\r"))
+                self._stored, self._known = lines_of(data)[: None if ends else -1], (stat.etag, whole)
         except BucketError:
             return
 
@@ -256,20 +269,23 @@ class _Machine:
         self._provider = provider and Guarded(provider, lambda: clock.mark().wall, limit_s=MACHINE_LIMIT_S)
         self._asked: tuple[str, Mark, float] | None = None
         self._lines: list[str] = []
+        self._sure: list[str] = []
 
     def lines(self, row: MachineRow | None) -> list[str]:
-        """Without a last line that may still be half written."""
+        """Without a last line that may still be half written: one that was there twice is whole."""
         if row is None or self._provider is None:
             return []
         now, job = self._clock.mark(), f"{row.name} {row.facts['job']}"
         if self._asked is None or self._asked[0] != job:
-            self._lines = []
+            self._lines, self._sure = [], []
         elif age_s(self._asked[1], now) < self._asked[2]:
-            return self._lines[:-1]
+            return self._sure
         pause = NEAR_S if row.order["offer"]["infra"] == "local" else FAR_S
         try:
-            self._lines = list(self._provider.logs(row.name, str(row.facts["job"]))) or self._lines
+            found = list(self._provider.logs(row.name, str(row.facts["job"]))) or self._lines
+            self._sure = found if found == self._lines else found[:-1]
+            self._lines = found
         except ProvisionError:
             pause = REST_S
         self._asked = (job, self._clock.mark(), pause)
-        return self._lines[:-1]
+        return self._sure

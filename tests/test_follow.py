@@ -7,9 +7,20 @@ import random
 import pytest
 
 from orchestrator.errors import UsageError
-from orchestrator.follow import CUT, Tape, follow_logs, joined, lines_of, read_log, show_logs, split_at_attempt
+from orchestrator.follow import (
+    CUT,
+    Tape,
+    _Machine,
+    follow_logs,
+    joined,
+    lines_of,
+    read_log,
+    show_logs,
+    split_at_attempt,
+)
 from orchestrator.lease import Lease
 from orchestrator.provision import ProvisionError
+from orchestrator.testing import VirtualClock
 from tests.test_scene import PLAN, World
 
 START_LINE = "[supervisor] attempt {} of stage label, 300 s left"
@@ -48,6 +59,18 @@ def test_alike_lines_are_not_taken_for_each_other():
     before = ["loss", "step"] * 40
     tape.fresh(before)
     assert tape.fresh([CUT, *before[20:], "end"]) == ["end"]
+
+
+def test_a_line_that_comes_again_is_not_taken_for_the_last_one_that_was_told():
+    tape = Tape()
+    tape.fresh([*numbered(30), "a", "step"])
+    assert tape.fresh([CUT, *numbered(30)[20:], "a", "step", "b", "step", "c"]) == ["b", "step", "c"]
+
+
+def test_a_line_of_which_half_was_told_is_told_again_whole_and_nothing_else():
+    tape = Tape()
+    tape.fresh([*numbered(5), "load"])
+    assert tape.fresh([*numbered(5), "loading", "next"]) == ["loading", "next"]
 
 
 def test_a_log_with_nothing_known_in_it_is_told_whole():
@@ -137,6 +160,9 @@ class Followed(World):
         )  # fmt: skip
 
 
+def nothing(world: Followed) -> None: ...
+
+
 def finish(world: Followed, stage: str) -> None:
     world.gone(f"kd-{stage}-1", 10, 1.0)
     world.done(stage)
@@ -176,12 +202,14 @@ def test_the_machine_is_heard_before_the_bucket_and_no_line_comes_twice(monkeypa
     begin = START_LINE.format(1)
 
     def prints(*lines: str):
-        return lambda w: w.printed.__setitem__("label-1", [*lines, ""])
+        return lambda w: w.printed.__setitem__("label-1", list(lines))
 
     world = Followed(
         lambda w: (prints()(w), w.job(w.order("label"), "label")),
         prints("fetching packages"),
+        nothing,
         prints("fetching packages", begin, "a", "b"),
+        nothing,
         lambda w: w.put("label", begin, "a"),
         lambda w: w.printed.__setitem__("label-1", None),
         lambda w: w.put("label", begin, "a", "b", "c"),
@@ -190,6 +218,34 @@ def test_the_machine_is_heard_before_the_bucket_and_no_line_comes_twice(monkeypa
     )
     world.follow(monkeypatch, provider=world)
     assert world.out == ["fetching packages", begin, "a", "b", "c"]
+
+
+def test_a_line_that_is_half_written_waits_for_its_other_half():
+    world = Followed()
+    world.job(world.order("label"), "label")
+    (row,) = world.ledger.run("r-abc123").machines
+    machine = _Machine(world, world.clock)
+    world.printed["label-1"] = ["one", "tw"]
+    assert machine.lines(row) == ["one"]
+    assert machine.lines(row) == ["one"]  # remembered: it is not asked that often
+    world.printed["label-1"] = ["one", "two", "thr"]
+    VirtualClock.sleep(world.clock, 10)
+    assert machine.lines(row) == ["one", "two"]
+    VirtualClock.sleep(world.clock, 10)
+    assert machine.lines(row) == ["one", "two", "thr"]  # there for a while: nothing is being written
+    assert machine.lines(None) == []
+
+
+def test_half_a_line_in_the_bucket_waits_until_there_is_no_more_to_come(monkeypatch):
+    world = Followed(
+        lambda w: w.bucket.put("label/log.txt", b"one\ntw"),
+        lambda w: w.bucket.put("label/log.txt", b"one\ntwo\nthr"),
+        nothing,
+        lambda w: w.done("label"),
+        lambda w: w.end(),
+    )
+    world.follow(monkeypatch)
+    assert world.out == ["one", "two", "thr"]
 
 
 def test_a_run_that_nobody_drives_is_not_waited_for(monkeypatch):
