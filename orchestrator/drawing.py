@@ -167,7 +167,9 @@ def _left(stage: StageLine, scene: Scene, width: int) -> str:
     if stage.state == DONE:
         return "done"
     if stage.left is None:
-        return "longer than planned" if stage.state == RUNNING and width >= SLIM else "?"
+        return "longer than expected" if stage.state == RUNNING and width >= SLIM else "?"
+    if stage.left.expected < 1:
+        return "soon"
     spread = f" ({span(stage.left)})" if width >= SLIM and stage.left.high >= 3 else ""
     return f"{human_seconds(stage.left.expected)}{spread}"
 

@@ -169,6 +169,8 @@ def _left(stage: StagePlan, snapshot: Snapshot, since_s: float, told: Told | Non
     if found is None:
         return None
     passed = age_s - now.age_s
+    if passed > found.high > 0:
+        return None  # nothing was heard of it since it should have been done
     return Range(*(max(0.0, value - passed) for value in (found.low, found.expected, found.high)))
 
 

@@ -37,7 +37,7 @@ def watch(run_id: str, *, ledger: Ledger, say: Callable[[str], None], until_left
     def left(gone: bool) -> None:
         if gone and view.state == "running":
             view.say("warn", None, resume)
-        view.state, view.note = ("interrupted", resume) if gone else ("running", goes_on)
+        view.state, view.note = ("interrupted", f"{LEFT}; Ctrl-C leaves it so") if gone else ("running", goes_on)
 
     try:
         with view:

@@ -160,9 +160,11 @@ def test_what_others_wrote_cannot_steer_the_terminal():
     assert all(char.isprintable() for row in draw(scene, 120) for char in row.plain)
 
 
-def test_a_stage_that_takes_longer_than_the_plan_thought_possible_says_so():
+def test_a_stage_that_takes_longer_than_anybody_thought_says_so_and_one_that_sends_its_results_is_done_soon():
     scene = replace(SCENE, stages=(line("train", RUNNING, took_s=9.0),))
-    assert "longer than planned" in "\n".join(plain(scene, 80))
+    assert "longer than expected" in "\n".join(plain(scene, 80))
+    scene = replace(SCENE, stages=(line("train", RUNNING, took_s=9.0, left=Range(0, 0, 0)),))
+    assert "soon" in "\n".join(plain(scene, 80))
     assert "■ train" in "\n".join(plain(replace(SCENE, stages=(line("train", STOPPED, took_s=9.0),)), 80))
 
 

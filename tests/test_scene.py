@@ -163,6 +163,9 @@ def test_while_it_saves_or_loads_the_end_that_was_seen_comes_nearer():
     assert told_by(world.snapshot(saving), PLAN.stages[0]) is None
     faster = replace(told, progress=replace(seen, done=75))
     assert world.scene(saving, told=faster).stages[0].left.expected == pytest.approx(50.0 / 75 * 25 - 10)
+    world.clock.sleep(60)
+    assert world.scene(saving, told=faster).stages[0].left is None  # nobody knows: it should have been done
+    world.clock.sleep(-60)
     other = replace(faster, machine="kd-another")  # the plan's again
     assert world.scene(saving, told=other).stages[0].left.expected == pytest.approx(40.0)
 
