@@ -91,7 +91,8 @@ class PlainView:
             sys.stderr.flush()
 
     def say(self, kind: str, stage: str | None, text: str, at: datetime | None = None) -> None:
-        print(f"{clock_of(at)}  {clean(stage or '-'):<10} {clean(text)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # whoever read has left: the run goes on without them
+            print(f"{clock_of(at)}  {clean(stage or '-'):<10} {clean(text)}", file=sys.stderr, flush=True)
 
     def update(self, snapshot: Snapshot) -> None:
         told = self._told.at(snapshot)
@@ -126,6 +127,7 @@ class RichView:
         above = _Above(self.say)
         self._streams.enter_context(contextlib.redirect_stdout(above))
         self._streams.enter_context(contextlib.redirect_stderr(above))
+        self._streams.callback(above.write, "\n")  # what has no end yet is told as it is
         for thread in self._threads:
             thread.start()
         return self
@@ -178,10 +180,11 @@ class RichView:
                 scene = self.scene()
                 self._screen.paint(self._taken(), partial(draw, scene) if scene is not None else _nothing)
         except Exception as error:  # noqa: BLE001 - a picture that cannot be drawn must not end a run that costs money
-            plain = PlainView(self._plan, note=self.note)
-            self._streams.close()
-            plain.say("warn", None, f"the live view failed ({error!r}); plain lines from here")
-            self._plain = plain
+            self._streams.close()  # first: until then what is printed comes back here
+            self._plain = PlainView(self._plan, note=self.note)
+            self._plain.say("warn", None, f"the live view failed ({error!r}); plain lines from here")
+            for line in self._taken():
+                self._plain.say("said", None, line.plain[HANG:])
 
     def _read_on(self) -> None:
         """Losses of the running stage; a bucket that does not answer is asked again."""

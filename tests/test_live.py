@@ -221,11 +221,26 @@ def test_a_view_that_cannot_be_drawn_gives_way_to_plain_lines(tmp_path, monkeypa
 
     monkeypatch.setattr(live, "draw", broken)
     with RichView(PLAN, f"file:{tmp_path}") as view:
+        print("half a line", end="")
         view.update(running())
         wait_for(lambda: view._plain is not None)
         view.say("done", "label", "done all the same")
     assert "the live view failed (ValueError('bad luck'))" in terminal.getvalue()
-    assert "done all the same" in terminal.getvalue()
+    assert "done all the same" in terminal.getvalue() and terminal.getvalue().count("half a line") == 1
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path, monkeypatch):
+    terminal = take_terminal(monkeypatch)
+    with RichView(PLAN, f"file:{tmp_path}") as view:
+        monkeypatch.setattr(terminal, "write", gone)
+        view.say("start", "label", "on this machine")
+        wait_for(lambda: view._plain is not None)
+        view.say("done", "label", "done")
+        view.update(running())
+
+
+def gone(text: str) -> int:
+    raise OSError(5, "Input/output error")
 
 
 def test_word_may_be_left_from_a_signal_handler(tmp_path, monkeypatch):
