@@ -8,10 +8,10 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol
 
@@ -112,13 +112,13 @@ class RichView:
     def __init__(self, plan: Plan, url: str, *, note: str = "") -> None:
         self.note, self.state = note, "running"
         self._plan, self._url = plan, url
-        self._said: deque[Text] = deque()
+        self._inbox: SimpleQueue[Text | None] = SimpleQueue()  # a signal handler may put, whatever it interrupts
         self._seen: tuple[Snapshot, Told | None, float] | None = None
         self._told = _Memory(plan)
         self._curve: tuple[str | None, Curve] = (None, Curve())
         self._screen = Screen(sys.stderr)
         self._plain: PlainView | None = None
-        self._wake, self._ended = threading.Event(), threading.Event()
+        self._ended = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._draw_on, self._read_on)]
         self._streams = contextlib.ExitStack()
 
@@ -136,7 +136,7 @@ class RichView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._wake.set()
+        self._inbox.put(None)
         self._threads[0].join(timeout=2)
         self._streams.close()
         with contextlib.suppress(OSError, ValueError):
@@ -147,8 +147,7 @@ class RichView:
         if self._plain is not None:
             self._plain.say(kind, stage, text, at)
         else:
-            self._said.append(told(kind, stage, text, at))
-            self._wake.set()
+            self._inbox.put(told(kind, stage, text, at))
 
     def update(self, snapshot: Snapshot) -> None:
         before = self._seen
@@ -156,7 +155,7 @@ class RichView:
         if self._plain is not None:
             self._plain.update(snapshot)
         elif before is None or before[0].stage != snapshot.stage:
-            self._wake.set()
+            self._inbox.put(None)
 
     def scene(self) -> Scene | None:
         """What is to be drawn now; None before anything was seen."""
@@ -169,21 +168,27 @@ class RichView:
             state=self.state, note=self.note, since_s=time.monotonic() - at, told=told,
         )  # fmt: skip
 
-    def _taken(self) -> list[Text]:
-        return [self._said.popleft() for _ in range(len(self._said))]
+    def _taken(self, wait_s: float = 0.0) -> list[Text]:
+        """What was said, after a wait for the first word; None is a word that only wakes."""
+        found: list[Text | None] = []
+        with contextlib.suppress(Empty):
+            found.append(self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait())
+            while True:
+                found.append(self._inbox.get_nowait())
+        return [line for line in found if line is not None]
 
     def _draw_on(self) -> None:
+        said: list[Text] = []
         try:
             while not self._ended.is_set():
-                self._wake.wait(DRAW_EVERY_S)
-                self._wake.clear()
+                said = self._taken(DRAW_EVERY_S)
                 scene = self.scene()
-                self._screen.paint(self._taken(), partial(draw, scene) if scene is not None else _nothing)
+                self._screen.paint(said, partial(draw, scene) if scene is not None else _nothing)
         except Exception as error:  # noqa: BLE001 - a picture that cannot be drawn must not end a run that costs money
             self._streams.close()  # first: until then what is printed comes back here
             self._plain = PlainView(self._plan, note=self.note)
             self._plain.say("warn", None, f"the live view failed ({error!r}); plain lines from here")
-            for line in self._taken():
+            for line in [*said, *self._taken()]:
                 self._plain.say("said", None, line.plain[HANG:])
 
     def _read_on(self) -> None:
@@ -198,7 +203,7 @@ class RichView:
                 data, _ = open_bucket(self._url).get(f"{stage}/{METRICS_FILE}")
                 self._curve = (stage, curve_of(data.decode(errors="replace")))
                 pause = max(CURVE_EVERY_S, len(data) / CURVE_BYTES_S)
-                self._wake.set()
+                self._inbox.put(None)
 
 
 class _Memory:
