@@ -43,7 +43,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SECTIONS = {
     "Plan": ["plan", "estimate", "offers", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down", "adopt"],
-    "Look": ["report", "compare", "artifacts", "labels"],
+    "Look": ["report", "compare", "artifacts", "labels", "tensorboard"],
     "Safety": ["budget", "reap", "drill"],
 }
 
@@ -172,42 +172,43 @@ def run(
 @kdcloud.command()
 @click.argument("run_id", metavar="[RUN]", required=False)
 def attach(run_id: str | None) -> None:
-    """Watch a run that another client owns; Ctrl-C leaves it running.
+    """Watch a run that another client drives, and end as it ends; Ctrl-C leaves it running.
 
     \b
     kdcloud attach
     """
-    from orchestrator.live import view_for
-    from orchestrator.session import newest, plan_of, watch_run
+    from orchestrator.session import newest
+    from orchestrator.watching import watch
 
     with _ledger() as ledger:
         name = newest(ledger, run_id)
-        made = plan_of(ledger.run(name))
-        view = view_for(made)
-        try:
-            with view:
-                outcome = watch_run(name, ledger=ledger, plan=made, on_turn=view.update)
-        except KeyboardInterrupt:
-            _talk(f"left {name} running; `kdcloud down {name}` ends it")
-            return
-        _finish(ledger, name, outcome)
+        outcome = watch(name, ledger=ledger, say=_talk, until_left=True)
+        if outcome is not None:
+            _finish(ledger, name, outcome)
 
 
 @kdcloud.command()
 @click.argument("run_id", metavar="[RUN]", required=False)
+@click.option("--watch", "-w", "watches", is_flag=True, help="Keep looking at one run (the newest) to its end.")
 @json_option
-def status(run_id: str | None, as_json: bool) -> None:
+def status(run_id: str | None, watches: bool, as_json: bool) -> None:
     """Runs, their state and money, and every machine that may still bill.
 
     \b
     kdcloud status
+    kdcloud status --watch
     kdcloud status --json
     """
     from orchestrator.session import newest
     from orchestrator.status import build_status, render_status
+    from orchestrator.watching import watch
 
+    if watches and as_json:
+        raise UsageError("--watch is for people, --json is one document", hint="leave one of them out")
     with _ledger() as ledger:
-        runs = [newest(ledger, run_id)] if run_id else ledger.runs()
+        runs = [newest(ledger, run_id)] if run_id or watches else ledger.runs()
+        if watches and watch(runs[0], ledger=ledger, say=_talk, until_left=False) is None:
+            return
         document = build_status([ledger.run(name) for name in runs], _provider_of)
     if as_json:
         _print_json(document)
@@ -217,20 +218,43 @@ def status(run_id: str | None, as_json: bool) -> None:
 
 @kdcloud.command()
 @click.argument("run_id", metavar="[RUN]", required=False)
+@click.option("--follow", "-f", is_flag=True, help="Go on as lines come, from stage to stage, until the run has ended.")
 @click.option("--stage", help="Only this stage (default: the newest that has a log).")
-@click.option("--lines", "-n", default=0, help="Only the last N lines.")
-def logs(run_id: str | None, stage: str | None, lines: int) -> None:
-    """What a stage printed.
+@click.option("--lines", "-n", default=0, metavar="N", help="Only the last N lines of what is there.")
+def logs(run_id: str | None, follow: bool, stage: str | None, lines: int) -> None:
+    """What a stage printed, or prints.
 
     \b
     kdcloud logs --stage train -n 50
+    kdcloud logs -f
     """
-    from orchestrator.session import newest, read_log
+    from orchestrator.follow import show_logs
+    from orchestrator.session import newest
 
     with _ledger() as ledger:
-        text = read_log(ledger.run(newest(ledger, run_id)), stage)
-    for line in text.splitlines()[-lines:] if lines else text.splitlines():
-        click.echo(line)
+        name = newest(ledger, run_id)
+        provider = _provider_of(ledger.run(name)) if follow else None
+        show_logs(
+            name, ledger=ledger, stage=stage, last=lines, follow=follow, provider=provider, out=click.echo, say=_talk
+        )
+
+
+@kdcloud.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@click.option("--port", type=click.IntRange(1, 65535), help="Of this machine (default: 6006, or another free one).")
+def tensorboard(run_id: str | None, port: int | None) -> None:
+    """The curves of a run in TensorBoard, on this machine only, while they grow; Ctrl-C ends it.
+
+    \b
+    kdcloud tensorboard
+    kdcloud tensorboard last --port 7007
+    """
+    from orchestrator.session import newest
+    from orchestrator.tensorboard import check_installed, show
+
+    check_installed()
+    with _ledger() as ledger:
+        show(newest(ledger, run_id), ledger=ledger, home=_home()[0], port=port, say=_talk)
 
 
 @kdcloud.command()
@@ -601,27 +625,18 @@ def _leave_to_itself(ledger: Ledger, name: str, *words: str) -> None:
 
 def _go(session: Session) -> None:
     """Runs a session under a live view; the first Ctrl-C saves and tears down, and says so."""
-    from orchestrator.live import view_for
+    from orchestrator.live import note_of_run, stopping_words, view_for
 
     asked: list[int] = []
-    view = view_for(session.plan)
+    view = view_for(session.plan, session.bucket.url, note=note_of_run(session.run_id))
     for text in session.notes:
         _talk(f"note: {text}")
 
     def stop(number: int, frame: object) -> None:
         asked.append(number)
-        if len(asked) == 1:
-            view.say(
-                "stop",
-                None,
-                "stopping: the stage saves a checkpoint, then its machine is ended; this takes up to a minute",
-            )
-        else:
-            view.say(
-                "stop",
-                None,
-                f"still ending the machine; if this terminal dies, `kdcloud down {session.run_id}` does it",
-            )
+        text = stopping_words(session.run_id, session.plan, len(asked))
+        view.state, view.note = "stopping", text
+        view.say("stop", None, text)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

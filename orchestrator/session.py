@@ -13,14 +13,13 @@ from typing import Any
 from orchestrator import __version__, access, grants
 from orchestrator.bounded import Bounded
 from orchestrator.budget import month_cap_micros
-from orchestrator.clock import Clock, Mark, SystemClock, age_s
+from orchestrator.clock import Clock, SystemClock
 from orchestrator.config import Config, Home, load_config
 from orchestrator.errors import BudgetExceeded, KdcloudError, NotOwner, UsageError
-from orchestrator.guarded import CALL_LIMIT_S
 from orchestrator.handover import code_wheel, put_code, upload_data
 from orchestrator.lease import Lease, NoLease, is_free, read_holder
 from orchestrator.ledger import Ledger, Run
-from orchestrator.mirror import Follower, adopt, catch_up
+from orchestrator.mirror import adopt, catch_up
 from orchestrator.names import new_run_id
 from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
 from orchestrator.planner import unbooked_micros
@@ -28,10 +27,9 @@ from orchestrator.provision import NotYetGone, Provisioner, ProvisionError
 from orchestrator.provision_local import LocalProvisioner
 from orchestrator.quota import ask_aws, within_quota
 from orchestrator.routing import Routed
-from orchestrator.runner import Outcome, Runner, Snapshot, mark_to_dict, snapshot_of, worst_case_micros
+from orchestrator.runner import Outcome, Runner, Snapshot, mark_to_dict, worst_case_micros
 from orchestrator.states import State
 from tasks.bucket import Bucket, BucketError, open_bucket, probe
-from tasks.contract import LOG_FILE
 
 RUN_SCHEMA = 1
 Say = Callable[[str, str | None, str], None]
@@ -442,39 +440,6 @@ def live_machines(run: Run, provider: Provisioner | None, clock: Clock | None = 
     return found
 
 
-def watch_run(
-    run_id: str,
-    *,
-    ledger: Ledger,
-    plan: Plan,
-    on_turn: Callable[[Snapshot], None],
-    clock: Clock | None = None,
-    turn_s: float = 0.5,
-) -> Outcome:
-    """Follows a run that another client drives until it ends. Raises UsageError when nobody drives it any more.
-
-    A client that waits for its provider may be late with its lease: it is given the time such a call may take.
-    """
-    clock = clock or SystemClock()
-    bucket = open_bucket(ledger.run(run_id).bucket)
-    news = Follower(ledger, bucket, run_id, clock)
-    silent: Mark | None = None
-    while True:
-        news.look()
-        run = ledger.run(run_id)
-        ends = [e for e in run.entries if e.kind in ("ended", "resumed")]
-        if ends and ends[-1].kind == "ended":
-            return Outcome(**{k: str(ends[-1].data[k]) for k in ("state", "message", "hint")})
-        silent = None if is_driven(bucket, clock) else silent or clock.mark()
-        if silent is not None and (is_left(bucket, clock) or age_s(silent, clock.mark()) > CALL_LIMIT_S):
-            raise UsageError(
-                f"nobody drives {run_id} any more: its client is gone",
-                hint=f"go on with `kdcloud run --resume {run_id}`",
-            )
-        on_turn(snapshot_of(run, plan, bucket, clock))
-        clock.sleep(turn_s)
-
-
 def is_driven(bucket: Bucket, clock: Clock) -> bool:
     """Whether a living client holds the run's lease."""
     found = read_holder(bucket)
@@ -485,18 +450,3 @@ def is_left(bucket: Bucket, clock: Clock) -> bool:
     """Whether the lease was given back, or its holder is known to be dead: not merely late."""
     found = read_holder(bucket)
     return found is None or is_free(*found, now=found[1], clock=clock)
-
-
-def read_log(run: Run, stage: str | None) -> str:
-    """The log of a stage, or of the newest stage that has one. Raises UsageError."""
-    bucket = open_bucket(run.bucket)
-    names = [s.name for s in plan_of(run).stages]
-    if stage is not None and stage not in names:
-        raise UsageError(f"run {run.id} has no stage {stage!r}", hint=f"its stages: {', '.join(names)}")
-    for name in [stage] if stage else reversed(names):
-        if bucket.head(f"{name}/{LOG_FILE}") is not None:
-            return bucket.get(f"{name}/{LOG_FILE}")[0].decode(errors="replace")
-    raise UsageError(
-        f"run {run.id} has no log{f' of stage {stage}' if stage else ''} yet",
-        hint="a log appears once its stage has started",
-    )

@@ -47,6 +47,7 @@ from tasks.contract import (
     Task,
     TaskError,
 )
+from tasks.gpu import Watcher
 from tasks.peers import stage_argv
 from tasks.stage import (
     CHECKPOINTS,
@@ -70,6 +71,7 @@ LEASE_FILE = "lease.json"  # below the run, kept fresh by the client
 STATE_FILE = "supervisor.json"  # in work: what a restart must know
 MARK_ENV = "KDCLOUD_STAGE_MARK"  # in the environment of everything the stage starts
 ROWS_EVERY_S = 10.0  # metrics, events and log go up that often
+CORES_OVER_S = 3.0
 LOG_TAIL_BYTES = 4 << 20  # more of a log is not uploaded
 LOCK_WAIT_S = 60.0  # a supervisor that was replaced needs that long to leave
 GIB = 2**30
@@ -182,7 +184,7 @@ class _Supervision:
         self._began_s = time.monotonic()
         self._log = _Log(work / LOG_FILE)
         self._courier = _Courier(bucket, task, work)
-        self._meter = _Meter()
+        self._meter, self._gpus = _Meter(), Watcher()
         self._oom_kills = _oom_kills()
         self._activity = Activity(Sight(time.monotonic()))
 
@@ -196,6 +198,7 @@ class _Supervision:
         guard = self._start_guard()
         child = self._start(child_argv)
         self._courier.start()
+        self._gpus.start()
         try:
             decision = self._watch(child, guard)
             end_s = time.monotonic() + self._flush_s()
@@ -292,7 +295,8 @@ class _Supervision:
     def _see_progress(self) -> Progress | None:
         progress = _read_progress(self._work)
         if progress is not None:
-            numbers = {**progress.numbers, "rss_gib": round(self._meter.peak_gib, 3)}
+            seen = {"rss_gib": round(self._meter.peak_gib, 3), "cpu_cores": round(self._meter.cores, 2)}
+            numbers = {**progress.numbers, **seen, **self._gpus.numbers}
             self._courier.progress = replace(progress, numbers=numbers, attempt=self._task.attempt)
         return progress
 
@@ -671,6 +675,8 @@ class _Meter:
 
     def __init__(self) -> None:
         self.peak_gib = 0.0  # resident, shared pages counted in each process
+        self.cores = 0.0  # that were busy, over the last seconds
+        self._since = (time.monotonic(), 0.0)
         self._total = Usage()
         self._seen: dict[tuple[int, float], Usage] = {}
 
@@ -690,6 +696,9 @@ class _Meter:
             seen[key] = usage
         self._seen, self._total = seen, total
         self.peak_gib = max(self.peak_gib, resident / GIB)
+        now, (since, before_s) = time.monotonic(), self._since
+        if now - since >= CORES_OVER_S:
+            self.cores, self._since = (total.cpu_s - before_s) / (now - since), (now, total.cpu_s)
         return total
 
 
