@@ -250,7 +250,7 @@ def sky_infra(answer: SkyAnswer | None, wants: Wants) -> Check:
     if answer is None:
         return Check("sky-infra", SKY, State.SKIPPED, "there is no SkyPilot to ask")
     if answer.enabled is None:
-        state = wants.needs(bool(wants.rented))
+        state = State.WARN if answer.late else wants.needs(bool(wants.rented))
         return Check("sky-infra", SKY, state, f"SkyPilot: {answer.trouble}", answer.hint or "sky check")
     names = [name for name in answer.enabled if name != "local"]
     lacking = [name for name in wants.rented if name not in names]
@@ -317,6 +317,7 @@ def aws(facts: AwsFacts | None, wants: Wants, now: datetime) -> Check:
     store = wants.s3 and not (facts and facts.elsewhere)
     rented = "aws" in wants.rented
     missing = State.BAD if store else _one_of_many(wants) if rented else State.SKIPPED
+    wrong = State.WARN if missing is State.SKIPPED else missing
     if facts is None:
         return Check("aws", KEYS, State.SKIPPED, "boto3 is not installed: AWS cannot be asked")
     if not facts.found:
@@ -325,11 +326,11 @@ def aws(facts: AwsFacts | None, wants: Wants, now: datetime) -> Check:
         return Check("aws", KEYS, missing, found, "" if missing is State.SKIPPED else cure)
     if facts.expires_at is not None and facts.expires_at <= now:
         ago = money.human_seconds((now - facts.expires_at).total_seconds())
-        return Check("aws", KEYS, State.BAD, f"the AWS credentials ended {ago} ago", _SIGN_IN)
+        return Check("aws", KEYS, wrong, f"the AWS credentials ended {ago} ago", _SIGN_IN)
     if facts.elsewhere:
         return Check("aws", KEYS, State.OK, f"keys for the store at {facts.elsewhere}; AWS itself is not asked")
     if facts.trouble:
-        return Check("aws", KEYS, State.BAD, facts.trouble, facts.cure or _SIGN_IN)
+        return Check("aws", KEYS, wrong, facts.trouble, facts.cure or _SIGN_IN)
     who = facts.arn or "AWS credentials"
     if facts.expires_at is not None:
         left = facts.expires_at - now

@@ -33,9 +33,9 @@ from orchestrator.provision import ProvisionError
 from orchestrator.quota import Ask, Quota, ask_aws, quota_of, within_quota
 from tasks.bucket import Bucket, BucketError, open_bucket, probe
 
-PLAN_LIMIT_S = 4.0  # a plan for Slurm asks the cluster
-LOOK_LIMIT_S = 10.0  # with the plan: everything within 15 s
-SKY_LIMIT_S = 9.0
+PLAN_LIMIT_S = 3.0  # a plan for Slurm asks the cluster
+LOOK_LIMIT_S = 9.0  # with the plan: everything within 15 s
+SKY_LIMIT_S = 10.0  # loading it alone takes seconds
 CALL_LIMIT_S = 4.0  # one request to a store
 HUB_LIMIT_S = 3.0
 UNITS = ("kdcloud-reap.timer", "kdcloud-watch.service")  # as docs/reaper.md names them
@@ -78,7 +78,7 @@ def examine(recipe: str | None, plan_of: PlanOf, *, offline: bool, ask_quota: As
     if recipe is not None and config is not None:
         plan, wants, check = _planned(recipe, plan_of, wants)
         checks.append(check)
-        if plan is not None:
+        if plan is not None and wants.rented:
             checks.append(doctor.rights(plan, allowed=wants.allow_account_key, env=os.environ))
     looks = list(_looks(home, trouble, config, plan, wants, told, ask_quota))
     checks += at_once(looks, offline=offline)
@@ -149,7 +149,13 @@ def _looks(
     yield Look("python", doctor.COMPUTER, lambda: _computer(home, trouble, wants))
     if "KDCLOUD_PROVIDER" not in os.environ:
         yield Look("sky", doctor.SKY, lambda: [doctor.skypilot(version, wants)])
-        yield Look("sky-infra", doctor.SKY, lambda: [_infra(home, version, wants)], network=version is not None)
+        yield Look(
+            "sky-infra",
+            doctor.SKY,
+            lambda: [_infra(home, version, wants)],
+            network=version is not None,
+            limit_s=SKY_LIMIT_S + 1,
+        )
     yield Look("keys", doctor.KEYS, lambda: _keys(wants))
     asks_aws = find_spec("boto3") is not None
     yield Look("aws", doctor.KEYS, lambda: [_aws(wants, told)], network=asks_aws)
@@ -181,7 +187,9 @@ def _computer(home: Home, trouble: str, wants: Wants) -> Iterable[Check]:
         trouble = _unwritable(root)
         network, open_to_others = on_network(root), _open_to_others(root)
     yield doctor.home(str(root), trouble, network=network, open_to_others=open_to_others)
-    yield from (_disk("disk", root), _disk("temp", Path(tempfile.gettempdir())))
+    if not trouble:
+        yield _disk("disk", root)
+    yield _disk("temp", Path(tempfile.gettempdir()))
 
 
 def _disk(id_: str, path: Path) -> Check:

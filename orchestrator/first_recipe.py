@@ -133,8 +133,8 @@ def from_template(name: str) -> Draft:
         raise UsageError(f"there is no template {name!r}", hint=f"{nearest}`kdcloud init --template list` shows them")
     raw = yaml.safe_load(known[name].read_text(encoding="utf-8"))
     folder = known[name].parent
-    named = {str(raw.get("data", {}).get(key, "builtin:")) for key in ("prompts", "held_out")}
-    files = {file: (folder / file).read_text(encoding="utf-8") for file in sorted(named) if not file.startswith("builtin:")}
+    named = sorted({str(raw.get("data", {}).get(key, "builtin:")) for key in ("prompts", "held_out")})
+    files = {file: (folder / file).read_text(encoding="utf-8") for file in named if not file.startswith("builtin:")}
     return Draft(raw, (templates()[name],), files)
 
 
@@ -269,7 +269,7 @@ def check_budget(text: str) -> str:
     try:
         return str(money.parse_budget(text))
     except ValueError as error:
-        raise UsageError(str(error), hint="write it like 50 CNY or $7") from error
+        raise UsageError(str(error), hint="for example 50 CNY") from error
 
 
 def check_prompts(text: str) -> Prompts | None:
@@ -296,27 +296,39 @@ Ask = Callable[[Question, Callable[[str], Any]], Any]  # asks until the check ta
 def interview(ask: Ask, found: tuple[str, ...], known: Iterable[str]) -> Answers:
     """Asks at most five questions. `found`: infras that can be had now; `known`: all that have prices."""
     teacher = ask(
-        Question("teacher", "Teacher", TEACHER, f"owner/name, a folder, {API} (behind an API), or {TINY} (made here)"),
+        Question(
+            "teacher",
+            "Teacher",
+            TEACHER,
+            f"Who writes the answers? owner/name, a folder, {API} (behind an API), or {TINY} (made here, on a CPU)",
+        ),
         lambda text: check_model(text, (TINY, API)),
     )
     student, prompts = STUDENT, None
     if teacher != TINY:
         student = ask(
-            Question("student", "Student", student_for(teacher), "a smaller model with the teacher's tokenizer"),
+            Question("student", "Student", student_for(teacher), "Who learns? A smaller model with the same tokenizer"),
             lambda text: _student(teacher, text),
         )
         prompts = ask(
-            Question("prompts", "Prompts", SAMPLE, f"your file, {_ROW}; or {SAMPLE}: algebra problems"), check_prompts
+            Question(
+                "prompts",
+                "Prompts",
+                SAMPLE,
+                f"On what? A file of yours with {_ROW}; or {SAMPLE}: algebra problems made for trying",
+            ),
+            check_prompts,
         )
     names = tuple(dict.fromkeys((LOCAL, *found, *known)))
     cheap = teacher == TINY
     usual = (LOCAL,) if cheap else tuple(one for one in found if one != LOCAL) or TABLE_INFRA
+    nothing = "" if found else ". None is enabled from here yet: `kdcloud doctor` says how"
     infra = ask(
-        Question("infra", "Where to run", ", ".join(usual), f"with commas; known: {', '.join(names)}"),
+        Question("infra", "Where to run", ", ".join(usual), f"Where? Any of {', '.join(names)}{nothing}"),
         lambda text: check_infra(text, names),
     )
     budget = ask(
-        Question("budget", "Budget", "1 CNY" if cheap else "50 CNY", "the hard cap of everything, in CNY or USD"),
+        Question("budget", "Budget", "1 CNY" if cheap else "50 CNY", "What may it cost at most, in CNY or USD?"),
         check_budget,
     )
     return Answers(teacher, student, prompts, infra, budget)

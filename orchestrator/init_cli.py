@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,14 +57,21 @@ def _asked(given: Mapping[str, str | None], home: Home, yes: bool) -> Draft:
 
 def _ask(question: Question, check: Callable[[str], Any]) -> Any:
     """On the terminal, until the answer is a good one; enter takes the default."""
+    _talk("")
     while True:
-        if question.note:
-            click.secho(question.note, dim=True, err=True)
-        text = click.prompt(question.words, default=question.default, err=True)
+        click.secho(_wrapped(question.note), dim=True, err=True)
+        text = click.prompt(click.style(question.words, bold=True), default=question.default, err=True)
         try:
             return check(text)
         except UsageError as error:
-            _talk(f"{error.message}\n  -> {error.hint}")
+            _talk(f"{_wrapped(error.message)}\n{_wrapped(f'-> {error.hint}', '  ')}\n")
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    width = min(shutil.get_terminal_size().columns, 100)
+    return textwrap.fill(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def found_infras(home: Home) -> tuple[str, ...]:
@@ -118,7 +127,7 @@ def write(draft: Draft, path: Path, *, may_replace: Callable[[Path], bool]) -> N
         raise
     _put(path, text)
     extra = f", and {', '.join(draft.files)} beside it" if draft.files else ""
-    _talk(f"wrote {path}{extra}")
+    _talk(f"\nwrote {path}{extra}")
 
 
 def _differs(file: Path, body: str) -> bool:

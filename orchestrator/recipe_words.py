@@ -101,7 +101,7 @@ WORDS: Mapping[str, str] = {
     "train.kind": "the student learns from the labels",
     "train.student": "owner/name, a folder, or an earlier model stage",
     "train.labels": "a label stage, or a folder of labels",
-    "train.method": "adapters beside the weights (qlora: held in 4 bits), or all",
+    "train.method": "lora: adapters; qlora: on weights in 4 bits; full: every weight",
     "train.lora": "the adapters",
     "train.loss": "alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE",
     "train.epochs": "times through the labels; or give steps",
@@ -138,6 +138,8 @@ WORDS: Mapping[str, str] = {
     "model.num_attention_heads": "heads",
     "model.num_key_value_heads": "heads of keys and values",
 }
+
+SAID = ("kind", "formats", "method")  # whose words stand in their meaning, or would lead nowhere
 
 # Keys worth knowing that a recipe may leave out: written as comments, ready to be taken in.
 OFFERED: Mapping[str, Mapping[str, Any]] = {
@@ -214,7 +216,7 @@ def meaning(part: str, key: str, value: Any) -> str:
     field = PARTS[part].model_fields[key]
     said = WORDS.get(f"{part}.{key}") or WORDS.get(key) or field.description or ""
     values = value if isinstance(value, list | tuple) else [value]
-    others = [] if key in ("kind", "formats") else [word for word in _choices(field.annotation) if word not in values]
+    others = [] if key in SAID else [word for word in _choices(field.annotation) if word not in values]
     word = "also" if isinstance(value, list | tuple) else "or"
     return f"{said}; {word} {', '.join(map(str, others))}" if others else said
 

@@ -56,7 +56,8 @@ def enabled(home: Path, limit_s: float) -> SkyAnswer:
         said, _ = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         _end(process)
-        return SkyAnswer(None, f"did not answer within {limit_s:.0f} s", "sky api status", late=True)
+        hint = "ask again, or see for yourself: sky check"
+        return SkyAnswer(None, f"did not answer within {limit_s:.0f} s", hint, late=True)
     return read_answer(said)
 
 
