@@ -15,6 +15,7 @@ from orchestrator.config import Config
 from orchestrator.errors import KdcloudError
 from orchestrator.lease import LEASE_S
 from orchestrator.ledger import Month
+from orchestrator.quota import Quota, raise_it
 from orchestrator.reaper import GRACE
 from orchestrator.sky_ask import WANTED as SKY_WANTED
 from orchestrator.sky_ask import SkyAnswer
@@ -149,6 +150,18 @@ def quota(refused: Sequence[tuple[str, str]], asked: int, untold: int, stop: tup
         found = "AWS does not say how many GPUs your account may run"
         return Check("quota", KEYS, State.WARN, found, "allow your user servicequotas:GetServiceQuota")
     return Check("quota", KEYS, State.OK, f"the GPU quotas of AWS that matter here are large enough ({asked - untold})")
+
+
+def own_quota(quota: Quota, allowed: float | None) -> Check:
+    """How many vCPUs of GPU machines the account may run, where no recipe says which are wanted."""
+    if allowed is None:
+        return Check("quota", KEYS, State.SKIPPED, "AWS does not say how many GPUs your account may run")
+    found = f"your account may run {allowed:g} vCPUs of {quota.what}"
+    few = allowed < LEAST_VCPUS
+    return Check("quota", KEYS, State.WARN if few else State.OK, found, raise_it(quota, LEAST_VCPUS) if few else "")
+
+
+LEAST_VCPUS = 4  # of the smallest machines with a GPU (g4dn.xlarge, g5.xlarge, g6.xlarge)
 
 
 # -- this computer

@@ -30,7 +30,7 @@ from orchestrator.doctor import AwsFacts, BucketFacts, Check, Left, State, Wants
 from orchestrator.errors import KdcloudError, NothingFits, UsageError
 from orchestrator.plan import Plan
 from orchestrator.provision import ProvisionError
-from orchestrator.quota import Ask, Quota, ask_aws, quota_of, within_quota
+from orchestrator.quota import CODES, FAMILIES, Ask, Quota, ask_aws, quota_of, within_quota
 from tasks.bucket import Bucket, BucketError, open_bucket, probe
 
 PLAN_LIMIT_S = 3.0  # a plan for Slurm asks the cluster
@@ -161,6 +161,8 @@ def _looks(
     yield Look("aws", doctor.KEYS, lambda: [_aws(wants, told)], network=asks_aws)
     if plan is not None and "aws" in wants.rented and asks_aws:
         yield Look("quota", doctor.KEYS, lambda: [_quota(plan, ask_quota)], network=True)
+    elif not wants.named and asks_aws:
+        yield Look("quota", doctor.KEYS, lambda: _own_quota(ask_quota), network=True)
     if wants.bucket:
         far = wants.s3
         yield Look("bucket", doctor.BUCKET, lambda: _bucket(wants, told), network=far)
@@ -322,6 +324,17 @@ def _quota(plan: Plan, ask: Ask) -> Check:
         for one in after.rejected[len(before.rejected) :]
     ]
     return doctor.quota(refused, len(known), untold, None)
+
+
+def _own_quota(ask: Ask) -> Iterable[Check]:
+    """Of the usual machines in the usual region, where AWS is used at all."""
+    import boto3
+
+    session = boto3.session.Session()
+    if session.get_credentials() is not None and not _elsewhere(os.environ):
+        region = session.region_name or "us-east-1"
+        quota = Quota(CODES["g", False], region, f"on-demand {FAMILIES['g']} instances in {region}")
+        yield doctor.own_quota(quota, ask(quota))
 
 
 # -- bucket

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from orchestrator.errors import UsageError
 from orchestrator.ledger import Ledger, Month
 from orchestrator.money import Rate, parse_amount
 from orchestrator.plan import Plan
+from orchestrator.quota import Quota
 from orchestrator.sky_ask import SkyAnswer
 from orchestrator.states import Event
 from orchestrator.testing import START, fake_offer
@@ -427,6 +429,13 @@ def test_a_quota_of_nothing_is_bad_and_a_large_one_is_not(monkeypatch: pytest.Mo
     assert left_out.state is WARN and "g5.12xlarge" in left_out.found
 
 
+def test_without_a_recipe_the_quota_of_a_new_account_is_told_and_a_larger_one_is_well() -> None:
+    quota = Quota("L-DB2E81BA", "eu-west-1", "on-demand G and VT instances in eu-west-1")
+    found = [doctor.own_quota(quota, allowed) for allowed in (0.0, 8.0, None)]
+    assert [check.state for check in found] == [WARN, OK, SKIPPED]
+    assert "--quota-code L-DB2E81BA --region eu-west-1" in found[0].cure
+
+
 def test_a_machine_that_may_bill_and_a_ledger_that_is_broken_are_bad(nothing_of_the_user: Path) -> None:
     bucket = f"file:{nothing_of_the_user}/bucket"
     ledger = Ledger(Home(nothing_of_the_user).ledger)
@@ -598,7 +607,7 @@ def fake_sky(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("body", "enabled", "says"),
     [
-        ("print('welcome'); return ['AWS', 'Slurm']", ("aws", "slurm"), ""),
+        ("print('hi'); import atexit; atexit.register(print, 'bye'); return ['AWS', 'Slurm']", ("aws", "slurm"), ""),
         ("raise RuntimeError('token refused')", None, "token refused"),
         ("import os; os._exit(3)", None, "without an answer"),
         ("time.sleep(60)", None, "within 2 s"),
@@ -633,6 +642,13 @@ def test_where_skypilots_server_is_comes_from_where_skypilot_looks(tmp_path: Pat
 
 
 # -- what is shown
+
+
+def test_the_document_lists_every_check_and_no_other() -> None:
+    listed = set(re.findall(r"^\| `([a-z0-9-]+)", (ROOT / "docs" / "doctor.md").read_text(), re.M))
+    sources = [(ROOT / "orchestrator" / f"{name}.py").read_text() for name in ("doctor", "doctor_look")]
+    made = {id_ for text in sources for id_ in re.findall(r'\b(?:Check|Look|_disk)\(\s*"([a-z-]+)"', text)}
+    assert listed == made | {"extra-local", "extra-page", "extra-s3", "key-", "api-"} and len(listed) >= 24
 
 
 def test_no_secret_and_no_control_character_is_shown() -> None:
