@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import access, money
 from orchestrator.config import Config
-from orchestrator.errors import KdcloudError
 from orchestrator.lease import LEASE_S
 from orchestrator.ledger import Month
 from orchestrator.quota import Quota, raise_it
@@ -116,8 +115,8 @@ def planned(plan: Plan) -> Check:
     return Check("recipe", RECIPE, state, f"{plan.name} plans: {needed} of {cap}{late}")
 
 
-def not_planned(error: KdcloudError) -> Check:
-    return Check("recipe", RECIPE, State.BAD, "; ".join(error.message.splitlines()), error.hint)
+def not_planned(message: str, hint: str) -> Check:
+    return Check("recipe", RECIPE, State.BAD, "; ".join(message.splitlines()), hint)
 
 
 def rights(plan: Plan, *, allowed: bool, env: Mapping[str, str]) -> Check:
@@ -482,7 +481,8 @@ def machines(left: Sequence[Left], runs: int, trouble: str = "", cure: str = "")
         yield Check("ledger", MONEY, State.BAD, found, f"kdcloud down {one.run}")
     if not lost:
         kept = f"; {_count(sum(len(one.machines) for one in left), 'machine')} of running ones" if left else ""
-        yield Check("ledger", MONEY, State.OK, f"{_count(runs, 'run')}, every machine accounted for{kept}")
+        said = f"{_count(runs, 'run')}, every machine accounted for{kept}" if runs else "nothing ran from here yet"
+        yield Check("ledger", MONEY, State.OK, said)
 
 
 def _count(number: int, what: str) -> str:
@@ -497,7 +497,7 @@ def hub(name: str, trouble: str, *, token: bool, wants: Wants) -> Check:
     if trouble and wants.named and not wants.hub_models:
         return Check("hub", MODELS, State.SKIPPED, f"{name} does not answer; the recipe fetches nothing from it")
     if trouble:
-        cure = "set HF_ENDPOINT to a mirror, or KDCLOUD_HUB=modelscope; a rented machine has its own way out"
+        cure = "set HF_ENDPOINT to a mirror, or KDCLOUD_HUB=modelscope; rented machines have a network of their own"
         return Check("hub", MODELS, State.WARN, f"{name} does not answer: {trouble}", cure)
     return Check("hub", MODELS, State.OK, f"{name} answers; HF_TOKEN is {'set' if token else 'not set'}")
 

@@ -129,15 +129,34 @@ class _Thread:
 
 def _planned(recipe: str, plan_of: PlanOf, wants: Wants) -> tuple[Plan | None, Wants, Check]:
     answer, error = _Thread(lambda: [plan_of(recipe)]).wait(PLAN_LIMIT_S)
+    if answer is not None:
+        plan, allow = answer[0]
+        return plan, doctor.wants_of(plan, allow_account_key=allow), doctor.planned(plan)
     if isinstance(error, (KdcloudError, ProvisionError)):
-        shown = error if isinstance(error, KdcloudError) else UsageError(error.message, hint=error.hint)
-        return None, wants, doctor.not_planned(shown)
-    if error is not None:
-        return None, wants, doctor.broken("recipe", doctor.RECIPE, error)
-    if answer is None:
-        return None, wants, doctor.late("recipe", doctor.RECIPE, PLAN_LIMIT_S)
-    plan, allow = answer[0]
-    return plan, doctor.wants_of(plan, allow_account_key=allow), doctor.planned(plan)
+        check = doctor.not_planned(error.message, error.hint)
+    elif error is not None:
+        check = doctor.broken("recipe", doctor.RECIPE, error)
+    else:
+        check = doctor.late("recipe", doctor.RECIPE, PLAN_LIMIT_S)
+    return None, _wants_without_plan(recipe, wants), check
+
+
+def _wants_without_plan(recipe: str, wants: Wants) -> Wants:
+    """What a recipe names itself, so that its bucket and infras are looked at even if it does not plan."""
+    from orchestrator.recipe import load_recipe
+
+    try:
+        loaded = load_recipe(recipe)
+    except UsageError:
+        return wants
+    kinds = {head(name): None for stage in loaded.stages for name in stage.infra or loaded.infra or ()}
+    return Wants(
+        named=True,
+        trains_here="local" in kinds,
+        rented=tuple(name for name in kinds if name != "local"),
+        bucket=loaded.bucket_url or wants.bucket,
+        allow_account_key=loaded.allow_account_key,
+    )
 
 
 def _looks(

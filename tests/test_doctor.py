@@ -28,7 +28,7 @@ from orchestrator.cli import kdcloud
 from orchestrator.config import Config, Home
 from orchestrator.doctor import AwsFacts, BucketFacts, Check, Left, State, Wants
 from orchestrator.doctor_look import Look
-from orchestrator.errors import UsageError
+from orchestrator.errors import NothingFits, UsageError
 from orchestrator.ledger import Ledger, Month
 from orchestrator.money import Rate, parse_amount
 from orchestrator.plan import Plan
@@ -406,6 +406,18 @@ def test_a_recipe_that_is_wrong_is_a_check_like_any_other() -> None:
 
     check = only(examined("r.yaml", wrong, offline=True), "recipe")
     assert (check.state, check.cure) == (BAD, "mend them") and "budget" in check.found and "stages" in check.found
+
+
+def test_a_recipe_that_does_not_plan_still_has_its_bucket_and_infras_looked_at(tmp_path: Path) -> None:
+    def none_fits(recipe: str) -> tuple[Plan, bool]:
+        raise NothingFits("no machine fits", hint="a smaller teacher")
+
+    (tmp_path / "b").write_text("not a folder")
+    text = (ROOT / "recipes" / "rehearsal.yaml").read_text()
+    (tmp_path / "r.yaml").write_text(text.replace("infra: local", "infra: [vast, slurm/lab]\nbucket: file:b/below"))
+    checks = examined(str(tmp_path / "r.yaml"), none_fits, offline=True)
+    assert {check.id for check in checks if check.state is BAD} >= {"recipe", "bucket", "sky"}
+    assert only(checks, "key-vast").state is only(checks, "key-slurm").state is WARN
 
 
 def test_a_recipe_for_a_cloud_names_all_that_it_lacks() -> None:

@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator import first_recipe
+from orchestrator import first_recipe, price_cache, sky_ask
 from orchestrator.catalog import MODELS
 from orchestrator.cli import kdcloud
+from orchestrator.config import Home
 from orchestrator.errors import BudgetExceeded, UsageError
 from orchestrator.first_recipe import Answers, Draft, Question, composed, from_template, interview, templates
-from orchestrator.init_cli import write
+from orchestrator.init_cli import found_infras, write
 from orchestrator.recipe import RecipeSpec, builtin_recipes, parse_recipe
 from orchestrator.recipe_words import OFFERED, PARTS, WIDTH, WORDS, written
+from orchestrator.sky_ask import SkyAnswer
+from orchestrator.testing import START, fake_offer
 from tasks.contract import TaskError
 from tasks.data import read_rows
 
@@ -172,6 +175,24 @@ def test_what_is_enabled_is_what_is_proposed() -> None:
     asked, ask = answering(infra="runpod , AWS")
     assert interview(ask, (), ("runpod", "aws")).infra == ("runpod", "aws")
     assert "None is enabled from here yet" in asked[3].note
+
+
+def test_what_can_be_had_is_known_from_prices_on_file_else_from_slurms_clusters_else_from_skypilot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path / "kd")
+    monkeypatch.setattr(sky_ask, "sky_version", lambda: None)
+    assert found_infras(home) == ()
+    (tmp_path / "user" / ".slurm").mkdir(parents=True)
+    (tmp_path / "user" / ".slurm" / "config").write_text("Host lab\n  HostName lab.lan\nHost *\n")
+    assert found_infras(home) == ("slurm/lab",)
+    monkeypatch.setattr(sky_ask, "sky_version", lambda: "0.14.1")
+    monkeypatch.setattr(sky_ask, "enabled", lambda home, limit_s: SkyAnswer(("slurm", "aws")))
+    assert found_infras(home) == ("slurm/lab", "aws")
+    monkeypatch.setattr(sky_ask, "enabled", lambda home, limit_s: SkyAnswer(None, "does not run"))
+    assert found_infras(home) == ("slurm/lab",)
+    price_cache.save(home.offers_cache, {"runpod": [fake_offer(infra="runpod")], "slurm/lab": []}, START)
+    assert found_infras(home) == ("runpod", "slurm")
 
 
 @pytest.mark.parametrize(
