@@ -242,10 +242,12 @@ def _share(one: ModelShape, two: ModelShape) -> bool:
 
 def student_for(teacher: str) -> str:
     """A model of the catalogue with the teacher's tokenizer, smaller than it and near 1.5B."""
-    if teacher in (TINY, API) or _share(shape_of(teacher), MODELS[STUDENT]):
+    if teacher in (TINY, API):
         return STUDENT
     shape = shape_of(teacher)
     fitting = [one for one in MODELS.values() if _share(shape, one) and one.params < shape.params]
+    if MODELS[STUDENT] in fitting:
+        return STUDENT
     return min(fitting, key=lambda one: abs(one.params - STUDENT_PARAMS)).name if fitting else shape.name
 
 

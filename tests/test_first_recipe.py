@@ -17,7 +17,6 @@ import pytest
 import yaml
 
 from orchestrator import first_recipe, price_cache, sky_ask
-from orchestrator.catalog import MODELS
 from orchestrator.cli import kdcloud
 from orchestrator.config import Home
 from orchestrator.errors import BudgetExceeded, UsageError
@@ -216,10 +215,19 @@ def test_a_wrong_answer_is_said_with_what_would_be_right(option: str, answer: st
     assert caught.value.hint
 
 
-def test_the_proposed_student_has_the_teachers_tokenizer_and_is_smaller() -> None:
-    teacher, student = MODELS[LLAMA], MODELS[first_recipe.student_for(LLAMA)]
-    assert student.vocab == teacher.vocab and student.params < teacher.params
-    assert first_recipe.student_for("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B") == first_recipe.STUDENT
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", first_recipe.STUDENT),
+        ("qwen/qwen3-8b", first_recipe.STUDENT),
+        (LLAMA, "meta-llama/Llama-3.2-1B"),  # nearest to 1.5B of those with its tokenizer
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen2-0.5B"),  # the usual one would be larger than its teacher
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),  # none is smaller
+    ],
+)
+def test_the_proposed_student_has_the_teachers_tokenizer_and_is_smaller(teacher: str, student: str) -> None:
+    assert first_recipe.student_for(teacher) == student
+    first_recipe.check_pair(teacher, student)
 
 
 def test_a_model_in_a_folder_is_named_by_its_whole_path(beside: Path) -> None:
