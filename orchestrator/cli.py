@@ -41,6 +41,7 @@ EXIT_CODES = {"done": 0, "cap": 3, "no_capacity": 4, "failed": 5, "deadline": 5,
 F = TypeVar("F", bound=Callable[..., Any])
 
 SECTIONS = {
+    "Begin": ["init", "doctor"],
     "Plan": ["plan", "estimate", "offers", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down", "adopt"],
     "Look": ["report", "compare", "artifacts", "labels", "tensorboard"],
@@ -63,6 +64,7 @@ def kdcloud() -> None:
     """Distil a reasoning model on rented GPUs, under a hard cap.
 
     \b
+    kdcloud init                   five questions, and a recipe of your own
     kdcloud plan quickstart        what it needs and costs, before a cent is spent
     kdcloud run quickstart         does it; on your own CPU, in three minutes
 
@@ -88,6 +90,71 @@ def money_options(function: F) -> F:
     return click.option("--budget", metavar="AMOUNT", help="The hard cap, like 50CNY or $7; overrides the recipe's.")(
         function
     )
+
+
+@kdcloud.command()
+@click.argument("file", type=click.Path(dir_okay=False), default="recipe.yaml", metavar="[FILE]")
+@click.option("--template", metavar="NAME", help="Write this one as it is and ask nothing ('list' shows them).")
+@click.option("--teacher", metavar="MODEL", help="owner/name, a folder, api, or tiny: made here, on a CPU.")
+@click.option("--student", metavar="MODEL", help="A smaller model with the teacher's tokenizer.")
+@click.option("--prompts", metavar="FILE", help='Lines of {"input": ..., "answer": ...}, or sample.')
+@click.option("--infra", metavar="WHERE", help="local, slurm/CLUSTER, or clouds with commas.")
+@click.option("--budget", metavar="AMOUNT", help="The hard cap, like 50CNY or $7.")
+@click.option("--yes", "-y", is_flag=True, help="Take the default of every question that no option answers.")
+@click.option("--force", is_flag=True, help="Replace FILE, and data beside it, without asking.")
+def init(file: str, template: str | None, yes: bool, force: bool, **given: str | None) -> None:
+    """Ask five questions and write a recipe in which every key is explained; ends with what it would cost.
+
+    \b
+    kdcloud init
+    kdcloud init --yes --prompts mine.jsonl --budget 30CNY
+    kdcloud init first.yaml --template quickstart
+
+    Exit codes as of `kdcloud plan`: the recipe is written all the same when it does not fit.
+    """
+    from pathlib import Path
+
+    from orchestrator.init_cli import begin, list_templates, next_steps, summary
+
+    if template == "list":
+        list_templates()
+        return
+    path = begin(Path(file), template, given, home=_home()[0], yes=yes, force=force)
+    made = _planned(str(path), None, None, None)[1]
+    _talk(summary(made))
+    if not made.fits:
+        raise _too_dear(made)
+    _talk(next_steps(made, path))
+
+
+@kdcloud.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@click.option("--recipe", metavar="FILE", help="Look at what this recipe needs: its bucket, infras, keys, quotas.")
+@click.option("--offline", is_flag=True, help="Ask nobody: only what this computer tells.")
+@json_option
+def doctor(run_id: str | None, recipe: str | None, offline: bool, as_json: bool) -> None:
+    """Is everything there that a run needs? Each thing with its cure; with RUN, what went wrong in that run.
+
+    \b
+    kdcloud doctor
+    kdcloud doctor --recipe recipe.yaml
+    kdcloud doctor last
+
+    Exit codes: 0 nothing is bad (what is only to look at stops no run), 2 something is.
+    """
+    if run_id is not None:
+        _diagnose(run_id, as_json)
+        return
+    from orchestrator.doctor import is_well, render, to_json
+    from orchestrator.doctor_look import examine
+
+    checks = examine(recipe, _plan_for_doctor, offline=offline)
+    if as_json:
+        _print_json(to_json(checks))
+    else:
+        render(checks, _console())
+    if not is_well(checks):
+        sys.exit(UsageError.exit_code)
 
 
 @kdcloud.command()
@@ -753,6 +820,25 @@ def _other_looks(
         views.render_explained(name, cards, made, console)
     if what_if:
         views.render_what_if(compared, made, console)
+
+
+def _plan_for_doctor(recipe: str) -> tuple[Plan, bool]:
+    made, _, loaded = _plan(recipe, None, None, None)
+    return made, loaded.allow_account_key
+
+
+def _diagnose(run_id: str, as_json: bool) -> None:
+    from importlib import import_module
+
+    from orchestrator.session import newest
+
+    try:
+        diagnosis = import_module("orchestrator.diagnosis")
+    except ModuleNotFoundError as error:
+        hint = f"`kdcloud report {run_id}` shows it"
+        raise UsageError("this version cannot look into a run yet", hint=hint) from error
+    with _ledger() as ledger:
+        diagnosis.diagnose_command(ledger, newest(ledger, run_id), as_json)
 
 
 def _plan(

@@ -463,7 +463,7 @@ class Ledger:
             )
 
     def _journal(self, say: Callable[[str], None]) -> str:
-        if file_system(self.path) in _NETWORK_FILE_SYSTEMS:
+        if on_network(self.path):
             say(f"{self.path} lies on a network file system: the ledger uses journal_mode=DELETE (slower, safe)")
             return "DELETE"
         return "WAL"
@@ -571,6 +571,11 @@ def file_system(path: Path) -> str:
         if resolved.startswith(mount) and len(mount) > len(best[0]):
             best = (mount, part.fstype)
     return best[1]
+
+
+def on_network(path: Path) -> bool:
+    """Whether `path` lies on a network file system, where SQLite's WAL does not work."""
+    return file_system(path) in _NETWORK_FILE_SYSTEMS
 
 
 def _ledger_hint(path: Path, error: Exception) -> str:
