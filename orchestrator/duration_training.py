@@ -48,8 +48,8 @@ UNPACK_BYTES = {"nf4": 5.0, "int4": 18.0}
 # Host seconds a layer: some 40 kernels forward from Python (transformers' forward alone took 0.83 ms a layer and token
 # on an A100 host of 2024: qwen.readthedocs.io v2.0, 49.94 tokens/s with 24 layers), 60 backward from C++, and adapters.
 # Compiled layers check their guards at each call. The hosts of rented H200s were SLOW_HOST times slower at all of it:
-# there 28 layers took 146 to 173 ms a step with three adapters and 194 to 218 with seven, 515 with those and recomputation in
-# parts, 207 compiled and recomputed (benchmarks/cases/own.jsonl, benchmarks/results/training.json).
+# there 28 layers took 146 to 173 ms a step with three adapters and 194 to 218 with seven, 515 with those and MLPs
+# computed again in parts, 207 compiled and recomputed (benchmarks/cases/own.jsonl, benchmarks/results/training.json).
 HOST_FORWARD_S, HOST_BACKWARD_S = 0.95e-3, 0.9e-3
 HOST_COMPILED_FORWARD_S, HOST_COMPILED_BACKWARD_S = 1.4e-3, 0.3e-3
 HOST_ADAPTER_FORWARD_S, HOST_ADAPTER_BACKWARD_S = 0.12e-3, 0.06e-3
