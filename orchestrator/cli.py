@@ -18,6 +18,7 @@ import click
 from orchestrator import __version__
 from orchestrator.errors import BudgetExceeded, DrillFailed, KdcloudError, TeardownUnconfirmed, UsageError
 from orchestrator.labels_cli import labels
+from orchestrator.notify_cli import notify
 from orchestrator.offers_cli import offers
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ SECTIONS = {
     "Plan": ["plan", "estimate", "offers", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down", "adopt"],
     "Look": ["report", "compare", "artifacts", "labels", "tensorboard"],
-    "Safety": ["budget", "reap", "drill"],
+    "Safety": ["budget", "notify", "reap", "drill"],
 }
 
 
@@ -76,6 +77,7 @@ def kdcloud() -> None:
 
 kdcloud.add_command(labels)
 kdcloud.add_command(offers)
+kdcloud.add_command(notify)
 
 
 def json_option(function: F) -> F:

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -18,7 +18,7 @@ from orchestrator.money import CURRENCIES, Amount, Rate, parse_amount
 from orchestrator.names import new_id
 
 DEFAULT_RATE = Rate(Decimal("7.1"), date(2026, 1, 15))
-KEYS = ("currency", "usd_to_cny", "rate_as_of", "owner", "monthly_cap", "bucket")
+KEYS = ("currency", "usd_to_cny", "rate_as_of", "owner", "monthly_cap", "bucket", "notify")
 
 _NEW_FILE = """\
 # What kdcloud uses for every run. Remove the # of a line to set it.
@@ -27,6 +27,7 @@ _NEW_FILE = """\
 # rate_as_of: 2026-01-15   # the day that rate was read
 # monthly_cap: 300 CNY     # all runs of a calendar month (UTC) together: `kdcloud budget --month 300CNY`
 # bucket: s3://name/prefix # where runs are kept when their recipe names no bucket, and where reap looks for them
+# notify: [mailtos://...]  # who is told how a run goes (docs/notify.md); addresses hold passwords: show them to nobody
 owner: {owner}              # in the names of your machines; keep it
 """
 
@@ -84,6 +85,7 @@ class Config:
     rate: Rate = DEFAULT_RATE
     monthly_cap: Amount | None = None
     bucket: str = ""  # url of the default bucket
+    notify: tuple[str, ...] = field(default=(), repr=False)  # Apprise addresses; they hold passwords
 
 
 def load_config(home: Home) -> Config:
@@ -149,6 +151,10 @@ def _parse(text: str, path: Path) -> tuple[Config, bool]:
         try:
             if key.value in values:
                 raise ValueError("stands here twice")
+            if key.value == "notify":
+                parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                values["notify"] = tuple(_address(part.value) for part in parts)
+                continue
             if not isinstance(value, yaml.ScalarNode):
                 raise ValueError("must be a single value")
             values[key.value] = _value(key.value, value.value)
@@ -159,8 +165,9 @@ def _parse(text: str, path: Path) -> tuple[Config, bool]:
     rate = Rate(values.get("usd_to_cny", DEFAULT_RATE.usd_to_cny), values.get("rate_as_of", DEFAULT_RATE.as_of))
     owner = values.get("owner")
     config = Config(
-        owner or new_id(), values.get("currency", "CNY"), rate, values.get("monthly_cap"), values.get("bucket", "")
-    )
+        owner or new_id(), values.get("currency", "CNY"), rate, values.get("monthly_cap"), values.get("bucket", ""),
+        values.get("notify", ()),
+    )  # fmt: skip
     return config, owner is not None
 
 
@@ -193,6 +200,13 @@ def _value(key: str, text: str) -> Any:
         case _:
             close = difflib.get_close_matches(key, KEYS, n=1)
             raise ValueError(f"unknown key{f'; did you mean {close[0]}?' if close else ''}")
+
+
+def _address(text: object) -> str:
+    """An address of Apprise's, never repeated in an error: it holds a password."""
+    if not isinstance(text, str) or not re.match(r"[A-Za-z][A-Za-z0-9+-]*://\S+$", text):
+        raise ValueError("must be addresses like json://host/path or mailtos://user:password@host (docs/notify.md)")
+    return text
 
 
 def _positive(text: str) -> Decimal:

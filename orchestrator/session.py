@@ -15,12 +15,14 @@ from orchestrator.bounded import Bounded
 from orchestrator.budget import month_cap_micros
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config import Config, Home, load_config
-from orchestrator.errors import BudgetExceeded, KdcloudError, NotOwner, UsageError
+from orchestrator.errors import BudgetExceeded, KdcloudError, NotOwner, TeardownUnconfirmed, UsageError
+from orchestrator.guarded import CALL_LIMIT_S
 from orchestrator.handover import code_wheel, put_code, upload_data
 from orchestrator.lease import Lease, NoLease, is_free, read_holder
 from orchestrator.ledger import Ledger, Run
 from orchestrator.mirror import adopt, catch_up
 from orchestrator.names import new_run_id
+from orchestrator.notify import Teller, addresses
 from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
 from orchestrator.planner import unbooked_micros
 from orchestrator.provision import NotYetGone, Provisioner, ProvisionError
@@ -55,6 +57,14 @@ class Session:
     notes: tuple[str, ...] = ()  # what a person must know before it goes on
 
     def go(self, *, say: Say, stop: Callable[[], bool], on_turn: Callable[[Snapshot], None]) -> Outcome:
+        config = load_config(self.home)
+        urls = addresses(config.notify, os.environ)
+        teller = Teller(self.ledger, self.run_id, self.plan, self.clock, say, urls)
+
+        def turned(snapshot: Snapshot) -> None:
+            teller.look(snapshot.spending_micros)
+            on_turn(snapshot)
+
         runner = Runner(
             ledger=self.ledger,
             provider=self.provider,
@@ -67,12 +77,22 @@ class Session:
             code_folder=self.home.runs / self.run_id / "code",
             say=say,
             stop=stop,
-            month_cap_micros=month_cap_micros(load_config(self.home)),
+            month_cap_micros=month_cap_micros(config),
         )
         try:
-            return runner.run(on_turn=on_turn)
+            outcome = runner.run(on_turn=turned)
+            teller.end(outcome.state, outcome.message, outcome.hint, self._may_bill())
+            return outcome
+        except TeardownUnconfirmed as error:
+            teller.end("unconfirmed", error.message, error.hint, self._may_bill())
+            raise
         finally:
             self.lease.release()
+            teller.close()
+
+    def _may_bill(self) -> dict[str, int]:
+        """The most that each machine which may still bill may cost, by name."""
+        return {row.name: worst_case_micros(row, self.clock) for row in self.ledger.run(self.run_id).live}
 
 
 def provider_for(

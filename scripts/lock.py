@@ -22,8 +22,8 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "2.13.0"
 LOCKS = {
-    "lock.txt": ("local", "page", "quantized", "s3", "dev"),
-    "sky.txt": ("local", "page", "quantized", "s3", "dev", "sky"),
+    "lock.txt": ("local", "page", "notify", "quantized", "s3", "dev"),
+    "sky.txt": ("local", "page", "notify", "quantized", "s3", "dev", "sky"),
 }
 # CUDA comes with the torch build that needs it, which names its exact versions itself; a CPU build needs none of it.
 LEFT_OUT = re.compile(r"(nvidia|cuda)-|triton\b")

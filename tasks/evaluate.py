@@ -60,6 +60,8 @@ class Measured:
     engine: str = "transformers"  # what wrote the answers
     kl_to_teacher: float | None = None  # nats a token
     lm_eval: dict[str, dict[str, float]] | None = None  # number by metric, by task
+    cut_share: float | None = None  # of its answers, all seeds
+    loop_share: float | None = None
 
     @property
     def accuracies(self) -> list[float]:
@@ -181,6 +183,8 @@ def _measure(
         first_token_s=_first_token_s(model, tokenizer, prompts[:LATENCY_PROMPTS]),
         peak_gib=models.peak_gib(device),
         engine="transformers" if plain else "vllm",
+        cut_share=statistics.fmean(one.finish_reason == "length" for each in by_seed for one in each.values()),
+        loop_share=statistics.fmean(one.loops for each in by_seed for one in each.values()),
     )  # fmt: skip
     return measured, [by_seed[0][i] for i in range(len(rows))]
 
@@ -422,7 +426,15 @@ def _quality(found: list[Measured]) -> dict[str, Any] | None:
         "first_token_s": statistics.median(one.first_token_s for one in found),
         "peak_gib": max(one.peak_gib for one in found),
         "lm_eval": found[0].lm_eval,
+        **_shares(found),
     }  # fmt: skip
+
+
+def _shares(found: list[Measured]) -> dict[str, float | None]:
+    """Of the answers: cut off at the limit, and going round in circles."""
+    columns = {"cut_share": [one.cut_share for one in found], "loop_share": [one.loop_share for one in found]}
+    known = {name: [share for share in column if share is not None] for name, column in columns.items()}
+    return {name: statistics.fmean(column) if column else None for name, column in known.items()}
 
 
 def _samples(rows: list[dict[str, Any]], measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:

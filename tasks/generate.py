@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tasks import hub
+from tasks import hub, verify
 from tasks.contract import ModelSource, TaskError, Writing
 
 ENGINES = ("auto", "vllm", "transformers")
@@ -38,6 +38,11 @@ class Completion:
     ids: list[int]  # end of sequence included
     finish_reason: str  # stop | length, or what an API says
     top: list[list[tuple[int, float]]] | None = None  # of an API: a token's candidates (id, log-probability), or none
+
+    @property
+    def loops(self) -> bool:
+        """Whether it goes round in circles until its end."""
+        return verify.loops(self.ids[:-1] if self.finish_reason == "stop" else self.ids)
 
 
 class Generator(Protocol):

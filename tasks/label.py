@@ -273,6 +273,7 @@ def _judged(
     judged = {
         "key": row["key"], "copy": copy, "input": row["input"], "answer": row.get("answer"), "text": text,
         "finish_reason": done.finish_reason, "ok": verdict.ok, "reason": verdict.reason,
+        "loops": done.loops,
         "prompt_ids": prompt, "completion_ids": done.ids,
     }  # fmt: skip
     return judged if done.top is None else {**judged, "top": done.top}
@@ -671,6 +672,7 @@ def _result(
         "generated_tokens": sum(len(row["completion_ids"]) for row in rows),
         "tokens_per_s": speed,  # generation; None when every shard came from an earlier attempt
         "cut_share": _cut_share(generated)[0],
+        "loop_share": sum(row.get("loops", False) for row in rows) / max(1, len(rows)),
         "mass_inside_mean": inside,  # teacher's mass on the stored ids
         "logprob_error": None if rounding is None else {"mean": rounding.mean, "worst": rounding.worst},
         "samples": [

@@ -418,7 +418,7 @@ def fit(
     began, before, saved_at = time.monotonic(), tokens, time.monotonic()
     every = max(1, how.steps // METRIC_ROWS)
     ahead = Ahead(model, examples, order, peers)
-    done = start
+    done, data_s, save_s = start, 0.0, 0.0  # the seconds in which no step was made
     while True:
         if limited:
             limit = _limit(ctx, planned, done, limit, peers)
@@ -434,11 +434,11 @@ def fit(
         rate = how.rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        cut = how.micro_batch
+        cut, asked_at = how.micro_batch, time.monotonic()
         picked, batches = ahead.at(step, how)
+        data_s += time.monotonic() - asked_at
         loss, count, how = accumulate_within_memory(model, examples, picked, how, peers, batches)
-        if how.max_grad_norm > 0.0:
-            nn.utils.clip_grad_norm_(weights.values(), how.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(weights.values(), how.max_grad_norm) if how.max_grad_norm > 0.0 else None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done += 1
@@ -461,13 +461,18 @@ def fit(
                 if _leads(peers):
                     save_file(values, best_file)
         if step % every == 0 or done == how.steps or more:
-            _metric(ctx, arm, step, loss, rate, speed, more)
+            passed_s = time.monotonic() - began
+            waited = {"waiting__data": data_s / passed_s, "waiting__save": save_s / passed_s}
+            gradient = {} if norm is None else {"grad_norm": float(whole(norm))}
+            _metric(ctx, arm, step, loss, rate, speed, {**more, **waited, **gradient})
         numbers = {"loss": total, "tokens_per_s": speed, **more}
         ctx.progress("train", arm.first + done, limit or arm.total, "steps", declared=False, **numbers)
         due = bool(how.checkpoint_every_steps) and done % (how.checkpoint_every_steps or 1) == 0
         if done < how.steps and (due or _agree(peers, time.monotonic() - saved_at >= how.checkpoint_every_s)):
+            save_from = time.monotonic()
             save(done)
             saved_at = time.monotonic()
+            save_s += saved_at - save_from
     if best.step:
         _take(weights, load_file(best_file) if _leads(peers) else {}, peers)
     model.eval()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -116,6 +117,28 @@ def _last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[start + len(_BOXED) : at]
     return None
+
+
+# --- loops -----------------------------------------------------------------------------------------------------------
+
+_LEAST_ROUNDS = 4  # tables and lists say the same thing two or three times
+_LEAST_LOOP = 16  # tokens: "0000" may be an answer
+_LONGEST_PERIOD = 512  # tokens: a few paragraphs; longer ones cost more to look for than they are met
+
+
+def loops(ids: Sequence[int]) -> bool:
+    """Whether the answer ends in one run of tokens over and over: at least a third of it, and four rounds.
+
+    Each period is tried from the end back, as far as every token is that of one period before.
+    """
+    least = max(_LEAST_LOOP, len(ids) // 3)
+    for period in range(1, min(_LONGEST_PERIOD, len(ids) // _LEAST_ROUNDS) + 1):
+        same = 0
+        while same < len(ids) - period and ids[-1 - same] == ids[-1 - same - period]:
+            same += 1
+            if same + period >= max(least, _LEAST_ROUNDS * period):
+                return True
+    return False
 
 
 # --- free text -------------------------------------------------------------------------------------------------------

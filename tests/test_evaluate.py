@@ -79,12 +79,27 @@ def test_every_role_is_measured_over_its_seeds(trained: Path) -> None:
     for row in quality.values():
         assert row["accuracy"]["n"] == 20
         assert row["tokens_per_s"] > 0 and row["first_token_s"] > 0 and row["peak_gib"] > 0
+        assert 0 <= row["loop_share"] <= 1 and 0 <= row["cut_share"] <= 1
         low, high = row["accuracy"]["interval"]
         assert 0 <= low <= row["accuracy"]["mean"] <= high <= 1
     assert quality["teacher"]["kl_to_teacher"] is None
     assert all(row["kl_to_teacher"] > 0 for role, row in quality.items() if role != "teacher")
     assert len(result["samples"]) == 12
     assert set(result["samples"][0]) == {*evaluate.ROLES, "input", "answer", "right"}
+
+
+def test_answers_that_are_cut_off_or_go_round_in_circles_are_counted(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every four answers two loop, one of them until it is cut off."""
+    made = [Completion([7] * 30, "length"), Completion([7] * 30, "stop"), *[Completion([1, 2, 3], "stop")] * 2]
+    one_by_one = lambda self, prompts, seed: [made[i % 4] for i in range(len(prompts))]  # noqa: E731
+    monkeypatch.setattr(TransformersGenerator, "generate", one_by_one)
+    settings = replace(EVALUATE, student="single", teacher=None, batch_size=20)
+    result = run_stage(trained, "evaluate-loops", "evaluate", settings)
+    assert result is not None
+    student = result["quality"]["student"]
+    assert (student["cut_share"], student["loop_share"]) == (0.25, 0.5)
 
 
 def test_a_single_student_leaves_the_compared_roles_empty(trained: Path) -> None:

@@ -483,6 +483,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
     return use
 
 
+def test_answers_that_go_round_in_circles_are_marked_and_counted(pretrained: Path, scripted: Any) -> None:
+    scripted("w\n</think>SUM", "w" * 30 + "\n</think>SUM", "w" * 90, "SUM" + "ab" * 20)
+    result = run_stage(pretrained, "circles", "label", replace(LABEL, keep="all", samples=20))
+    assert result is not None and result["loop_share"] == 0.5
+    rows = [json.loads(line) for p in sorted((pretrained / "circles" / "done").glob("generated-*"))
+            for line in p.read_text().splitlines()]  # fmt: skip
+    assert {row["text"][-4:] for row in rows if row["loops"]} == {"wwww", "abab"}
+
+
 def test_wrong_and_cut_answers_are_dropped_and_counted_by_reason(pretrained: Path, scripted: Any) -> None:
     scripted("w\n</think>SUM", "w\n</think>0", "SUM", "w...")
     result = run_stage(pretrained, "judged", "label", replace(LABEL, keep="correct", samples=20))

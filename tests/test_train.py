@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,6 +287,31 @@ def test_metrics_name_the_parts_and_arms_stay_apart(labelled: Path) -> None:
     for _, row in ctx.metrics:
         if "loss__kl" in row:
             assert row["loss__total"] == pytest.approx(0.7 * row["loss__kl"] + 0.3 * row["loss__ce"], rel=1e-5)
+
+
+def test_metrics_tell_the_share_of_the_time_that_went_into_samples_and_checkpoints(
+    labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only batches and checkpoints move: 2 s a batch, 6 s a checkpoint, 1 s of each step is work."""
+    now = [0.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def takes(seconds: float, real: Any) -> Any:
+        def slow(*args: Any, **more: Any) -> Any:
+            now[0] += seconds
+            return real(*args, **more)
+
+        return slow
+
+    ctx = context(labelled, "waiting", "train", TRAIN)
+    monkeypatch.setattr(train.Ahead, "at", takes(2.0, train.Ahead.at))
+    monkeypatch.setattr(train, "accumulate", takes(1.0, train.accumulate))
+    monkeypatch.setattr(ctx, "checkpoint", takes(6.0, ctx.checkpoint))
+    train.run(ctx, replace(TRAIN, steps=4, checkpoint_every_steps=2))
+    rows = [row for _, row in ctx.metrics]
+    assert [row["waiting__data"] for row in rows] == pytest.approx([2 / 3, 4 / 6, 6 / 15, 8 / 18])
+    assert [row["waiting__save"] for row in rows] == pytest.approx([0, 0, 6 / 15, 6 / 18])
+    assert all(row["grad_norm"] > 0 for row in rows)
 
 
 def test_checkpointing_of_activations_changes_no_result(labelled: Path) -> None:

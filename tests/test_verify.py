@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,30 @@ def test_free_text_is_judged_by_length_repetition_and_language(text: str, reason
     assert check("text", text, None).reason == reason
 
 
+@pytest.mark.parametrize(
+    ("ids", "loops"),
+    [
+        ([7] * 40, True),
+        ([1, 2, 3] * 20, True),
+        ([*range(20), *[7, 8] * 10], True),  # 20 of 40 tokens
+        ([*range(100), *[7, 8] * 10], False),  # 20 of 120: less than a third
+        ([*range(20), *[5, 6, 7, 8, 9, 4] * 3, 5], False),  # three rounds and a bit
+        ([*range(20), *[5, 6, 7, 8, 9, 4] * 4], True),
+        ([7] * 15, False),  # an answer may be 000000
+        ([7] * 16, True),
+        ([1, 2, 3] * 20 + [9], False),  # it came out of it
+        (list(range(300)), False),
+        ([], False),
+        ([*range(600)] * 4, False),  # chapters, not a loop
+    ],
+)
+def test_an_answer_loops_when_it_ends_in_one_run_of_tokens_over_and_over(ids: list[int], loops: bool) -> None:
+    assert verify.loops(ids) is loops
+
+
+def test_no_long_answer_takes_long_to_be_looked_at() -> None:
+    """The worst for it: just less than a third is one token."""
+    ids = [*range(1000, 23000), *[7] * 10900]
+    began = time.process_time()
+    assert verify.loops(ids) is False
+    assert time.process_time() - began < 5
