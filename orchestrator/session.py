@@ -16,7 +16,6 @@ from orchestrator.budget import month_cap_micros
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config import Config, Home, load_config
 from orchestrator.errors import BudgetExceeded, KdcloudError, NotOwner, TeardownUnconfirmed, UsageError
-from orchestrator.guarded import CALL_LIMIT_S
 from orchestrator.handover import code_wheel, put_code, upload_data
 from orchestrator.lease import Lease, NoLease, is_free, read_holder
 from orchestrator.ledger import Ledger, Run
