@@ -24,6 +24,7 @@ from tasks.generate import alone
 from tasks.labels import shard_name
 from tasks.stage import Stopped, committed_checkpoints
 
+ROOT = Path(tasks.__file__).parents[1]
 SHARDS = 5
 SHARDED = replace(LABEL, samples=22, shard_size=5, batch_size=2)  # the last one is shorter
 
@@ -90,8 +91,7 @@ def labelled(
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
     return subprocess.run(
         [sys.executable, *torchrun, str(work / "planted.py"), "--task", str(work / "task.json"), "--work", str(work)],
-        env={"PATH": "/usr/bin:/bin", "HOME": str(work), "PYTHONPATH": f"{Path(tasks.__file__).parents[1]}:{Path(__file__).parent}",
-             "OMP_NUM_THREADS": "1"},
+        env={"PATH": "/usr/bin:/bin", "HOME": str(work), "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
 
