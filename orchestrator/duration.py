@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from orchestrator.catalog import GPUS, Gpu, ModelShape
-from orchestrator.duration_kernels import memory_s
+from orchestrator.duration_kernels import all_reduce_s, memory_s
 from orchestrator.duration_serving import Serving, serving_s
 from orchestrator.duration_serving import step_share as serving_step_share
 from orchestrator.duration_training import SLOW_HOST, Training, forward_parts, step_s
@@ -35,6 +35,7 @@ SPREAD = {"train": 1.38, "generate": 1.39}
 OWN_HOST = Range(0.9, 1.0, 1.25)  # generation and scoring on rented machines: hosts of one kind differ by a quarter
 LOGIT_BYTES = 8.0  # scoring, a logit: written, read for its top candidates, read for the tail
 SCORE_BATCH_TOKENS = 8192  # tasks.label scores about so many tokens at once
+LENGTHS_DIFFER = 0.5  # standard deviation of the rows' lengths, of their mean: assumed, for answers of reasoning models
 COMPILE_FROM_TOKENS = 5e6  # scoring compiles the layers from so many on (tasks.label: COMPILE_TOKENS)
 GPU_STAGE = Range(30.0, 60.0, 180.0)  # process start, imports, weights onto the card
 # vLLM 0.24 with a 1.5 B model on an H200: 75 s until it answers (weights, compiling, graphs); elsewhere assumed.
@@ -95,19 +96,53 @@ def training_s(
     four_bit: bool = False,
     eight_bit: bool = False,
     compiled: bool = False,
+    gpus: int = 1,
 ) -> Range:
     """Seconds of `steps` optimizer steps over rows of `mean_len` tokens, by the project's own training.
 
-    Expected as on the rented machines that were measured, whose hosts are slow; low as on a fast one.
+    `gpus` share the rows of a step. Expected as on the rented machines that were measured, whose hosts are slow; low as
+    on a fast one.
     """
     if speed.card is None:
         per_row = mean_len * training_flops_per_token(shape, mean_len, full=full, checkpointing=checkpointing)
         return _spread(steps * (batch_size * per_row / speed.flops_s + LOCAL_TRAIN_STEP_S))
-    work = Training(
+    work = own_step(
+        shape, rows=math.ceil(batch_size / gpus), micro_batch=micro_batch, mean_len=mean_len, full=full,
+        checkpointing=checkpointing, lora_r=lora_r, lora_targets=lora_targets, half=half, four_bit=four_bit,
+        eight_bit=eight_bit, compiled=compiled, gpus=gpus,
+    )  # fmt: skip
+    steps *= longest_share(gpus, math.ceil(batch_size / gpus))
+    fast, slow = _step_s(speed.card.name, work), _step_s(speed.card.name, replace(work, host=SLOW_HOST))
+    return Range(steps * fast / SPREAD["train"], steps * slow, steps * slow * SPREAD["train"])
+
+
+def own_step(
+    shape: ModelShape,
+    *,
+    rows: int,
+    micro_batch: int,
+    mean_len: float,
+    full: bool,
+    checkpointing: bool,
+    lora_r: int = 8,
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
+    half: bool = True,
+    four_bit: bool = False,
+    eight_bit: bool = False,
+    compiled: bool = False,
+    gpus: int = 1,
+) -> Training:
+    """One optimizer step of tasks/train.py, `rows` of its rows on each of `gpus`.
+
+    Full training on several is sharded, and moves weights and gradients in fp32 (tasks/shard.py); adapters' gradients
+    are summed at the end of a step (tasks/peers.py: add).
+    """
+    micro_batch = min(micro_batch, rows)
+    return Training(
         shape,
         micro_batch,
         mean_len,
-        accumulation=math.ceil(batch_size / micro_batch),
+        accumulation=math.ceil(rows / micro_batch),
         full=full,
         lora_r=0 if full else lora_r,
         lora_targets=() if full else lora_targets,
@@ -121,9 +156,20 @@ def training_s(
         compiled=compiled,
         loss="own",
         mlp_parts=MLP_PARTS if checkpointing and not full else 1,
+        gpus=gpus,
+        sharded="fsdp" if full and gpus > 1 else None,
+        moved_bytes=4.0 if full else 2.0,
+        overlaps=False,
     )
-    fast, slow = _step_s(speed.card.name, work), _step_s(speed.card.name, replace(work, host=SLOW_HOST))
-    return Range(steps * fast / SPREAD["train"], steps * slow, steps * slow * SPREAD["train"])
+
+
+def longest_share(gpus: int, rows: int) -> float:
+    """How much longer than the mean the longest of `gpus` shares of `rows` rows is: all wait for it.
+
+    The largest of n values lies about sqrt(2 ln n) / 1.4 standard deviations above their mean (0.8 of 2, 1.2 of 4,
+    1.5 of 8; exactly 0.56, 1.03 and 1.42 of normal ones, and rows have a longer tail).
+    """
+    return 1.0 + LENGTHS_DIFFER * math.sqrt(2 * math.log(gpus) / rows) / 1.4
 
 
 def side_by_side(arms: int) -> float:
@@ -141,42 +187,53 @@ def generation_s(
     longest: int,
     batch_size: int,
     engine: bool,
+    gpus: int = 1,
+    weight_bytes: float = 2.0,
 ) -> Range:
-    """Seconds to write `sequences` answers of `answer_len` tokens on average. `engine`: a paged-cache engine (vLLM);
-    else transformers. Both take batches one after the other, each as long as its longest answer, at most `longest`.
+    """Seconds to write `sequences` answers of `answer_len` tokens on average. `engine`: a paged-cache engine (vLLM), on
+    `gpus` that share each layer; else transformers. Both take batches one after the other, each as long as its longest
+    answer, at most `longest`.
     """
     rounds = sequences / batch_size if engine else math.ceil(sequences / batch_size)
     if speed.card is None:
         flops = sequences * (prompt_len + longest) * forward_flops_per_token(shape, prompt_len)
         return _spread(flops / speed.flops_s + math.ceil(rounds) * longest * LOCAL_TOKEN_STEP_S)
     batch = min(float(batch_size), sequences)
-    work = _serving(shape, batch, prompt_len, answer_len, longest, engine=engine)
+    work = _serving(shape, batch, prompt_len, answer_len, longest, engine=engine, gpus=gpus, weight_bytes=weight_bytes)
     return around(max(rounds, sequences / batch) * _serving_s(speed.card.name, work), "generate", OWN_HOST)
 
 
 def step_share(
-    speed: Speed, shape: ModelShape, *, batch_size: float, prompt_len: float, answer_len: float, longest: int
-) -> float:
+    speed: Speed, shape: ModelShape, *, batch_size: float, prompt_len: float, answer_len: float, longest: int,
+    gpus: int = 1, weight_bytes: float = 2.0,
+) -> float:  # fmt: skip
     """The share of an engine's step that is the same for one answer as for a whole batch; 1 where it is not known."""
     if speed.card is None:
         return 1.0
-    return _serving_step_share(speed.card.name, _serving(shape, batch_size, prompt_len, answer_len, longest))
+    work = _serving(shape, batch_size, prompt_len, answer_len, longest, gpus=gpus, weight_bytes=weight_bytes)
+    return _serving_step_share(speed.card.name, work)
 
 
 def _serving(
-    shape: ModelShape, batch: float, prompt_len: float, answer_len: float, longest: int, *, engine: bool = True
-) -> Serving:
-    varied = answer_len < longest
-    return Serving(shape, batch, prompt_len, answer_len, batch, varied=varied, plain=not engine, longest=longest)
+    shape: ModelShape, batch: float, prompt_len: float, answer_len: float, longest: int, *, engine: bool = True,
+    gpus: int = 1, weight_bytes: float = 2.0,
+) -> Serving:  # fmt: skip
+    return Serving(
+        shape, batch, prompt_len, answer_len, batch, varied=answer_len < longest, plain=not engine, longest=longest,
+        tensor=gpus, weight_bytes=weight_bytes,
+    )  # fmt: skip
 
 
-def scoring_s(speed: Speed, shape: ModelShape, *, tokens: float, mean_len: float) -> Range:
-    """Seconds of one forward pass over finished answers, for soft labels."""
+def scoring_s(speed: Speed, shape: ModelShape, *, tokens: float, mean_len: float, sharded: int = 1) -> Range:
+    """Seconds of one forward pass over finished answers, for soft labels. `sharded`: GPUs that hold a part of every
+    weight each, and gather them layer by layer for every batch; they have their own batches."""
     if speed.card is None or tokens <= 0:
         return _spread(tokens * forward_flops_per_token(shape, mean_len) / speed.flops_s)
     rows = max(1, round(SCORE_BATCH_TOKENS / mean_len))
-    work = Training(shape, rows, mean_len, full=False, compiled=tokens >= COMPILE_FROM_TOKENS)
-    return around(tokens / (rows * mean_len) * _score_s(speed.card.name, work), "generate", OWN_HOST)
+    work = Training(shape, rows, mean_len, full=False, compiled=tokens >= COMPILE_FROM_TOKENS and sharded == 1)
+    gathering = all_reduce_s(speed.card, 2.0 * shape.params, sharded) / 2  # taken as if nothing hid it
+    batches = math.ceil(tokens / (rows * mean_len) / sharded) if sharded > 1 else tokens / (rows * mean_len)
+    return around(batches * (_score_s(speed.card.name, work) + gathering), "generate", OWN_HOST)
 
 
 def stage_s(speed: Speed, *, downloads_gb: float, bare: bool = False, engine: bool = False) -> Range:

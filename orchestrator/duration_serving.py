@@ -19,6 +19,7 @@ from orchestrator.duration_kernels import (
 )
 from orchestrator.duration_training import Training, layer_bytes
 from orchestrator.gpus import Gpu
+from orchestrator.memory_generation import cache_shares
 
 GIB = 2**30
 # vLLM's defaults (vllm/engine/arg_utils.py, get_batch_defaults): cards of 70 GiB and more that are no A100 take larger
@@ -126,7 +127,7 @@ def cache_tokens(card: Gpu, work: Serving) -> float:
     widest = tokens * (3 * shape.intermediate + 4 * shape.hidden) * 2.0
     sampling = sequences * shape.vocab * 4.0 * 3
     room = card.vram_gib.value * GIB * MEMORY_SHARE - (weights + widest) / work.tensor - sampling - ENGINE_GIB * GIB
-    return max(0.0, room * work.tensor / shape.kv_bytes(2))
+    return max(0.0, room * cache_shares(shape, work.tensor) / shape.kv_bytes(2))
 
 
 def prefill_s(card: Gpu, work: Serving, tokens: float, at_once: float) -> float:
@@ -151,7 +152,7 @@ def decode_step_s(card: Gpu, work: Serving, flight: float, context: float) -> fl
     layers = shape.layers * sum(_few_rows_s(card, work, flight, a, b) for a, b in _sides(work))
     layers += _more_experts(shape, flight) * work.weight_bytes / work.tensor / (bytes_s(card) * DECODE_SHARE)
     head = _few_rows_s(card, work, flight, shape.hidden, shape.vocab / work.tensor)
-    cache = flight * context * shape.kv_bytes(2) / work.tensor / (bytes_s(card) * CACHE_SHARE)
+    cache = flight * context * shape.kv_bytes(2) / cache_shares(shape, work.tensor) / (bytes_s(card) * CACHE_SHARE)
     sampling = memory_s(card, flight * shape.vocab * SAMPLE_BYTES)
     kernels = shape.layers * GRAPH_KERNELS * KERNEL_S + 2 * shape.layers * _sum_s(card, work, flight)
     host = HOST_STEP_S + flight * HOST_SEQUENCE_S

@@ -103,6 +103,8 @@ class Training:
     gpus: int = 1
     tensor: int = 1
     sharded: str | None = None
+    moved_bytes: float = 2.0  # of a weight that sharded ranks gather, and of a gradient that they sum
+    overlaps: bool = True  # whether ranks with whole models sum gradients while others are still computed
     host: float = 1.0  # times slower than a usual host
 
     @property
@@ -331,7 +333,8 @@ def _traffic_s(card: Gpu, work: Training, device: float) -> float:
         gathered = all_reduce_s(card, _stored_bytes(work) / work.tensor, work.ranks, _link(card, work)) / 2 * 2
         scattered = 0.0
         if work.full:
-            scattered = all_reduce_s(card, 2.0 * work.trainable / work.tensor, work.ranks, _link(card, work)) / 2
+            size = work.moved_bytes * work.trainable / work.tensor
+            scattered = all_reduce_s(card, size, work.ranks, _link(card, work)) / 2
         seconds += _exposed(card, work, gathered + scattered, device)
     return seconds
 
@@ -341,13 +344,14 @@ def _reduction_s(card: Gpu, work: Training, device: float) -> float:
     if work.sharded or work.ranks == 1:
         return 0.0
     size = float(work.trainable * (2 if work.full and work.weight_bytes == 2 else 4)) / work.tensor
-    return _exposed(card, work, all_reduce_s(card, size, work.ranks, _link(card, work)), device / 2)
+    seconds = all_reduce_s(card, size, work.ranks, _link(card, work))
+    return _exposed(card, work, seconds, device / 2) if work.overlaps else seconds
 
 
 def _stored_bytes(work: Training) -> float:
     """Bytes of the weights as they travel."""
     shape = work.shape
     if work.four_bit is None:
-        return 2.0 * shape.params
+        return work.moved_bytes * shape.params
     layers = shape.layers * sum(a * b for a, b in shape.matrices().values())
     return 0.53 * layers + 2.0 * (shape.params - layers)

@@ -14,6 +14,7 @@ from orchestrator.memory_generation import (
     VLLM_GRAPHS_GIB,
     VLLM_SHARE,
     Generation,
+    sharded_scoring,
     transformers_generation,
     vllm_need,
 )
@@ -80,12 +81,13 @@ def training_memory(
     compiled: bool = False,
     accumulation: int = 1,
     lora: tuple[int, tuple[str, ...]] | None = None,
+    gpus: int = 1,
 ) -> Memory:
-    """tasks/train.py on rows of `seq_len` tokens, `micro_batch` at a time; `half`: bf16 or fp16 products.
+    """One GPU of tasks/train.py on rows of `seq_len` tokens, `micro_batch` at a time; `half`: bf16 or fp16 products.
 
-    Full training keeps fp32 weights, gradients and moments; LoRA keeps frozen weights in the compute type and its
-    adapters, gradients and moments in fp32. `four_bit`: frozen layers in NF4; `eight_bit`: moments in 8 bits. `lora`:
-    rank and targets, where known; else `trainable` adapters on q, k and v.
+    Full training keeps fp32 weights, gradients and moments, in shards over `gpus`; LoRA keeps frozen weights in the
+    compute type and its adapters, gradients and moments in fp32, on each of them. `four_bit`: frozen layers in NF4;
+    `eight_bit`: moments in 8 bits. `lora`: rank and targets, where known; else `trainable` adapters on q, k and v.
     """
     rank, targets = lora or (0, LORA_TARGETS)
     if not full and lora is None:
@@ -93,9 +95,10 @@ def training_memory(
     job = own_training(
         shape, full=full, micro_batch=micro_batch, seq_len=seq_len, half=half, fused=gpu and half, four_bit=four_bit,
         eight_bit=eight_bit, checkpointing=checkpointing, compiled=compiled, accumulation=accumulation,
-        lora=(rank, targets),
+        lora=(rank, targets), gpus=gpus,
     )  # fmt: skip
-    return step_memory(training_step(job), READ_SPREAD, gpu=gpu)
+    spread = READ_SPREAD if gpus == 1 else UNREAD_SPREAD
+    return step_memory(training_step(job), spread, gpu=gpu, gpus=gpus)
 
 
 def own_training(
@@ -112,9 +115,12 @@ def own_training(
     compiled: bool = False,
     accumulation: int = 1,
     lora: tuple[int, tuple[str, ...]] = (8, LORA_TARGETS),
+    gpus: int = 1,
 ) -> Training:
     """A step of tasks/train.py. `fused`: with the loss of tasks/kernels.py. A layer that is computed again with frozen
-    weights takes its MLP in parts."""
+    weights takes its MLP in parts. On several GPUs a full training is sharded (tasks/shard.py); adapters are on each,
+    and their gradients are laid end to end for the sum."""
+    habits = own_habits(shape, micro_batch * seq_len, full=full, fused=fused)
     return Training(
         shape,
         micro_batch,
@@ -131,7 +137,9 @@ def own_training(
         chunked_loss=True,
         compiled=compiled,
         mlp_parts=MLP_PARTS if checkpointing and not full else 1,
-        habits=own_habits(shape, micro_batch * seq_len, full=full, fused=fused),
+        gpus=gpus,
+        parallel="none" if gpus == 1 else "fsdp" if full else "ddp",
+        habits=replace(habits, shards_as_stored=True),
     )
 
 
@@ -145,20 +153,28 @@ def generation_memory(
     prompt_len: int | None = None,
     engine: bool = False,
     soft_labels: bool = False,
+    gpus: int = 1,
+    weights: str | None = None,
 ) -> Memory:
     """Generating `sequences` answers at once, each up to `seq_len` tokens with its prompt of up to `prompt_len` (None:
     half of it).
 
-    An engine with a paged cache takes whatever memory is left; this is what it needs to keep that many in flight.
+    An engine with a paged cache takes whatever memory is left; this is what it needs to keep that many in flight, on
+    each of `gpus` that share every layer. `weights`: as they are held, where not in the compute type.
     """
     prompt = seq_len / 2 if prompt_len is None else min(prompt_len, seq_len)
     job = Generation(
-        shape, sequences, prompt, seq_len - prompt, weights="bf16" if half else "fp32", cache_bytes=2 if half else 4,
-        soft_labels=soft_labels,
+        shape, sequences, prompt, seq_len - prompt, weights=weights or ("bf16" if half else "fp32"),
+        cache_bytes=2 if half else 4, soft_labels=soft_labels, tensor_parallel=gpus,
     )  # fmt: skip
     if engine:
-        return engine_memory(vllm_need(job))
+        return engine_memory(vllm_need(job), gpus=gpus)
     return step_memory(transformers_generation(job), UNREAD_SPREAD, gpu=gpu)
+
+
+def scoring_memory(shape: ModelShape, *, gpus: int) -> Memory:
+    """One of `gpus` that hold a teacher's weights in parts and look through finished answers together."""
+    return step_memory(sharded_scoring(shape, gpus), UNREAD_SPREAD, gpu=True, gpus=gpus)
 
 
 def loading_memory(shape: ModelShape, *, half: bool, gpu: bool) -> Memory:
@@ -211,11 +227,11 @@ def step_memory(
     return Memory(total, parts, allocated, reserved, process, step.peak)
 
 
-def engine_memory(step: Step) -> Memory:
+def engine_memory(step: Step, *, gpus: int = 1) -> Memory:
     """Of an engine that takes a share of the card: what must lie in it, CUDA's context with it, and the rest of the
     card, in which its CUDA graphs lie."""
     allocated = allocated_range(step, UNREAD_SPREAD)
-    context = CUDA_CONTEXT_GIB
+    context = CUDA_CONTEXT_GIB + NCCL_GIB if gpus > 1 else CUDA_CONTEXT_GIB
 
     def card(inside: float) -> float:
         return max(inside / VLLM_SHARE, inside + VLLM_GRAPHS_GIB)

@@ -12,6 +12,8 @@ from orchestrator.memory_training import FOUR_BIT, GIB, WEIGHT_BYTES, Step
 VLLM_SHARE = 0.9
 VLLM_BATCHED_TOKENS = 8192  # of its profile run, a prefill (max_num_batched_tokens, which is 16,384 on an H100)
 VLLM_SEQUENCES = 256  # max_num_seqs: the profile run samples for so many
+SCORE_TOKENS = 16384  # tasks.label: SCORE_TOKENS, a batch
+SCORE_LOGITS, SCORE_LOGIT_BYTES = 1 << 28, 8.0  # held at once, in fp32 (tasks.losses: FUSED_ELEMENTS), and their copy
 VLLM_GRAPHS_GIB = 0.6  # CUDA graphs of its batch sizes, beside the share: assumed
 
 
@@ -33,6 +35,12 @@ class Generation:
     soft_labels: bool = False
     tensor_parallel: int = 1
     prefill_tokens: int | None = None  # read at once; None: all prompts
+
+
+def cache_shares(shape: ModelShape, tensor_parallel: int) -> int:
+    """GPUs over which an answer's cache is spread: a head of keys and values is never cut, and what heads share (latent
+    attention) lies on each (vllm/model_executor/layers/attention: num_kv_heads = max(1, total // tp))."""
+    return 1 if shape.latent is not None else min(tensor_parallel, shape.kv_heads)
 
 
 def weight_bytes(shape: ModelShape, weights: str) -> float:
@@ -80,6 +88,21 @@ def layer_work_bytes(shape: ModelShape, size: float = 2.0) -> float:
     return size * (4 * shape.hidden + max(inner, attention))
 
 
+def sharded_scoring(shape: ModelShape, gpus: int) -> Step:
+    """tasks/label.py's pass over finished answers with a part of every weight on each GPU (bf16): embedding and head
+    gathered for the whole of a batch, this layer and the next one; hidden states of the batch and of its answers."""
+    whole = shape.vocab * shape.hidden * (1 if shape.tied else 2) * 2.0
+    layers = shape.params * 2.0 - whole
+    parts = {
+        "weights": shape.params * 2.0 / gpus,
+        "gathered": whole + 2 * layers / shape.layers,
+        "work": SCORE_TOKENS * (layer_work_bytes(shape) + 4.0 * shape.hidden),
+        "logits": SCORE_LOGITS * SCORE_LOGIT_BYTES,
+    }
+    scaled = {name: size / GIB for name, size in parts.items()}
+    return Step({"scoring": scaled}, 0.25 * scaled["work"], scaled["weights"] + scaled["gathered"])
+
+
 def vllm_need(job: Generation) -> Step:
     """What must lie in vLLM's share of the card, beside the context, for that many sequences in flight: weights, their
     cache, and what its profile run takes.
@@ -93,7 +116,7 @@ def vllm_need(job: Generation) -> Step:
     tokens = job.sequences * (job.prompt_len + job.answer_len)
     parts = {
         "weights": weights,
-        "cache": tokens * shape.kv_bytes(job.cache_bytes) / job.tensor_parallel,
+        "cache": tokens * shape.kv_bytes(job.cache_bytes) / cache_shares(shape, job.tensor_parallel),
         "work": read * layer_work_bytes(shape) / job.tensor_parallel,
         "logits": VLLM_SEQUENCES * shape.vocab * 4.0 * (3 if job.soft_labels else 2),
     }

@@ -97,6 +97,7 @@ class Habits:
     fixed_loss_bytes: float = 0.0  # of the loss, whatever the batch
     loads_whole: bool = False  # every GPU loads the whole model and shards it then
     cached_share: float = 1.0
+    shards_as_stored: bool = False  # FSDP without a mixed-precision policy: weights and gradients travel in fp32
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ def training_step(job: Training) -> Step:
     kept = layers * tokens * stream_bytes(job) * job.shape.hidden if job.checkpointing else layers * layer
     grads, work = gradient_bytes(job), backward_bytes(job)
     before = grads if job.accumulation > 1 else 0.0  # of the micro-batches before
-    head_grad = before or head_gradient_bytes(job)
+    root = root_gradient_bytes(job)
+    head_grad = before + max(root, head_gradient_bytes(job)) if root else before or head_gradient_bytes(job)
     at_loss, after = logit_bytes(job)
 
     moments = {
@@ -208,15 +210,17 @@ def training_step(job: Training) -> Step:
             "weight copies": weight_copies_bytes(job), "logits": after, "work": work,
         },
         "first layer": {
-            **static, "gradients": grads, "activations": kept / layers,
+            **static, "gradients": grads + root, "activations": kept / layers,
             "layer again": layer if job.checkpointing else 0.0, "logits": after, "work": work,
         },
         "embedding": {
-            **static, "gradients": grads, "embedding gradient": embedding_gradient_bytes(job), "logits": after,
-            "work": tokens * stream_bytes(job) * job.shape.hidden,
+            **static, "gradients": grads + 2 * root, "embedding gradient": embedding_gradient_bytes(job),
+            "logits": after, "work": tokens * stream_bytes(job) * job.shape.hidden,
         },
         "step": {**static, "gradients": grads, "optimizer work": optimizer_work_bytes(job)},
     }  # fmt: skip
+    if root:  # whole on each GPU, before it is shared out
+        moments["loading"] = {"weights": sum(_stored(job))}
     held = held_bytes(job)
     if held:  # the graph before is there until the new one's loss replaces it, and its logits until the new ones do
         rows = job.tokens * job.shape.vocab / job.tensor_parallel
@@ -265,7 +269,8 @@ def static_bytes(job: Training) -> dict[str, float]:
     parts = {"weights": (frozen + whole) / shards + scales}
     if shards > 1:
         layer_share = (frozen / shape.layers) * 2  # this layer and the next one, gathered ahead
-        gathered = 2.0 / WEIGHT_BYTES[job.weights] if job.full and job.weights == "fp32" else 1.0
+        halved = job.full and job.weights == "fp32" and not job.habits.shards_as_stored
+        gathered = 2.0 / WEIGHT_BYTES[job.weights] if halved else 1.0
         parts["gathered"] = (whole + layer_share) * gathered
         if job.parallel == "zero3":
             parts["gathered"] = max(parts["gathered"], 2.0 * min(shape.params, ZERO3_PARAMETERS))
@@ -477,7 +482,7 @@ def head_gradient_bytes(job: Training) -> float:
         return 0.0
     made = job.shape.vocab * job.shape.hidden * trained_bytes(job) / job.tensor_parallel
     copies = 2 if job.chunked_loss and not job.habits.fixed_loss_bytes else 1
-    return made * copies / (job.shards if job.shards > 1 else 1)
+    return made * copies / (1 if job.habits.shards_as_stored else job.shards)
 
 
 def embedding_gradient_bytes(job: Training) -> float:
@@ -488,6 +493,14 @@ def embedding_gradient_bytes(job: Training) -> float:
     if not job.full or not job.shape.tied:
         return 0.0
     return job.shape.vocab * job.shape.hidden * trained_bytes(job) / job.tensor_parallel
+
+
+def root_gradient_bytes(job: Training) -> float:
+    """Gradients of embedding and head where those are one group of shards: whole until the last one is there, then
+    laid end to end for their sum."""
+    if not (job.full and job.shards > 1 and job.habits.shards_as_stored):
+        return 0.0
+    return _stored(job)[2] / WEIGHT_BYTES[job.weights] * trained_bytes(job)
 
 
 def dequantised_head_bytes(job: Training) -> float:
@@ -518,8 +531,16 @@ def backward_bytes(job: Training) -> float:
     wide = (3 if shape.gated else 2) * inner * size / job.mlp_parts
     flight = job.tokens * (wide + 2 * shape.hidden * stream_bytes(job))
     if job.full and job.shards > 1:  # a layer's gradients before they are summed up and shared
-        flight += _stored(job)[0] / WEIGHT_BYTES[job.weights] / shape.layers * size
+        flight += _stored(job)[0] / WEIGHT_BYTES[job.weights] / shape.layers * _shared_bytes(job)
     return flight + (inner * shape.hidden * size if job.four_bit else 0.0)
+
+
+def _shared_bytes(job: Training) -> float:
+    """Bytes of a layer's gradient until it is shared out; as stored: in the compute type and in fp32, laid end to end
+    for the sum, and the layer before still on its way (torch/distributed/fsdp/_fully_shard: foreach_reduce)."""
+    if not job.habits.shards_as_stored:
+        return float(job.compute_bytes)
+    return 2 * WEIGHT_BYTES[job.weights] + job.compute_bytes + WEIGHT_BYTES[job.weights]
 
 
 def forward_bytes(job: Training) -> float:

@@ -385,7 +385,8 @@ def machine_name(offer: Offer, *, short: bool) -> str:
     if offer.infra == "local":
         name = "your own machine" if offer.price_micros_per_hour == 0 else "this machine"
         return name if short or not offer.instance else f"{name}, {offer.instance}"
-    name = f"{offer.gpu or 'CPU'}{' spot' if offer.spot else ''}, {offer.infra}"
+    count = f"{offer.gpus}x " if offer.gpus > 1 else ""
+    name = f"{count}{offer.gpu or 'CPU'}{' spot' if offer.spot else ''}, {offer.infra}"
     return name if short else f"{name} {offer.instance}"
 
 
@@ -458,8 +459,28 @@ def _said_uses(stage: StagePlan, plan: Plan) -> list[str]:
         said.append(f"{uses['steps']:.0f} steps{more}")
     if uses.get("setup_s", 0.0) >= 60.0:
         said.append(f"its packages take {human_seconds(uses['setup_s'])} to install")
+    said += _said_gpus(stage)
     measured = calibration.said(stage.parts)
     return [*said, measured] if measured else said
+
+
+def _said_gpus(stage: StagePlan) -> list[str]:
+    """What a stage does with several GPUs of its machine."""
+    gpus, together = stage.offer.gpus, getattr(stage.settings, "tensor_parallel", 1)
+    if gpus < 2:
+        return []
+    if stage.kind == "train":
+        whole = stage.settings.method != "full"  # type: ignore[union-attr]
+        return [f"{gpus} GPUs share the rows of a step, {'the model on each' if whole else 'each with its part of it'}"]
+    if stage.kind == "label" and getattr(stage.settings, "api", None) is None:
+        engines = gpus // together
+        each = f", each on {together} of the {gpus} GPUs together" if engines > 1 else f" on {gpus} GPUs together"
+        if together > 1:
+            return [f"{engines} engines{each}" if engines > 1 else f"one engine{each}"]
+        return [f"an engine on each of the {gpus} GPUs"]
+    if stage.kind == "evaluate":
+        return [f"{gpus} GPUs write answers, each its part"]
+    return [f"one of the {gpus} GPUs works"]
 
 
 def _sums(plan: Plan) -> list[RenderableType]:

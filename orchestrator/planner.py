@@ -29,9 +29,9 @@ from orchestrator.market import MACHINES_AN_INFRA, PLACES_A_MACHINE, Lot, lots_o
 from orchestrator.offers import known_price
 from orchestrator.plan import Micros, Overhead, Part, Plan, Range, Rejected, StagePlan, digest_of
 from orchestrator.provision import Need, Offer
-from orchestrator.recipe import EvaluateStage, LabelStage, Recipe, Stage, TrainStage
+from orchestrator.recipe import EvaluateStage, LabelStage, Recipe, Stage, TrainStage, gpu_counts
 from orchestrator.setup_time import runs_vllm
-from orchestrator.sizing import Machine, Measured, choices, fetched_gb, left_gb, left_open, measure
+from orchestrator.sizing import Machine, Measured, choices, fetched_gb, left_gb, left_open, measure, uses_all_gpus
 from orchestrator.workload import LONGEST_PROMPT_TOKENS, ROWS_UNKNOWN, World
 from tasks.contract import Settings, TrainSettings
 
@@ -207,7 +207,7 @@ class Planner:
                 looked.append(Looked(gpu, False, why))
         stage = self.recipe.stages[index]
         for gpu in _need(stage, self.recipe).gpus:
-            if gpu not in {one.gpu for one in looked}:
+            if gpu not in {one.gpu.rpartition("x ")[2] for one in looked}:
                 looked.append(Looked(gpu, False, "not on offer where this stage may run"))
         return looked
 
@@ -362,12 +362,12 @@ def _consider(stage: Stage, world: World, lots: Iterable[Lot], scene: _Scene) ->
         if isinstance(machine, str):
             refused.append((lot, machine))
             continue
-        card, infra = _card(lot), lot.first.infra
+        card, infra = _card(lot, counts=uses_all_gpus(stage)), lot.first.infra
         if (card, infra == "local") not in of_card:
             of_card[card, infra == "local"] = _ways(stage, world, machine, scene.calibration)
         way = _first_that_fits(of_card[card, infra == "local"], lot.first.vram_gib)
         if isinstance(way, _Way):  # what differs from infra to infra is the start, the same for all settings
-            key = (card, infra, id(way.settings))
+            key = (_card(lot), infra, id(way.settings))
             if key not in of_infra:
                 of_infra[key] = _measured_option(stage, way.settings, world, machine, scene.calibration)
             way = of_infra[key]
@@ -397,12 +397,20 @@ def _hours(seconds: float | None) -> float | None:
 
 def _need(stage: Stage, recipe: Recipe) -> Need:
     spot = recipe.spot if stage.spot is None else stage.spot
-    asks = isinstance(stage, LabelStage) and stage.api is not None  # an API, and any machine will do
+    asked = gpu_counts(_gpus_asked(stage, recipe))
+    counts = set(asked.values())
+    (count,) = next(iter(counts)) if len(counts) == 1 and len(next(iter(counts))) == 1 else (1,)
     return Need(
         infra=stage.infra or recipe.infra or (),
-        gpus=stage.gpus or (() if asks else recipe.gpus) or (),
+        gpus=tuple(asked),
+        gpu_count=count,
         spot=None if spot else False,
     )
+
+
+def _gpus_asked(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
+    asks = isinstance(stage, LabelStage) and stage.api is not None  # an API, and any machine will do
+    return stage.gpus or (() if asks else recipe.gpus) or ()
 
 
 def _machine(lot: Lot, stage: Stage, world: World) -> Machine | str:
@@ -410,8 +418,11 @@ def _machine(lot: Lot, stage: Stage, world: World) -> Machine | str:
     offer = lot.first
     if not known_price(offer):
         return "its price is not known"
-    if offer.gpus > 1:
-        return f"it has {offer.gpus} GPUs, and a stage uses one"
+    allowed = gpu_counts(_gpus_asked(stage, world.recipe)).get(offer.gpu or "")
+    if allowed and offer.gpus not in allowed:
+        return f"the recipe asks for {' or '.join(f'{offer.gpu}:{count}' for count in sorted(allowed))}"
+    if offer.gpus > 1 and (why := _not_on_several(offer.gpus, stage)):
+        return why
     if offer.gpu is None:
         local = world.recipe.local
         return Machine(offer, duration.cpu_speed(local.gflops if local else None), None)
@@ -422,8 +433,20 @@ def _machine(lot: Lot, stage: Stage, world: World) -> Machine | str:
     return Machine(offer, duration.gpu_speed(lot.gpu), lot.gpu)
 
 
-def _card(lot: Lot) -> str:
-    return lot.gpu.name if lot.gpu is not None else lot.first.gpu or "no GPU"
+def _not_on_several(gpus: int, stage: Stage) -> str | None:
+    """Why a stage cannot be done on a machine with so many GPUs. Kinds that use one of them can."""
+    if not isinstance(stage, TrainStage):
+        return None
+    if stage.batch_size < gpus:
+        return f"it has {gpus} GPUs, and batch_size {stage.batch_size} leaves some of them without a sample"
+    if stage.method == "full" and stage.optimizer == "adamw_8bit":
+        return f"it has {gpus} GPUs, and adamw_8bit does not work on shards of a model"
+    return None
+
+
+def _card(lot: Lot, *, counts: bool = True) -> str:
+    name = lot.gpu.name if lot.gpu is not None else lot.first.gpu or "no GPU"
+    return f"{lot.first.gpus}x {name}" if lot.first.gpus > 1 and counts else name
 
 
 def _ways(stage: Stage, world: World, machine: Machine, calibration: Calibration) -> list[_Way] | str:
@@ -459,6 +482,9 @@ def _measured_option(
         return "it does not compute in bf16"
     if getattr(settings, "engine", "") == "vllm" and machine.offer.infra != "local" and not runs_vllm(machine.gpu):
         return "vLLM does not run on it"
+    together = getattr(settings, "tensor_parallel", 1)
+    if machine.gpus % together:
+        return f"{together} GPUs are to hold the teacher together"
     measured = measure(stage, settings, world, machine)
     store = "/".join((world.recipe.bucket_url or "file:").partition("?")[0].split("/")[:3])  # not where in the bucket
     parts = _parts(stage, settings, measured, machine, calibration, store)
@@ -524,13 +550,15 @@ def _fallbacks(
     stage: Stage, world: World, best: _Option, considered: _Considered, scene: _Scene
 ) -> tuple[list[tuple[Offer, _Way]], list[tuple[Lot, str]]]:
     """Offers to try where the best cannot be had, with its settings, cheapest first, a few of each machine and infra;
-    and the lots that these settings do not fit."""
+    and the lots that these settings do not fit. Machines with several GPUs only where the best is such a one."""
     egress = _egress_micros(stage, world, world.recipe.bucket_url or scene.config.bucket)
     known: dict[tuple[str, str], _Way | str] = {}
     rows: list[tuple[Any, ...]] = []
     refused: list[tuple[Lot, str]] = []
     for option in considered.options:
         lot = option.lot
+        if lot.first.gpus > 1 >= best.offer.gpus:
+            continue
         key = (_card(lot), lot.first.infra)
         if key not in known:
             machine = _machine(lot, stage, world)

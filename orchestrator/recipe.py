@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +29,7 @@ from orchestrator.label_folder import LabelFolder, read_label_folder
 from orchestrator.money import Amount, parse_amount, parse_budget, parse_duration
 
 Loc = tuple[str | int, ...]
+MOST_GPUS = 16  # of one machine
 MODEL_STAGES = ("pretrain", "train")  # kinds whose result is a model
 
 
@@ -87,12 +88,24 @@ def _infra(value: object) -> str:
 
 def _gpu(value: object) -> str:
     names = {name.upper(): name for name in GPUS}
-    text = str(value).upper().replace(" ", "").removeprefix("NVIDIA").removeprefix("-")
+    text, colon, count = str(value).upper().replace(" ", "").removeprefix("NVIDIA").removeprefix("-").partition(":")
+    if colon and not (count.isascii() and count.isdecimal() and 1 <= int(count) <= MOST_GPUS):
+        raise ValueError(f"{value!r} has no number of GPUs from 1 to {MOST_GPUS} after the colon; write it like A100:8")
     if text not in names:
         close = difflib.get_close_matches(text, names, n=1)
         nearest = f"; did you mean {names[close[0]]}?" if close else f"; known are {', '.join(GPUS)}"
         raise ValueError(f"unknown GPU {value!r}{nearest}")
-    return names[text]
+    return names[text] + (f":{int(count)}" if colon else "")
+
+
+def gpu_counts(gpus: Iterable[str]) -> dict[str, frozenset[int]]:
+    """How many GPUs a machine may have by card, as `gpus:` says it; an empty set stands for any number."""
+    found: dict[str, frozenset[int]] = {}
+    free = {one for one in gpus if ":" not in one}
+    for one in gpus:
+        name, _, count = one.partition(":")
+        found[name] = frozenset() if name in free else found.get(name, frozenset()) | {int(count)}
+    return found
 
 
 def _as_text(example: str) -> WithJsonSchema:
@@ -115,7 +128,13 @@ Gpus = Annotated[
     tuple[Annotated[str, BeforeValidator(_gpu)], ...],
     BeforeValidator(_many),
     Field(min_length=1),
-    WithJsonSchema({"type": "array", "items": {"type": "string", "enum": list(GPUS)}, "minItems": 1}),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {"anyOf": [{"enum": list(GPUS)}, {"pattern": f"^({'|'.join(GPUS)}):[1-9][0-9]?$"}]},
+            "minItems": 1,
+        }
+    ),
 ]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Whole = Annotated[int, Field(strict=True, ge=0)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator import duration, memory, setup_time
+from orchestrator import duration, memory, setup_time, teachers
 from orchestrator.catalog import Gpu, ModelShape
 from orchestrator.memory import Memory
 from orchestrator.plan import Range
@@ -76,21 +76,32 @@ class Machine:
     speed: duration.Speed
     gpu: Gpu | None
 
+    @property
+    def gpus(self) -> int:
+        """Processes of a stage that can be shared out: one a GPU; without any there is one as well."""
+        return max(1, self.offer.gpus)
+
 
 # --- settings: the recipe's, with what it leaves open
 
 
 def choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
     """Settings to try on a machine: each must be measured, since which is the fastest depends on its card."""
-    key = ("choices", id(stage), _card(machine))
+    key = ("choices", id(stage), _card(machine, stage))
     if key not in world.measured:
         world.measured[key] = (stage, tuple(_choices(stage, world, machine)))  # the stage stays, so that its id does
     yield from world.measured[key][1]
 
 
-def _card(machine: Machine) -> tuple[str | None, bool]:
+def _card(machine: Machine, stage: Stage) -> tuple[str | None, int, bool]:
     """All that choices and needs depend on."""
-    return (machine.gpu.name if machine.gpu else machine.offer.gpu, machine.offer.infra == "local")
+    gpus = machine.gpus if uses_all_gpus(stage) else 1
+    return (machine.gpu.name if machine.gpu else machine.offer.gpu, gpus, machine.offer.infra == "local")
+
+
+def uses_all_gpus(stage: Stage) -> bool:
+    """Whether the stage is shared out over the GPUs of its machine."""
+    return isinstance(stage, (TrainStage, EvaluateStage)) or (isinstance(stage, LabelStage) and stage.api is None)
 
 
 def _choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
@@ -113,7 +124,8 @@ def _choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]
             paged = _engine(stage.engine, machine)  # it packs its own batches
             free = [LabelSettings.shard_size] if paged else _batches(world.shape(stage.teacher))
             for batch_size in [stage.batch_size] if stage.batch_size else free:
-                yield _label_settings(stage, world, batch_size)
+                for cards in _together(world.shape(stage.teacher), machine) if paged else [1]:
+                    yield replace(_label_settings(stage, world, batch_size), tensor_parallel=cards)
         case TrainStage():
             yield from _train_choices(stage, world, machine)
         case EvaluateStage():
@@ -130,6 +142,18 @@ def _choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]
                 checkpoint_every_steps=stage.checkpoint_every_steps,
                 payload_bytes=stage.payload_bytes,
             )
+
+
+def _together(shape: ModelShape, machine: Machine) -> list[int]:
+    """How many of the machine's GPUs may hold one model together in vLLM: each has as many heads, and heads of keys are
+    cut evenly or repeated evenly (vllm/config/model.py: verify_with_parallel_config)."""
+    return [
+        cards
+        for cards in (1, 2, 4, 8)
+        if machine.gpus % cards == 0
+        and shape.heads % cards == 0
+        and (shape.latent is not None or max(cards, shape.kv_heads) % min(cards, shape.kv_heads) == 0)
+    ]
 
 
 def _batches(shape: ModelShape) -> list[int]:
@@ -206,7 +230,8 @@ def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterato
         search_steps=compare.search_steps if compared else None,
         threads=stage.threads,
     )
-    micro_batches = _divisors(stage.batch_size) if stage.micro_batch is None else [stage.micro_batch]
+    share = math.ceil(stage.batch_size / machine.gpus)  # of a step's rows, on one GPU
+    micro_batches = _divisors(share) if stage.micro_batch is None else [stage.micro_batch]
     recomputed = (False, True) if stage.checkpointing is None else (stage.checkpointing,)
     first = replace(whole, checkpointing=recomputed[0], micro_batch=micro_batches[0])
     for compiled in (False, True) if _may_compile(stage, first, world, machine) else (whole.compile,):
@@ -218,6 +243,8 @@ def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterato
 def _may_compile(stage: TrainStage, settings: TrainSettings, world: World, machine: Machine) -> bool:
     """Whether it is for the planner to say, and long enough on a card that it was measured on the like of (bf16)."""
     if stage.compile is not None or machine.gpu is None or not machine.gpu.bf16:
+        return False
+    if machine.gpus > 1 and settings.method == "full":  # compiled layers in shards were never measured
         return False
     return _training_s(stage, settings, world, machine).expected > COMPILE_FROM_S
 
@@ -273,7 +300,7 @@ def left_open(stage: Stage) -> tuple[str, ...]:
 
 def measure(stage: Stage, settings: Settings, world: World, machine: Machine) -> Measured:
     """What `stage` needs with `settings`, which are its own kind's."""
-    key = ("needs", id(stage), settings, _card(machine))
+    key = ("needs", id(stage), settings, _card(machine, stage))
     if key not in world.measured:
         world.measured[key] = (stage, _with_traffic(_measure(stage, settings, world, machine), stage, world, machine))
     found: Measured = world.measured[key][1]
@@ -361,6 +388,9 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
     shape, lengths, speed = world.shape(stage.teacher), world.label_lengths(stage), machine.speed
     engine = _engine(settings.engine, machine)
     answers, kept = stage.samples * stage.samples_per_prompt, world.kept(stage)
+    cards = settings.tensor_parallel
+    small = engine and machine.gpu is not None and teachers.in_8_bits(shape, machine.gpu)
+    share = _longest_share(stage, settings, machine.gpus // cards)
     need = memory.generation_memory(
         shape,
         sequences=min(settings.batch_size, answers, ENGINE_LEAST) if engine else min(settings.batch_size, answers),
@@ -369,19 +399,29 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
         gpu=speed.gpu,
         prompt_len=lengths.longest_prompt,
         engine=engine,
+        gpus=cards,
+        weights="fp8" if small else None,
     )
+    if settings.top_k and (cards > 1 or small):  # scored by transformers, in 16 bits
+        need = memory.largest([need, memory.scoring_memory(shape, gpus=machine.gpus if cards > 1 else 1)])
     writing = duration.generation_s(
         speed,
         shape,
-        sequences=answers,
+        sequences=answers * share,
         prompt_len=lengths.prompt,
         answer_len=lengths.answer,
         longest=lengths.limit,
         batch_size=settings.batch_size,
         engine=engine,
+        gpus=cards,
+        weight_bytes=teachers.FP8_BYTES if small else 2.0,
     )
     scored = kept * (lengths.prompt + lengths.answer) if settings.top_k else 0.0
-    scoring = duration.scoring_s(speed, shape, tokens=scored, mean_len=lengths.prompt + lengths.answer)
+    if cards == 1:
+        scored *= _longest_share(stage, settings, machine.gpus)
+    scoring = duration.scoring_s(
+        speed, shape, tokens=scored, mean_len=lengths.prompt + lengths.answer, sharded=machine.gpus if cards > 1 else 1
+    )
     return Measured(
         need,
         writing + scoring,
@@ -394,10 +434,21 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
             "kept_samples": kept,
             "label_gib": label_gib(stage, world),
             "scoring_share": scoring.expected / max((writing + scoring).expected, 1e-9),
-            **_step_share(shape, lengths, speed, min(settings.batch_size, answers), engine=engine),
+            **_step_share(
+                shape, lengths, speed, min(settings.batch_size, answers), engine=engine, gpus=cards,
+                weight_bytes=teachers.FP8_BYTES if small else 2.0,
+            ),
         },
-        duration.stage_s(speed, downloads_gb=_download_gb(settings.teacher, shape), engine=engine),
+        duration.stage_s(
+            speed, downloads_gb=_download_gb(settings.teacher, shape) * (0.5 if small else 1.0), engine=engine
+        ),
     )
+
+
+def _longest_share(stage: LabelStage, settings: LabelSettings, parts: int) -> float:
+    """The share of the prompts that falls to the engine which has most: whole shards (tasks/label.py)."""
+    shards = math.ceil(stage.samples / settings.shard_size)
+    return min(1.0, math.ceil(shards / parts) * settings.shard_size / stage.samples)
 
 
 def label_gib(stage: LabelStage, world: World) -> float:
@@ -473,7 +524,7 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
     if settings.compile and speed.gpu:
         around += COMPILE_S
     return Measured(
-        _training_memory(stage, settings, world, gpu=speed.gpu),
+        _training_memory(stage, settings, world, gpu=speed.gpu, gpus=machine.gpus),
         _training_s(stage, settings, world, machine),
         {
             "params": shape.params,
@@ -482,15 +533,20 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
             "steps_in_all": _steps_in_all(settings, steps),
             "row_tokens": min(lengths.prompt + lengths.answer, settings.max_seq_len),
             "samples": taught.samples,
-            "accumulation": settings.batch_size // settings.micro_batch,
+            "accumulation": _accumulation(settings, machine.gpus),
         },
         around,
     )
 
 
-def _training_memory(stage: TrainStage, settings: TrainSettings, world: World, *, gpu: bool) -> Memory:
+def _accumulation(settings: TrainSettings, gpus: int) -> int:
+    """Micro-batches of a step on the GPU that has most."""
+    return math.ceil(math.ceil(settings.batch_size / gpus) / settings.micro_batch)
+
+
+def _training_memory(stage: TrainStage, settings: TrainSettings, world: World, *, gpu: bool, gpus: int) -> Memory:
     """The same on every card."""
-    key = ("memory", id(stage), settings, gpu)
+    key = ("memory", id(stage), settings, gpu, gpus)
     if key in world.measured:
         known: Memory = world.measured[key][1]
         return known
@@ -500,7 +556,7 @@ def _training_memory(stage: TrainStage, settings: TrainSettings, world: World, *
         shape,
         trainable=trainable,
         full=full,
-        micro_batch=settings.micro_batch,
+        micro_batch=min(settings.micro_batch, math.ceil(settings.batch_size / gpus)),
         seq_len=settings.max_seq_len,
         half=settings.precision == "bf16",
         checkpointing=settings.checkpointing,
@@ -508,7 +564,8 @@ def _training_memory(stage: TrainStage, settings: TrainSettings, world: World, *
         four_bit=settings.method == "qlora",
         eight_bit=settings.optimizer == "adamw_8bit",
         compiled=settings.compile and gpu,
-        accumulation=settings.batch_size // settings.micro_batch,
+        accumulation=_accumulation(settings, gpus),
+        gpus=gpus,
         lora=None if full else (settings.lora.r, settings.lora.targets),
     )
     world.measured[key] = (stage, need)
@@ -539,6 +596,7 @@ def _training_s(stage: TrainStage, settings: TrainSettings, world: World, machin
         four_bit=settings.method == "qlora",
         eight_bit=settings.optimizer == "adamw_8bit",
         compiled=settings.compile,
+        gpus=machine.gpus,
     )
     if not speed.gpu:
         return work.times(duration.side_by_side(min(settings.arms_at_once, _runs(settings))))
@@ -567,6 +625,7 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
     students = 1 + (compare.seeds * (ARMS if compare.hard_labels else 1) if world.compared(train) else 1)
     shapes = [(world.student_shape(train), students), *([(world.shape(stage.teacher), 1)] if stage.teacher else [])]
     engine = _engine(settings.engine, machine)
+    share = _written_share(rows, rows if engine else settings.batch_size, machine.gpus, cut=engine)
     need = memory.largest(
         [
             memory.generation_memory(
@@ -596,11 +655,11 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
         own = duration.generation_s(
             speed,
             shape,
-            sequences=rows,
+            sequences=share,
             prompt_len=lengths.prompt,
             answer_len=lengths.answer,
             longest=lengths.limit,
-            batch_size=rows if engine else settings.batch_size,
+            batch_size=share if engine else settings.batch_size,
             engine=engine,
         ).times(times * settings.seeds)
         if stage.teacher:  # how far from the teacher: each model reads the teacher's answers once
@@ -619,15 +678,23 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
     return Measured(need, seconds, uses, around)
 
 
+def _written_share(rows: int, batch: int, gpus: int, *, cut: bool) -> int:
+    """Problems that fall to the GPU which has most (tasks/evaluate.py): whole batches, unless they may be cut."""
+    size = math.ceil(rows / gpus) if cut else batch
+    return min(rows, math.ceil(math.ceil(rows / size) / gpus) * size)
+
+
 def _step_share(
-    shape: ModelShape, lengths: Lengths, speed: duration.Speed, batch: float, *, engine: bool
-) -> dict[str, float]:
+    shape: ModelShape, lengths: Lengths, speed: duration.Speed, batch: float, *, engine: bool, gpus: int = 1,
+    weight_bytes: float = 2.0,
+) -> dict[str, float]:  # fmt: skip
     """How much of an engine's step is the same for few answers as for many: what the gate judges by."""
     if not engine:
         return {}
     share = duration.step_share(
-        speed, shape, batch_size=batch, prompt_len=lengths.prompt, answer_len=lengths.answer, longest=lengths.limit
-    )
+        speed, shape, batch_size=batch, prompt_len=lengths.prompt, answer_len=lengths.answer, longest=lengths.limit,
+        gpus=gpus, weight_bytes=weight_bytes,
+    )  # fmt: skip
     return {"step_share": share}
 
 

@@ -140,6 +140,11 @@ def weights_gib(shape: ModelShape, card: Gpu) -> float:
     return shape.params * _weight_bytes(shape, card) / GIB
 
 
+def in_8_bits(shape: ModelShape, card: Gpu) -> bool:
+    """Whether an engine holds the weights as they are published, in 8 bits."""
+    return shape.architecture in FP8 and card.name.startswith(FP8_CARDS)
+
+
 def lines(choices: Iterable[Choice], rate: money.Rate, currency: str) -> list[str]:
     """One line a teacher, for people."""
     return [_line(choice, rate, currency) for choice in choices]
@@ -173,7 +178,9 @@ def _on(stage: LabelStage, world: World, shape: ModelShape, offer: Offer, cap_mi
     spread = Range(seconds * ROUGH.low, seconds, seconds * ROUGH.high) + start
     cost = Micros(*(machines * cost_micros(offer, at) for at in (spread.low, spread.expected, spread.high)))
     where = f"{machines} x {offer.instance}, {offer.infra}" if machines > 1 else f"{offer.instance}, {offer.infra}"
-    beyond = "more than one host: rough, and kdcloud rents one machine a stage" if machines > 1 else ""
+    note = "more than one host: rough, and kdcloud rents one machine a stage" if machines > 1 else ""
+    if not note and stage.soft_labels.top_k and in_8_bits(shape, card):
+        note = _scored_note(shape, offer, card)
     return Choice(
         shape.name,
         where,
@@ -182,13 +189,20 @@ def _on(stage: LabelStage, world: World, shape: ModelShape, offer: Offer, cap_mi
         spread.times(1 / 3600),
         cost,
         cost.expected <= cap_micros,
-        note=beyond or (f"kdcloud uses one card a stage, this takes {cards}" if cards > 1 else ""),
+        note=note,
     )
 
 
+def _scored_note(shape: ModelShape, offer: Offer, card: Gpu) -> str:
+    """What soft labels ask of a machine that writes with weights in 8 bits; nothing where it has that."""
+    need = shape.params * 2.0 / GIB
+    if need < offer.gpus * (card.vram_gib.value - ENGINE_GIB):
+        return ""
+    return f"hard labels only (`soft_labels: {{top_k: 0}}`): scoring takes {need:,.0f} GiB, in 16 bits"
+
+
 def _weight_bytes(shape: ModelShape, card: Gpu) -> float:
-    small = shape.architecture in FP8 and card.name.startswith(FP8_CARDS)
-    return FP8_BYTES if small else 2.0
+    return FP8_BYTES if in_8_bits(shape, card) else 2.0
 
 
 def _apis(stage: LabelStage, world: World, cap_micros: int) -> Iterable[Choice]:

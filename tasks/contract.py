@@ -7,7 +7,7 @@ different versions never guess what the other meant.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -154,6 +154,7 @@ class LabelSettings:
     seed: int = 0
     threads: int | None = None
     api: ApiTeacher | None = None
+    tensor_parallel: int = 1  # GPUs that hold one teacher together; as many engines as that leaves write side by side
 
 
 @dataclass(frozen=True)
@@ -343,6 +344,11 @@ class Writing:
     length: float  # tokens of an answer, on average, up to `longest`
     going_on: float  # share of answers that are longer than `longest`
     longest: float  # tokens
+
+    def of_all(self, engines: int) -> Writing:
+        """Of so many engines side by side, each as far as this one."""
+        counts = ("answers", "before", "later", "ended", "flight", "tokens")
+        return replace(self, **{name: engines * getattr(self, name) for name in counts})
 
     def numbers(self) -> dict[str, float]:
         return {f"writing_{name}": float(value) for name, value in asdict(self).items()}

@@ -11,9 +11,12 @@ served first and loaded after that, for its latency, its memory and its divergen
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from tasks import models, verify
 from tasks.contract import EvaluateSettings, ModelSource, TaskError, Writing, build
+from tasks.crew import Crew
 from tasks.generate import (
     Completion,
     Generator,
@@ -36,6 +40,7 @@ from tasks.generate import (
 from tasks.intervals import pass_interval
 from tasks.label import SCORE_TOKENS, batches
 from tasks.labels import TOKENIZER_FOLDER
+from tasks.peers import take_gpu
 from tasks.stage import Context, Stopped
 from tasks.train import STUDENTS_FILE
 
@@ -54,7 +59,7 @@ class Measured:
 
     right: list[list[bool]]  # by seed, then by problem
     texts: list[str]  # of the first seed
-    tokens_per_s: float  # new tokens a second, batched, of the engine that wrote
+    tokens_per_s: float  # new tokens a second and GPU, batched, of the engine that wrote
     first_token_s: float  # median over a few prompts, batch 1, by transformers
     peak_gib: float  # by transformers: vLLM takes whatever there is
     engine: str = "transformers"  # what wrote the answers
@@ -87,7 +92,37 @@ def run(ctx: Context, settings: EvaluateSettings) -> dict[str, Any]:
     if settings.lm_eval:
         _harness()
     engine = "vllm" if wants_vllm(settings.engine, models.pick_device()) else "transformers"
+    candidates, crew = _candidates(ctx, settings), Crew.of(ctx)
+    try:
+        return _judge_all(ctx, settings, rows, candidates, engine, crew)
+    except Stopped:
+        crew.stop()
+        raise
+
+
+def follow(ctx: Context, settings: EvaluateSettings) -> None:
+    """What the other processes of a machine do: they write their part of every model's answers, on a GPU each."""
+    models.quiet()
+    models.set_threads(settings.threads)
+    crew = Crew.of(ctx)
+    if crew.size == 1:
+        print("an evaluation is shared out on one machine: this process leaves")
+        return
+    take_gpu(os.environ)
+    rows = ctx.data(settings.held_out)[: settings.limit]
+    engine = "vllm" if wants_vllm(settings.engine, models.pick_device()) else "transformers"
     candidates = _candidates(ctx, settings)
+    with suppress(Stopped):
+        for index, (_, load, place) in enumerate(candidates):
+            crew.stop_if_told()
+            free_memory()
+            _answers(ctx, load(), place, rows, settings, index, len(candidates), engine, crew)
+
+
+def _judge_all(
+    ctx: Context, settings: EvaluateSettings, rows: list[dict[str, Any]],
+    candidates: list[tuple[str, Any, ModelSource | None]], engine: str, crew: Crew,
+) -> dict[str, Any]:  # fmt: skip
     reference: Reference | None = None
     measured: dict[str, list[Measured]] = {role: [] for role in ROLES}
     for index, (role, load, place) in enumerate(candidates):
@@ -98,7 +133,7 @@ def run(ctx: Context, settings: EvaluateSettings) -> dict[str, Any]:
         ctx.progress("load", declared=True)
         loaded = load()
         ctx.progress("evaluate", index, len(candidates), "models")
-        found, answers = _measure(ctx, loaded, place, rows, settings, index, len(candidates), engine)
+        found, answers = _measure(ctx, loaded, place, rows, settings, index, len(candidates), engine, crew)
         if role == "teacher":
             reference = _reference(loaded, rows, answers)
         elif reference is not None:
@@ -149,19 +184,44 @@ def _before(ctx: Context, folder: Path, before: dict[str, Any], dtype: torch.dty
 
 def _measure(
     ctx: Context, loaded: models.Loaded, place: ModelSource | None, rows: list[dict[str, Any]],
-    settings: EvaluateSettings, index: int, total: int, engine: str,
+    settings: EvaluateSettings, index: int, total: int, engine: str, crew: Crew,
 ) -> tuple[Measured, list[Completion]]:  # fmt: skip
     """The figures, and the answers of the first seed."""
+    tokenizer = loaded.tokenizer
+    by_seed, written, engine = _answers(ctx, loaded, place, rows, settings, index, total, engine, crew)
+    texts = [[tokenizer.decode(each[i].ids, skip_special_tokens=True) for i in range(len(rows))] for each in by_seed]
+    measured = Measured(
+        right=[
+            _judged(ctx, settings, rows, said, thinking=models.opens_thinking(tokenizer)) for said in texts
+        ],
+        texts=texts[0],
+        tokens_per_s=sum(len(answer.ids) for each in by_seed for answer in each.values()) / written.seconds,
+        first_token_s=_first_token_s(loaded.model, tokenizer, written.prompts[:LATENCY_PROMPTS]),
+        peak_gib=models.peak_gib(models.pick_device()),
+        engine=engine,
+        cut_share=statistics.fmean(one.finish_reason == "length" for each in by_seed for one in each.values()),
+        loop_share=statistics.fmean(one.loops for each in by_seed for one in each.values()),
+    )  # fmt: skip
+    return measured, [by_seed[0][i] for i in range(len(rows))]
+
+
+def _answers(
+    ctx: Context, loaded: models.Loaded, place: ModelSource | None, rows: list[dict[str, Any]],
+    settings: EvaluateSettings, index: int, total: int, engine: str, crew: Crew,
+) -> tuple[list[dict[int, Completion]], _Written, str]:  # fmt: skip
+    """By seed, then by prompt, and what wrote them. Whoever does not lead hands in its own part."""
     device = models.pick_device()
     tokenizer = loaded.tokenizer
     prompts = [models.prompt_ids(tokenizer, row["input"]) for row in rows]
-    written = _Written(ctx, settings, prompts, index, total)
+    written = _Written(ctx, settings, prompts, index, total, crew)
     by_seed: list[dict[int, Completion]] | None = None
     if engine == "vllm":
         ctx.progress("load", declared=True)  # the weights once more, compiling, room for the cache: minutes
         by_seed = _served(ctx, loaded, place, settings, prompts, index, written)
         free_memory()
     plain = by_seed is None
+    if by_seed is not None and not crew.leads:
+        return by_seed, written, engine
     model = loaded.model.to(device).eval()
     models.reset_peak(device)
     if by_seed is not None:
@@ -173,30 +233,17 @@ def _measure(
             free, _ = torch.cuda.mem_get_info(device)
             size = rows_that_fit(model.config, free, max(map(len, prompts)) + settings.max_new_tokens, size)
         by_seed = written.all(_plain(model, tokenizer, settings, written.moved), size)
-    texts = [[tokenizer.decode(each[i].ids, skip_special_tokens=True) for i in range(len(rows))] for each in by_seed]
-    measured = Measured(
-        right=[
-            _judged(ctx, settings, rows, said, thinking=models.opens_thinking(tokenizer)) for said in texts
-        ],
-        texts=texts[0],
-        tokens_per_s=sum(len(answer.ids) for each in by_seed for answer in each.values()) / written.seconds,
-        first_token_s=_first_token_s(model, tokenizer, prompts[:LATENCY_PROMPTS]),
-        peak_gib=models.peak_gib(device),
-        engine="transformers" if plain else "vllm",
-        cut_share=statistics.fmean(one.finish_reason == "length" for each in by_seed for one in each.values()),
-        loop_share=statistics.fmean(one.loops for each in by_seed for one in each.values()),
-    )  # fmt: skip
-    return measured, [by_seed[0][i] for i in range(len(rows))]
+    return by_seed, written, "transformers" if plain else "vllm"
 
 
 class _Written:
-    """Answers to all prompts, once a seed, with their seconds."""
+    """Answers to all prompts, once a seed, with their seconds; of all processes together."""
 
     def __init__(
-        self, ctx: Context, settings: EvaluateSettings, prompts: list[list[int]], index: int, total: int
+        self, ctx: Context, settings: EvaluateSettings, prompts: list[list[int]], index: int, total: int, crew: Crew
     ) -> None:
-        self._ctx, self._settings, self._prompts, self._index, self._total = ctx, settings, prompts, index, total
-        self._seed, self._answers, self._size = 0, 0, 1
+        self._ctx, self._settings, self.prompts, self._index, self._total = ctx, settings, prompts, index, total
+        self._crew, self._seed, self._answers, self._size, self._mine = crew, 0, 0, 1, len(prompts)
         self._highest = float(index)
         self._counts = False  # not while one answer warms the engine up
         self.seconds = 0.0
@@ -205,39 +252,58 @@ class _Written:
         """`share` of a batch is written: minutes, where answers are long."""
         if not self._counts:
             share, writing = 0.0, None
-        part = self._answers + share * min(self._size, len(self._prompts) - self._answers)
-        done = self._index + (self._seed + part / len(self._prompts)) / self._settings.seeds
+        part = self._answers + share * min(self._size, self._mine - self._answers)
+        done = self._index + (self._seed + part / max(1, self._mine)) / self._settings.seeds
         numbers: dict[str, float] = {}
         if writing is not None:
-            before = self._seed * len(self._prompts) + self._answers
-            later = self._settings.seeds * len(self._prompts) - before - writing.answers
-            numbers = replace(writing, before=before, later=later).numbers()
+            before = self._seed * self._mine + self._answers
+            later = self._settings.seeds * self._mine - before - writing.answers
+            numbers = replace(writing, before=before, later=later).of_all(self._crew.size).numbers()
             numbers["tokens_per_s"] = writing.tokens / max(writing.seconds, 1e-9)
+        done = self._crew.done("evaluate", done) / self._crew.size
         self._highest = max(self._highest + 1e-9, done)  # how much is to come is estimated anew all the while
         done = min(self._highest, self._index + 1.0)
         self._ctx.progress("evaluate", done, self._total, "models", declared=False, **numbers)
         if self._ctx.stopping:
             raise Stopped
+        self._crew.stop_if_told()
 
-    def all(self, generator: Generator, size: int) -> list[dict[int, Completion]]:
-        """By seed, then by prompt. `size` prompts at a time, alike lengths together."""
-        generator.generate(self._prompts[:1], seed=0)  # warm-up, not counted
+    def all(self, generator: Generator, size: int, *, own_seeds: bool = False) -> list[dict[int, Completion]]:
+        """By seed, then by prompt. `size` prompts at a time, alike lengths together; each process takes whole batches.
+        `own_seeds`: every prompt of a batch draws for itself, by its place, so that batches may be cut anywhere."""
+        generator.generate(self.prompts[:1], seed=0)  # warm-up, not counted
         self._counts = True
-        order = sorted(range(len(self._prompts)), key=lambda i: len(self._prompts[i]))
-        self._size = size
+        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        if own_seeds:
+            size = math.ceil(min(size, len(order)) / self._crew.size)
+        mine = [at for n, at in enumerate(range(0, len(order), size)) if self._crew.scores(n)]
+        self._size, self._mine = size, sum(len(order[at : at + size]) for at in mine)
         by_seed: list[dict[int, Completion]] = []
         for seed in range(self._settings.seeds):
             answers: dict[int, Completion] = {}
             self._seed, self._answers = seed, 0
-            for at in range(0, len(order), size):
+            for at in mine:
                 batch = order[at : at + size]
                 started = time.monotonic()
-                found = generator.generate([self._prompts[i] for i in batch], seed=seed * 1_000_003 + at)
+                found = generator.generate([self.prompts[i] for i in batch], seed=seed * 1_000_003 + at)
                 self.seconds += time.monotonic() - started
                 answers.update(zip(batch, found, strict=True))
                 self._answers = len(answers)
                 self.moved(0.0)
             by_seed.append(answers)
+        return self._together(by_seed)
+
+    def _together(self, by_seed: list[dict[int, Completion]]) -> list[dict[int, Completion]]:
+        """With what the others wrote; whoever does not lead hands in its own."""
+        if not self._crew.leads:
+            answers = [[[i, one.ids, one.finish_reason] for i, one in each.items()] for each in by_seed]
+            self._crew.say(f"answers-{self._index}-{self._crew.rank}", [self.seconds, answers])
+            return by_seed
+        for rank in range(1, self._crew.size):
+            seconds, told = self._crew.heard(f"answers-{self._index}-{rank}", lambda: self.moved(0.0))
+            self.seconds += seconds
+            for each, answers in zip(by_seed, told, strict=True):
+                each.update({i: Completion(ids, reason) for i, ids, reason in answers})
         return by_seed
 
 
@@ -275,7 +341,7 @@ def _served(
         return None
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # it is loaded
-    return written.all(generator, len(prompts))
+    return written.all(generator, len(prompts), own_seeds=True)
 
 
 def _judged(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from tasks import hub, verify
 from tasks.contract import ModelSource, TaskError, Writing
+from tasks.peers import LAUNCHED_ENV
 
 ENGINES = ("auto", "vllm", "transformers")
 CACHE_SHARE = 0.6  # of free memory that the key-value cache of a batch may take; the rest is for what a step holds
@@ -86,6 +89,31 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+@contextmanager
+def alone(cards: int) -> Iterator[None]:
+    """The environment in which an engine starts processes: it sees this process's GPU and those after it, `cards` in
+    all, and nothing of the launcher, whose store torch would take for the engine's own (TORCHELASTIC_USE_AGENT_STORE in
+    torch/distributed/rendezvous.py)."""
+    if LAUNCHED_ENV not in os.environ:
+        yield
+        return
+    before, first = dict(os.environ), int(os.environ["LOCAL_RANK"])
+    seen = before.get("CUDA_VISIBLE_DEVICES")
+    known = seen.split(",") if seen else [str(n) for n in range(first + cards)]
+    for name in before:
+        if name.startswith(("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")) or name in _LAUNCHED:
+            del os.environ[name]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(known[first : first + cards])
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
 class TransformersGenerator:
     """Batched generation with a key-value cache, prompts padded on the left. Greedy at temperature 0."""
 
@@ -151,9 +179,9 @@ class VllmGenerator:
 
     def __init__(
         self, place: ModelSource, tokenizer: Any, max_new_tokens: int, *, longest_prompt: int, temperature: float = 0.0,
-        top_p: float = 1.0, seed: int = 0, moved: Moved | None = None,
+        top_p: float = 1.0, seed: int = 0, moved: Moved | None = None, cards: int = 1,
     ) -> None:  # fmt: skip
-        """Raises TaskError when vLLM cannot serve the model."""
+        """`cards`: GPUs that share each layer. Raises TaskError when vLLM cannot serve the model."""
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
         from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
@@ -161,12 +189,15 @@ class VllmGenerator:
         self._params, self._kind = SamplingParams, RequestOutputKind.DELTA
         self._eos = tokenizer.eos_token_id
         try:
-            self._llm = LLM(
-                model=hub.local_path(place), revision=place.revision, trust_remote_code=place.trust_remote_code,
-                load_format="safetensors", seed=seed, stream_interval=STREAM_TOKENS,
-                # By default the model's whole context, 131,072 tokens for R1-Distill: no small card's cache holds that.
-                max_model_len=longest_prompt + max_new_tokens,
-            )  # fmt: skip
+            with alone(cards):
+                self._llm = LLM(
+                    model=hub.local_path(place), revision=place.revision, trust_remote_code=place.trust_remote_code,
+                    load_format="safetensors", seed=seed, stream_interval=STREAM_TOKENS,
+                    tensor_parallel_size=cards,
+                    # By default the model's whole context, 131,072 tokens for R1-Distill: no small card's cache holds
+                    # that.
+                    max_model_len=longest_prompt + max_new_tokens,
+                )  # fmt: skip
         except (ValueError, RuntimeError, OSError) as error:
             first = str(error).strip().split("\n")[0]
             raise TaskError(f"vLLM cannot serve {place.path}: {first}", hint="use engine: transformers") from error

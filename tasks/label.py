@@ -7,9 +7,12 @@ that are kept as they finish. Token ids are never made from text again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,10 +23,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tasks import api_teacher, losses, models, verify
 from tasks.contract import API_SPENT_FILE, ApiTeacher, LabelSettings, ModelSource, TaskError, Writing
+from tasks.crew import PARTIAL, POLL_S, Crew
 from tasks.generate import (
     Completion,
     Generator,
@@ -38,6 +43,8 @@ from tasks.generate import (
 )
 from tasks.intervals import wilson
 from tasks.labels import TOKENIZER_FOLDER, Header, Sample, read_labels, shard_name, write_shard
+from tasks.peers import Peers, take_gpu
+from tasks.shard import is_sharded, shard
 from tasks.stage import Context, Stopped
 
 CUT_CHECK_MIN = 32  # answers before the share of cut ones is judged
@@ -45,6 +52,8 @@ SCORE_TOKENS = 16384  # tokens of a scoring batch
 COMPILE_TOKENS = 5_000_000  # to score: compiled layers are a quarter faster and take 8 s to compile (H200, 1.5B)
 SCORE_ELEMENTS = 1 << 25  # logits held at once on a CPU; on CUDA as many as the loss holds
 SAMPLES_SHOWN = 8
+LIMIT = "limit"  # what the first process says of ctx.limit to the others
+LEAVE_S = 15.0  # in which the others save what they have
 ROUNDING = 1e-6  # of a limit, in answers
 LEAST_TAIL = 1e-7  # an API's log-probabilities are rounded: what is left of 1 is no smaller than that
 
@@ -75,47 +84,21 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
     ctx.progress("prepare", declared=True)
     rows = _choose(ctx.data(settings.prompts), settings)
     device = models.pick_device()
-    teacher = _Teacher(ctx, settings, device)
+    crew = _crew(ctx, settings, device)
+    teacher = _Teacher(ctx, settings, device, crew)
     api = None if settings.api is None else ApiGenerator(ctx, settings, settings.api, teacher.tokenizer)
     teacher.longest_prompt = max(len(models.prompt_ids(teacher.tokenizer, row["input"])) for row in rows)
     shards = [rows[at : at + settings.shard_size] for at in range(0, len(rows), settings.shard_size)]
 
-    generated: list[list[dict[str, Any]]] = []
-    newest = ctx.latest_checkpoint()
-    started, new_tokens = time.monotonic(), 0
-    for index in range(len(shards)):
-        if index >= _end(ctx, len(shards)):
-            break
-        found, fresh = _generated(
-            ctx, settings, api or teacher, teacher, index, shards, generated, newest[1] if newest else None
-        )
-        new_tokens += fresh
-        generated.append(found)
-        _pause_when_cut(settings, generated)
-        if fresh:  # what was kept before says nothing of this machine's speed
-            end = _end(ctx, len(shards))
-            ctx.progress("generate", min(index + 1, end), end, "shards")
+    point = _where_to_go_on(ctx, crew)
+    started = time.monotonic()
+    generated, new_tokens = _all_generated(ctx, settings, api or teacher, teacher, shards, point, crew)
     generation_s = time.monotonic() - started
     teacher.end_generation()
 
     header = teacher.header() if settings.api is None else teacher.api_header(generated)
     teacher.tokenizer.save_pretrained(ctx.out / TOKENIZER_FOLDER)
-    waiting = [row for i, found in enumerate(generated) if not ctx.kept(shard_name(i)) for row in found if row["kept"]]
-    scored = sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in waiting)
-    if settings.api is None and settings.top_k and scored >= COMPILE_TOKENS:
-        teacher.compile()
-    for index, found in enumerate(list(generated)):
-        total = math.ceil(_end(ctx, len(generated)))
-        if index >= total:
-            del generated[index:]
-            break
-        _stop_if_asked(ctx)
-        if not ctx.kept(shard_name(index)):
-            kept = [row for row in found if row["kept"]]
-            samples = list(_score(ctx, teacher, kept, settings, header, index, total))
-            write_shard(ctx.out / shard_name(index), header, samples)
-            ctx.keep(shard_name(index))
-        ctx.progress("score", index + 1, total, "shards")
+    _all_scored(ctx, settings, teacher, generated, header, crew)
     speed = new_tokens / max(generation_s, 1e-9) if new_tokens else None
     prompts = sum(len({row["key"] for row in found}) for found in generated)
     result = _result(ctx, settings, generated, prompts, speed)
@@ -129,6 +112,44 @@ def run(ctx: Context, settings: LabelSettings) -> dict[str, Any]:
                 "the API told no log-probabilities, or of tokens that are not this tokenizer's: the labels are hard"
             )
     return result
+
+
+def follow(ctx: Context, settings: LabelSettings) -> None:
+    """What the other processes of a machine do: their part of the shards, which the first one takes from them."""
+    if settings.api is not None:
+        return
+    models.quiet()
+    models.set_threads(settings.threads)
+    rows, device = _choose(ctx.data(settings.prompts), settings), models.pick_device()
+    crew = _crew(ctx, settings, device)
+    if crew.size == 1:
+        print("labelling is shared out on one machine: this process leaves")
+        return
+    teacher = _Teacher(ctx, settings, device, crew)
+    teacher.longest_prompt = max(len(models.prompt_ids(teacher.tokenizer, row["input"])) for row in rows)
+    shards = [rows[at : at + settings.shard_size] for at in range(0, len(rows), settings.shard_size)]
+    try:
+        _all_generated(ctx, settings, teacher, teacher, shards, _where_to_go_on(ctx, crew), crew)
+        teacher.end_generation()
+        _all_scored(ctx, settings, teacher, [], teacher.header(), crew)
+    except Stopped:
+        crew.say(f"left-{crew.rank}", True)
+
+
+def _crew(ctx: Context, settings: LabelSettings, device: torch.device) -> Crew:
+    """Who works on this. Raises TaskError where the machine is another than the settings were made for."""
+    if settings.api is not None:
+        return Crew(ctx.work)
+    crew = Crew.of(ctx, settings.tensor_parallel)
+    if crew.size % crew.cards:
+        raise TaskError(
+            f"the teacher is held by {crew.cards} GPUs together, and here are {crew.size}",
+            hint="resume the run: it is given another machine",
+        )
+    if crew.cards > 1 and not wants_vllm(settings.engine, device):
+        print(f"vLLM is not here: transformers write, with the whole teacher on each of the {crew.size} GPUs")
+        return Crew.of(ctx)
+    return crew
 
 
 def _check(settings: LabelSettings) -> None:
@@ -163,34 +184,157 @@ def _choose(rows: list[dict[str, Any]], settings: LabelSettings) -> list[dict[st
     return chosen[: settings.samples]
 
 
-def _end(ctx: Context, shards: int) -> float:
+def _end(ctx: Context, shards: int, crew: Crew) -> float:
     """Shards to make, the last one perhaps in part."""
     limit = ctx.limit
+    if not crew.leads:
+        told = crew.there(LIMIT)
+        limit = None if told is None else float(json.loads(told.read_text()))
+    elif limit is not None:
+        crew.say_anew(LIMIT, limit)
     return float(shards) if limit is None else min(float(shards), limit if limit > 0 else 1.0)
 
 
-def _wanted(ctx: Context, settings: LabelSettings, shards: int, index: int) -> int | None:
+def _wanted(ctx: Context, settings: LabelSettings, shards: int, index: int, crew: Crew) -> int | None:
     """Answers that are to be there of a shard: at least one; None = all."""
-    end = _end(ctx, shards)
+    end = _end(ctx, shards, crew)
     if end >= min(shards, index + 1):
         return None
     return max(1, int((end - index) * settings.shard_size * settings.samples_per_prompt + ROUNDING))
 
 
+@dataclass(frozen=True)
+class _Point:
+    """Where an earlier attempt left off: answers of unfinished shards in a folder."""
+
+    step: int = 0
+    folder: Path | None = None
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        return _rows(self.folder / name) if self.folder is not None and (self.folder / name).exists() else []
+
+
+def _where_to_go_on(ctx: Context, crew: Crew) -> _Point:
+    """As the first process finds it."""
+    if not crew.leads:
+        step, folder = crew.heard("start", lambda: None)
+        return _Point(step, None if folder is None else Path(folder))
+    newest = ctx.latest_checkpoint()
+    point = _Point() if newest is None else _Point(*newest)
+    if crew.size > 1:
+        crew.say("start", [point.step, None if point.folder is None else str(point.folder)])
+    return point
+
+
 # --- pass one: generate and verify -----------------------------------------------------------------------------------
+
+
+def _all_generated(
+    ctx: Context, settings: LabelSettings, answerer: Answerer, teacher: _Teacher, shards: list[list[dict[str, Any]]],
+    point: _Point, crew: Crew,
+) -> tuple[list[list[dict[str, Any]]], int]:  # fmt: skip
+    """Judged answers by shard, and how many tokens of them were made just now. Whoever does not lead: its own.
+
+    A shard is written by one process, whose batches and seeds are those of any other: the answers are the same.
+    """
+    found: dict[int, list[dict[str, Any]]] = {}
+    new_tokens = 0
+    try:
+        for index in range(len(shards)):
+            if index >= _end(ctx, len(shards), crew):
+                break
+            if not crew.writes(index):
+                continue
+            before = list(found.values())
+            found[index], fresh = _generated(
+                ctx, settings, answerer, teacher, index, shards, before, point, crew
+            )
+            new_tokens += fresh
+            if crew.size > 1:
+                name = text_name(index)
+                crew.say(f"fresh-{index}", fresh)
+                crew.hand_in(name, lambda path, name=name: shutil.copyfile(ctx.out / name, path))  # type: ignore[misc]
+            _pause_when_cut(settings, list(found.values()))
+            if fresh:  # what was kept before says nothing of this machine's speed
+                end = _end(ctx, len(shards), crew)
+                ctx.progress("generate", min(crew.done("generate", len(found)), end), end, "shards")
+        if crew.leads and crew.size > 1:
+            teacher.end_generation()
+            new_tokens += _gather(ctx, shards, found, crew)
+    except (Stopped, TaskError):
+        if crew.leads and crew.size > 1:
+            _leave_together(ctx, crew, point)
+        raise
+    there = itertools.takewhile(found.__contains__, range(len(shards)))  # after a limit some may lie beyond a gap
+    return [found[index] for index in there], new_tokens
+
+
+def text_name(index: int) -> str:
+    return f"generated-{index:05d}.jsonl"
+
+
+def _gather(
+    ctx: Context, shards: list[list[dict[str, Any]]], found: dict[int, list[dict[str, Any]]], crew: Crew
+) -> int:  # fmt: skip
+    """Puts the shards of the others into `found` as they are handed in; how many tokens of them are new."""
+    new_tokens, own = 0, len(found)
+    while missing := [n for n in range(math.ceil(_end(ctx, len(shards), crew))) if n not in found]:
+        for index in missing:
+            path = crew.there(text_name(index))
+            if path is None:
+                continue
+            fresh = int(crew.heard(f"fresh-{index}", lambda: None))
+            shutil.copyfile(path, ctx.out / path.name)
+            if fresh:
+                ctx.keep(path.name)
+            found[index], new_tokens = _rows(path), new_tokens + fresh
+        end = _end(ctx, len(shards), crew)
+        ctx.progress("generate", min(end, crew.done("generate", own)), end, "shards")
+        _stop_if_asked(ctx)
+        time.sleep(POLL_S)
+    return new_tokens
+
+
+def _leave_together(ctx: Context, crew: Crew, point: _Point) -> None:
+    """Ends the others and saves what they have, too."""
+    crew.stop()
+    until = time.monotonic() + LEAVE_S
+    while time.monotonic() < until and not crew.left():
+        time.sleep(POLL_S)
+    for path in sorted(crew.folder.glob(text_name(0).replace("00000", "*"))):
+        if not (ctx.out / path.name).exists():
+            shutil.copyfile(path, ctx.out / path.name)
+            ctx.keep(path.name)
+    _checkpoint(ctx, crew, point)
+
+
+def _checkpoint(ctx: Context, crew: Crew, point: _Point) -> None:
+    """Of every shard that some process has begun: what there is of it, at least as much as an earlier attempt left."""
+    whole = {path.name for path in crew.folder.glob("generated-*")}
+    begun = {path.name.removeprefix(PARTIAL): path for path in crew.folder.glob(f"{PARTIAL}*")}
+    older = {path.name: path for path in point.folder.glob("generated-*")} if point.folder is not None else {}
+    open_ = {name: path for name, path in {**older, **begun}.items() if name not in whole}
+    rows = sum(len(_rows(crew.folder / name)) for name in whole) + sum(len(_rows(path)) for path in begun.values())
+    if open_:
+
+        def write(folder: Path) -> None:
+            for name, path in open_.items():
+                shutil.copyfile(path, folder / name)
+
+        ctx.checkpoint(point.step + rows, write)
 
 
 def _generated(
     ctx: Context, settings: LabelSettings, answerer: Answerer, teacher: _Teacher, index: int,
-    shards: list[list[dict[str, Any]]], before: list[list[dict[str, Any]]], checkpoint: Path | None,
+    shards: list[list[dict[str, Any]]], before: list[list[dict[str, Any]]], point: _Point, crew: Crew,
 ) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
     """The judged answers of one shard, and how many tokens of them were made just now.
 
     A shard that is whole, or as much of it as a limit allows, is kept; of one that is not, every batch is in a
-    checkpoint as soon as it is there, and the newest `checkpoint` of an earlier attempt tells where to go on.
+    checkpoint as soon as it is there, and the newest one of an earlier attempt tells where to go on.
     """
     shard = shards[index]
-    name = f"generated-{index:05d}.jsonl"
+    name = text_name(index)
     if ctx.kept(name):
         return _rows(ctx.out / name), 0
     _stop_if_asked(ctx)
@@ -199,16 +343,23 @@ def _generated(
     if not teacher.packs:  # alike lengths together: little padding
         order.sort(key=lambda i: len(prompts[i]))
     asked = [(i, copy) for i in order for copy in range(settings.samples_per_prompt)]
-    found = _rows(checkpoint / name) if checkpoint is not None and (checkpoint / name).exists() else []
+    found = point.rows(name)
     had, saved, fresh = sum(map(len, before)), len(found), 0
     there = {(row["key"], row["copy"]) for row in found}
     open_ = [(i, copy) for i, copy in asked if (shard[i]["key"], copy) not in there]
 
     def save() -> None:
-        if saved < len(found):
+        if saved >= len(found):
+            return
+        if crew.size == 1:
             ctx.checkpoint(had + len(found), lambda folder: _write_rows(folder / name, found))
+            return
+        crew.hand_in(PARTIAL + name, lambda path: _write_rows(path, found))
+        if crew.leads:
+            _checkpoint(ctx, crew, point)
 
-    highest, numbers = float(index), dict[str, float]()
+    done = len(before)
+    highest, numbers = float(done), dict[str, float]()
 
     def moved(share: float, writing: Writing | None = None, /) -> None:
         nonlocal highest, numbers
@@ -216,17 +367,19 @@ def _generated(
         if writing is not None:
             there_before = writing.before + len(asked) - len(open_)
             part = there_before + share * writing.answers
-            later = sum(map(len, shards[index + 1 :])) * settings.samples_per_prompt
-            telling = replace(writing, before=had + there_before, later=writing.later + later)
+            after = (part for n, part in enumerate(shards) if n > index and crew.writes(n))
+            later = sum(map(len, after)) * settings.samples_per_prompt
+            telling = replace(writing, before=had + there_before, later=writing.later + later).of_all(crew.engines)
             numbers = {**telling.numbers(), "tokens_per_s": writing.tokens / max(writing.seconds, 1e-9)}
         # Checking answers is work as well, although the tokens are there: it moves by a little.
-        end = _end(ctx, len(shards))
-        highest = max(highest + 1e-9, min(index + part / len(asked), end))
-        ctx.progress("generate", highest, end, "shards", declared=False, **numbers)
+        end = _end(ctx, len(shards), crew)
+        highest = max(highest + 1e-9, min(done + part / len(asked), end))
+        ctx.progress("generate", crew.done("generate", highest), end, "shards", declared=False, **numbers)
         _stop_if_asked(ctx)
+        crew.stop_if_told()
 
     def most() -> int | None:
-        wanted = _wanted(ctx, settings, len(shards), index)
+        wanted = _wanted(ctx, settings, len(shards), index, crew)
         return None if wanted is None else max(0, wanted - (len(asked) - len(open_)))
 
     seed = settings.seed * 1_000_003 + index * 10_007 + len(found)
@@ -328,9 +481,10 @@ def _too_many_cut(settings: LabelSettings, share: float, count: int) -> TaskErro
 class _Teacher:
     """The teacher, loaded when first needed: a stage whose shards are all kept loads nothing but a tokenizer."""
 
-    def __init__(self, ctx: Context, settings: LabelSettings, device: torch.device) -> None:
+    def __init__(self, ctx: Context, settings: LabelSettings, device: torch.device, crew: Crew) -> None:
         self._ctx = ctx
         self._settings = settings
+        self._crew = crew
         self.device = device
         self._loaded: models.Loaded | None = None
         self._generator: Generator | None = None
@@ -350,12 +504,31 @@ class _Teacher:
     def model(self) -> torch.nn.Module:
         if self._loaded is None:
             self._ctx.progress("load", declared=True)
-            self._loaded = models.load(
-                self._ctx, self._settings.teacher, dtype=models.working_dtype(self.device)
-            )
-            self._loaded.model.to(self.device).eval()
+            if self._crew.cards > 1:
+                self._loaded = self._in_turns()
+                return self._loaded.model
+            take_gpu(os.environ)
+            self._loaded = self._load()
+            self._loaded.model.to(self.device)
             models.check_plain_head(self._loaded.model)
         return self._loaded.model
+
+    def _load(self) -> models.Loaded:
+        loaded = models.load(self._ctx, self._settings.teacher, dtype=models.working_dtype(self.device))
+        loaded.model.eval()
+        return loaded
+
+    def _in_turns(self) -> models.Loaded:
+        """Loaded by one process after the other: the host's memory need hold the whole only once."""
+        peers = Peers()
+        mesh = peers.mesh()
+        for turn in range(peers.size):
+            if turn == peers.rank:
+                loaded = self._load()
+                models.check_plain_head(loaded.model)
+                shard(loaded.model, score, name="score", mesh=mesh)
+            peers.most(0)
+        return loaded
 
     def compile(self) -> None:
         if self.device.type == "cuda" and losses.has_triton():
@@ -370,7 +543,7 @@ class _Teacher:
                 self._generator = VllmGenerator(
                     self.place, self.tokenizer, self._settings.max_new_tokens, longest_prompt=self.longest_prompt,
                     temperature=self._settings.temperature, top_p=self._settings.top_p, seed=self._settings.seed,
-                    moved=lambda share, writing=None, /: self.moved(share, writing),
+                    moved=lambda share, writing=None, /: self.moved(share, writing), cards=self._crew.cards,
                 )  # fmt: skip
             else:
                 self._generator = TransformersGenerator(
@@ -541,16 +714,87 @@ class ApiGenerator:
 # --- pass two: score -------------------------------------------------------------------------------------------------
 
 
+def _all_scored(
+    ctx: Context, settings: LabelSettings, teacher: _Teacher, generated: list[list[dict[str, Any]]], header: Header,
+    crew: Crew,
+) -> None:  # fmt: skip
+    """Labels of every shard, each by one process; where a GPU holds a part of the teacher only, by all together.
+
+    Shards beyond a limit are taken out of `generated`.
+    """
+    waiting: list[int] = []
+    compiles = False
+    if crew.leads:
+        waiting = [index for index in range(len(generated)) if not ctx.kept(shard_name(index))]
+        kept = [row for index in waiting for row in generated[index] if row["kept"]]
+        scored = sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in kept)
+        compiles = settings.api is None and bool(settings.top_k) and scored >= COMPILE_TOKENS and crew.cards == 1
+        if crew.size > 1:
+            crew.say("generated", [str(ctx.out), len(generated), waiting, compiles])
+    else:
+        out, count, waiting, compiles = crew.heard("generated", lambda: None)
+        generated = [_rows(Path(out) / text_name(index)) for index in range(count)]
+    if compiles:
+        teacher.compile()
+    crew.new_phase()
+    before, mine = len(generated) - len(waiting), 0
+    try:
+        for index in waiting:
+            total = math.ceil(_end(ctx, len(generated), crew))
+            if index >= total:
+                break
+            if crew.cards == 1 and not crew.scores(index):
+                continue
+            _stop_if_asked(ctx)
+            crew.stop_if_told()
+            kept = [row for row in generated[index] if row["kept"]]
+            samples = list(_score(ctx, teacher, kept, settings, header, (before, mine), crew, index, total))
+            mine += 1
+            if crew.leads:
+                write_shard(ctx.out / shard_name(index), header, samples)
+                ctx.keep(shard_name(index))
+                ctx.progress("score", min(total, before + crew.done("score", mine)), total, "shards")
+            elif crew.cards == 1:
+                crew.hand_in(
+                    shard_name(index), lambda path, samples=samples: write_shard(path, header, samples)  # type: ignore[misc]
+                )  # fmt: skip
+        if crew.leads and crew.cards == 1 and crew.size > 1:
+            others = [index for index in waiting if not crew.scores(index)]
+            _gather_labels(ctx, others, before, mine, len(generated), crew)
+        if crew.leads:
+            del generated[math.ceil(_end(ctx, len(generated), crew)) :]
+            ctx.progress("score", len(generated), len(generated), "shards")
+    except Stopped:
+        if crew.leads:
+            crew.stop()
+        raise
+
+
+def _gather_labels(ctx: Context, missing: list[int], before: int, mine: int, count: int, crew: Crew) -> None:
+    """Keeps the labels of the others as they are handed in."""
+    total = math.ceil(_end(ctx, count, crew))
+    while missing := [index for index in missing if index < total]:
+        for index in list(missing):
+            path = crew.there(shard_name(index))
+            if path is not None:
+                shutil.copyfile(path, ctx.out / path.name)
+                ctx.keep(path.name)
+                missing.remove(index)
+        total = math.ceil(_end(ctx, count, crew))
+        ctx.progress("score", min(total, before + crew.done("score", mine)), total, "shards")
+        _stop_if_asked(ctx)
+        time.sleep(POLL_S)
+
+
 def _score(
-    ctx: Context, teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSettings, header: Header, index: int,
-    total: int,
+    ctx: Context, teacher: _Teacher, rows: list[dict[str, Any]], settings: LabelSettings, header: Header,
+    sofar: tuple[int, int], crew: Crew, index: int, total: int,
 ) -> Iterator[Sample]:  # fmt: skip
     """Soft labels of the kept completions, in the order of `rows`."""
     k = header.top_k
     if settings.api is not None:
         yield from (_told(row, k) for row in rows)
         return
-    scored: dict[int, Sample] = {}
     if k == 0:
         empty = torch.zeros(0)
         for row in rows:
@@ -558,16 +802,44 @@ def _score(
             yield _sample(row, torch.zeros(c, 0), torch.zeros(c, 0), empty.new_zeros(c), empty.new_zeros(c))
         return
     lengths = [len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows]
-    for batch in batches(lengths, SCORE_TOKENS):
+    cut = list(batches(lengths, SCORE_TOKENS))
+    scored: dict[int, tuple[Tensor, ...]] = {}
+    # With a part of the teacher on each GPU all make as many passes: whoever has no batch left repeats one.
+    for n in range(0, len(cut), crew.size if crew.cards > 1 else 1):
+        at = n + crew.rank if crew.cards > 1 else n
+        batch = cut[min(at, len(cut) - 1)]
         pairs = [(rows[i]["prompt_ids"], rows[i]["completion_ids"]) for i in batch]
-        for i, parts in zip(batch, score(teacher.model, pairs, k, settings.label_temperature,
-                                         real_vocabulary=len(teacher.tokenizer)), strict=True):  # fmt: skip
-            scored[i] = _sample(rows[i], *parts)
-        done = sum(lengths[i] for i in scored) / sum(lengths)  # by tokens: short ones come first
-        ctx.progress("score", index + done, total, "shards")
-        _stop_if_asked(ctx)
+        parts = scored_by(teacher.model, pairs, k, settings.label_temperature, real_vocabulary=len(teacher.tokenizer))
+        if at < len(cut):
+            scored.update(zip(batch, parts, strict=True))
+        part = sum(lengths[i] for i in scored) / sum(lengths)  # by tokens: short ones come first
+        shown = sofar[0] + crew.done("score", sofar[1] + part)
+        ctx.progress("score", min(total, shown), total, "shards")
+        if crew.cards == 1:  # together nobody leaves in the middle of a shard: the others would wait for its next layer
+            _stop_if_asked(ctx)
+            crew.stop_if_told()
+    if crew.cards > 1:
+        scored = _exchanged(crew, index, scored)
     for i in range(len(rows)):
-        yield scored[i]
+        if i in scored:
+            yield _sample(rows[i], *scored[i])
+
+
+def _exchanged(crew: Crew, index: int, scored: dict[int, tuple[Tensor, ...]]) -> dict[int, tuple[Tensor, ...]]:
+    """What all have scored of a shard, for the first process."""
+    if not crew.leads:
+        named = {f"{i}.{n}": part.contiguous() for i, parts in scored.items() for n, part in enumerate(parts)}
+        crew.hand_in(f"scored-{index}-{crew.rank}", lambda path: save_file(named, path))
+        return {}
+    whole = dict(scored)
+    for rank in range(1, crew.size):
+        while (path := crew.there(f"scored-{index}-{rank}")) is None:
+            time.sleep(POLL_S)
+        found = load_file(path)
+        for i in {int(name.partition(".")[0]) for name in found}:
+            whole[i] = tuple(found[f"{i}.{n}"] for n in range(4))
+        path.unlink()
+    return whole
 
 
 def _told(row: dict[str, Any], k: int) -> Sample:
@@ -598,6 +870,14 @@ def batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
+
+
+def scored_by(model: torch.nn.Module, *args: Any, **how: Any) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """`score` of a model that is whole here, or of which each process holds a part."""
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = (
+        model.score(*args, **how) if is_sharded(model) else score(model, *args, **how)  # type: ignore[operator]
+    )
+    return found
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from tasks.contract import TaskError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
 
 LAUNCHED_ENV = "TORCHELASTIC_RUN_ID"  # torchrun sets it in what it starts
 FIRST_PORT, PORTS = 20_000, 10_000
@@ -59,6 +60,14 @@ def rank_of(env: Mapping[str, str]) -> int:
 def size_of(env: Mapping[str, str]) -> int:
     """How many processes do this stage together."""
     return int(env.get("WORLD_SIZE", "1"))
+
+
+def take_gpu(env: Mapping[str, str]) -> None:
+    """Of several processes on a machine each works on a GPU of its own."""
+    import torch
+
+    if size_of(env) > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(env["LOCAL_RANK"]))
 
 
 class Peers:
@@ -118,6 +127,12 @@ class Peers:
         said = self._torch.tensor([int(mine)], device=self._device)
         self._torch.distributed.all_reduce(said)
         return int(said.item()) == self._torch.distributed.get_world_size()
+
+    def mesh(self) -> DeviceMesh:
+        """All of them in a row, as shards of a model lie. Every process has to ask."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self._device.partition(":")[0], (self.size,))
 
     def leave(self) -> None:
         self._torch.distributed.destroy_process_group()

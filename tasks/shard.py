@@ -7,23 +7,27 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tasks import models
 
 
-def shard(model: nn.Module, loss_of: Callable[..., Any]) -> None:
-    """Leaves each process its part of the weights, in place; `model.loss_of(...)` is then `loss_of(model, ...)`.
+def shard(
+    model: nn.Module, work: Callable[..., Any], *, name: str = "loss_of", mesh: DeviceMesh | None = None
+) -> None:  # fmt: skip
+    """Leaves each process its part of the weights, in place and on its GPU; `model.loss_of(...)` (or as it is named) is
+    then `work(model, ...)`.
 
     Layers are gathered one at a time. What lies outside of them (embedding, last norm, head) is one group, gathered
-    for the whole of `loss_of`, since the loss takes the head's weight itself.
+    for the whole of `work`, which takes the head's weight itself.
     """
     for layer in models.causal(model).base_model.layers:
-        fully_shard(layer)
-    fully_shard(model, reshard_after_forward=False)
-    model.loss_of = MethodType(loss_of, model)  # type: ignore[assignment]
-    register_fsdp_forward_method(model, "loss_of")
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    setattr(model, name, MethodType(work, model))
+    register_fsdp_forward_method(model, name)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from test_labels import LABEL, pretrained  # noqa: F401 (a fixture)
 
 from tasks import evaluate, generate, label, models
 from tasks.contract import DataSource, EvaluateSettings, ModelSource, Progress, Writing
+from tasks.crew import Crew
 from tasks.generate import Completion, VllmGenerator, lengths_so_far
 from tasks.stage import Stopped
 
@@ -263,7 +264,7 @@ def test_an_evaluation_by_an_engine_is_seen_within_its_batch(tmp_path: Path, mon
     ctx.__class__ = Telling
     ctx.said = []  # type: ignore[attr-defined]
     prompts = [[i] for i in range(1, 7)]
-    written = evaluate._Written(ctx, settings, prompts, 1, 3)
+    written = evaluate._Written(ctx, settings, prompts, 1, 3, Crew(tmp_path))
     generator = engine(monkeypatch, dict.fromkeys(range(1, 7), 400), at_once=3)
     generator._moved = written.moved
     assert [len(seed) for seed in written.all(generator, len(prompts))] == [6, 6]

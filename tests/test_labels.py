@@ -33,6 +33,7 @@ from tasks.contract import (
     TaskError,
     TrainSettings,
 )
+from tasks.crew import Crew
 from tasks.generate import Completion, TransformersGenerator, rows_that_fit
 from tasks.label import score
 from tasks.labels import Header, Sample, pack_bits, read_labels, shard_name, unpack_bits, write_shard
@@ -375,7 +376,8 @@ def test_the_header_names_the_teacher_with_its_revision(pretrained: Path) -> Non
         (ModelSource(path=folder, revision="abc123"), f"{folder}@abc123"),
     ):
         settings = replace(LABEL, teacher=source)
-        made = label._Teacher(context(pretrained, "x", "label", settings), settings, torch.device("cpu"))
+        ctx = context(pretrained, "x", "label", settings)
+        made = label._Teacher(ctx, settings, torch.device("cpu"), Crew(pretrained))
         assert made.header().teacher == name
 
 

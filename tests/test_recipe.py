@@ -253,7 +253,7 @@ def test_a_train_stage_may_be_the_teacher_of_a_later_one() -> None:
 def test_every_setting_a_user_may_want_has_a_key() -> None:
     """What the machine is told (contract) can be said in a recipe, apart from what the planner fills in itself."""
     elsewhere = {
-        "label": {"prompts", "verify", "top_k", "label_temperature", "logprob_bits", "api"},
+        "label": {"prompts", "verify", "top_k", "label_temperature", "logprob_bits", "api", "tensor_parallel"},
         "train": {
             "alpha",
             "temperature",

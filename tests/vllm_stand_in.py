@@ -98,10 +98,11 @@ class LLM:
 
     def __init__(
         self, model: str, *, revision: str | None, trust_remote_code: bool, load_format: str, seed: int,
-        max_model_len: int, stream_interval: int = 1,
+        max_model_len: int, stream_interval: int = 1, tensor_parallel_size: int = 1,
     ) -> None:  # fmt: skip
         assert load_format == "safetensors"
         self.model, self.room, self.stream_interval = model, max_model_len, stream_interval
+        self.cards = tensor_parallel_size
         self.answer = type(self).answering(self)
         self.llm_engine = LLMEngine(self)
         self.stepped = type(self).stepping
