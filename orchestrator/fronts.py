@@ -1,11 +1,13 @@
 """Which choice of each stage costs least together within the deadline, and what would an hour less cost? Pure, exact.
 
 Every stage has options of a cost and a time. One that is neither cheaper nor faster than another is never needed; what
-stays is a front, cheapest and slowest first. Stages follow one another, so costs and times add up.
+stays is a front, cheapest and slowest first. Stages follow one another, so costs and times add up. The work of each
+must be done some time before the deadline, so much as its machine may take to end.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,11 +19,13 @@ MOST_POINTS = 500  # of a front of whole plans: between two of so many nobody ch
 
 @dataclass(frozen=True)
 class Point:
-    """An option: what it costs (integer micro-USD), how long it takes, and whatever it stands for."""
+    """An option: what it costs (integer micro-USD), how long it takes, whatever it stands for, and how long before the
+    deadline it must be done."""
 
     micros: int
     hours: float
     what: Any = None
+    ending_hours: float = 0.0
 
 
 Path = tuple[Any, ...]  # (path before, point), empty at the start: shared by all that begin alike
@@ -35,46 +39,68 @@ class _Partial:
 
 
 def front_of(points: Iterable[Point]) -> list[Point]:
-    """Those that are worth a look, cheapest first; each is faster than all before it. Of equal ones the first."""
+    """Those that are worth a look, cheapest first; each is faster, or ends sooner, than all before it. Of equal ones
+    the first."""
     found: list[Point] = []
-    for one in sorted(points, key=lambda one: (one.micros, one.hours)):
-        if not found or one.hours < found[-1].hours:
+    for one in sorted(points, key=lambda one: (one.micros, one.hours, one.ending_hours)):
+        if not any(other.hours <= one.hours and other.ending_hours <= one.ending_hours for other in found):
             found.append(one)
     return found
 
 
+def needed_hours(times: Iterable[tuple[float, float]]) -> float:
+    """The shortest deadline for stages of (hours, hours before the deadline at which they must be done)."""
+    total = most = 0.0
+    for hours, ending_hours in times:
+        total += hours
+        most = max(most, total + ending_hours)
+    return most
+
+
+def fastest(fronts: Sequence[Sequence[Point]]) -> list[Point]:
+    """A point of each front: those of the shortest deadline, the cheaper of equals."""
+    found: list[Point] = []
+    rest = 0.0
+    for front in reversed(fronts):
+        best = min(front, key=lambda one: (one.hours + max(one.ending_hours, rest), one.micros))
+        rest = best.hours + max(best.ending_hours, rest)
+        found.append(best)
+    return found[::-1]
+
+
 def cheapest_in_time(fronts: Sequence[Sequence[Point]], limit_hours: float | None) -> list[Point] | None:
-    """A point of each front: together the cheapest that take at most `limit_hours`, the faster of equals. None when not
-    even the fastest do.
+    """A point of each front: together the cheapest in time, the faster of equals. None when not even the fastest are.
 
     Fronts are merged stage by stage; a beginning is dropped where no end can be in time, or where it costs more than a
     plan already known even if the rest had its time at the price of an hour at which that plan stopped.
     """
     first = [front[0] for front in fronts]
-    if limit_hours is None or _hours(first) <= limit_hours:
+    if limit_hours is None or _needed(first) <= limit_hours:
         return first
-    if _hours([front[-1] for front in fronts]) > limit_hours:
+    soonest, slack = fastest(fronts), ROUNDING * max(1.0, limit_hours)
+    if _needed(soonest) > limit_hours + slack:
         return None
     known, rate = _hurried(fronts, limit_hours)
-    most, slack = sum(one.micros for one in known), ROUNDING * max(1.0, limit_hours)
-    fastest, least = [0.0], [0.0]  # of the stages still to come, in reverse
+    if known is None and _needed(soonest) <= limit_hours:
+        known = soonest
+    most = math.inf if known is None else sum(one.micros for one in known)
+    rest, least = [0.0], [0.0]  # of the stages still to come, in reverse: the time they need, and what they cost
     for front in reversed(fronts):
-        fastest.append(fastest[-1] + front[-1].hours)
+        rest.append(min(one.hours + max(one.ending_hours, rest[-1]) for one in front))
         least.append(least[-1] + min(one.micros + rate * one.hours for one in front))
+    worked = limit_hours - min(one.ending_hours for one in fronts[-1])
     beginnings = [_Partial(0, 0.0)]
     for index, front in enumerate(fronts):
-        rest = len(fronts) - index - 1
-        latest = limit_hours + slack - fastest[rest]
-        bound = most + rate * limit_hours - least[rest]
-        bound += ROUNDING * max(1.0, abs(bound))
+        to_come = len(fronts) - index - 1
+        latest = limit_hours + slack - rest[to_come]
+        bound = most + rate * worked - least[to_come]
+        bound += ROUNDING * max(1.0, abs(bound)) if known else 0.0
         beginnings = _front(
             longer
-            for longer in _longer(beginnings, front)
+            for longer in _in_time(beginnings, front, limit_hours)
             if longer.hours <= latest and longer.micros + rate * longer.hours <= bound
         )
-    best = min(
-        (one for one in beginnings if one.hours <= limit_hours), key=lambda one: (one.micros, one.hours), default=None
-    )
+    best = min(beginnings, key=lambda one: (one.micros, one.hours), default=None)
     return known if best is None else _points(best.path)
 
 
@@ -90,12 +116,8 @@ def whole_front(fronts: Sequence[Sequence[Point]], most: int = MOST_POINTS) -> l
     return [_points(one.path) for one in plans]
 
 
-def _hours(points: Iterable[Point]) -> float:
-    """Their sum from left to right, as a plan adds its stages."""
-    total = 0.0
-    for one in points:
-        total += one.hours
-    return total
+def _needed(points: Iterable[Point]) -> float:
+    return needed_hours((one.hours, one.ending_hours) for one in points)
 
 
 def _longer(beginnings: Iterable[_Partial], front: Sequence[Point]) -> Iterable[_Partial]:
@@ -103,6 +125,15 @@ def _longer(beginnings: Iterable[_Partial], front: Sequence[Point]) -> Iterable[
         _Partial(before.micros + one.micros, before.hours + one.hours, (before.path, one))
         for before in beginnings
         for one in front
+    )
+
+
+def _in_time(beginnings: Iterable[_Partial], front: Sequence[Point], limit_hours: float) -> Iterable[_Partial]:
+    return (
+        _Partial(before.micros + one.micros, hours, (before.path, one))
+        for before in beginnings
+        for one in front
+        if (hours := before.hours + one.hours) + one.ending_hours <= limit_hours
     )
 
 
@@ -133,9 +164,9 @@ def _thinned(plans: list[_Partial], most: int) -> list[_Partial]:
     return _front([*spans.values(), plans[-1]])
 
 
-def _hurried(fronts: Sequence[Sequence[Point]], limit_hours: float) -> tuple[list[Point], float]:
-    """(a plan in time, what it paid for an hour at last): from the cheapest, always the step that pays least for an
-    hour saved. The steps are those along the lower hull of each front, whose prices rise."""
+def _hurried(fronts: Sequence[Sequence[Point]], limit_hours: float) -> tuple[list[Point] | None, float]:
+    """(a plan in time, or None, and what it paid for an hour at last): from the cheapest, always the step that pays
+    least for an hour saved. The steps are those along the lower hull of each front, whose prices rise."""
     hulls = [_hull(front) for front in fronts]
     steps = sorted(
         ((later.micros - one.micros) / (one.hours - later.hours), index, position)
@@ -146,15 +177,17 @@ def _hurried(fronts: Sequence[Sequence[Point]], limit_hours: float) -> tuple[lis
     paid = 0.0
     for price, index, position in steps:
         taken[index], paid = hulls[index][position], price
-        if _hours(taken) <= limit_hours:
-            break
-    return taken, paid
+        if _needed(taken) <= limit_hours:
+            return taken, paid
+    return None, paid
 
 
 def _hull(front: Sequence[Point]) -> list[Point]:
     """The points at which the price of an hour rises, cheapest first."""
     found: list[Point] = []
     for one in front:
+        if found and one.hours >= found[-1].hours:
+            continue
         while len(found) > 1 and _cross(found[-2], found[-1], one) <= 0:
             found.pop()
         found.append(one)

@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.fronts import needed_hours
 from orchestrator.money import Rate, both, human_seconds, shown
 from orchestrator.provision import Latencies, Offer
 from tasks.contract import SETTINGS, Settings, build
@@ -158,13 +159,24 @@ class Plan:
         return self.cost_micros.high > self.cap_micros
 
     @property
+    def needed_hours(self) -> float:
+        """The shortest deadline this plan is in time for: a run ends the work on each machine so long before it as the
+        machine may take to end."""
+        return needed_hours((stage.hours.expected, ending_hours(stage.offer)) for stage in self.stages)
+
+    @property
     def in_time(self) -> bool:
-        return self.deadline_s is None or self.hours.expected * 3600 <= self.deadline_s
+        return self.deadline_s is None or self.needed_hours <= self.deadline_s / 3600
 
     @property
     def offers_as_of(self) -> datetime | None:
         """Date of the oldest price that is used; None when every machine is the user's own."""
         return min((stage.offer.as_of for stage in self.stages if stage.offer.infra != "local"), default=None)
+
+
+def ending_hours(offer: Offer) -> float:
+    """How long before the deadline a run ends the work on a machine."""
+    return offer.latencies.total_s / 3600
 
 
 def digest_of(recipe: Any, stages: tuple[StagePlan, ...], cap_micros: int, deadline_s: float | None, rate: Rate) -> str:
@@ -204,6 +216,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "total": {"hours": asdict(plan.hours), "cost_micros": asdict(plan.cost_micros)},
         "reserve_micros": plan.reserve_micros,
         "needed_micros": plan.needed_micros,
+        "needed_hours": plan.needed_hours,
         "cap_micros": plan.cap_micros,
         "fits": plan.fits,
         "tight": plan.tight,

@@ -100,10 +100,12 @@ def changed(recipe: Recipe, what_if: WhatIf) -> tuple[Recipe, Allowed]:
 
 
 def frontier_to_json(front: Sequence[FrontPlan], plan: Plan) -> list[dict[str, Any]]:
-    """`frontier`: plans from the cheapest to the fastest. `needed_micros`: expected costs, overheads and reserves."""
+    """`frontier`: plans from the cheapest to the fastest. `needed_micros`: expected costs, overheads and reserves;
+    `needed_hours`: the shortest deadline."""
     return [
         {
             "hours": one.hours,
+            "needed_hours": one.needed_hours,
             "needed_micros": one.needed_micros,
             "fits": one.needed_micros <= plan.cap_micros,
             "in_time": _in_time(one, plan),
@@ -141,6 +143,7 @@ def what_if_to_json(compared: Sequence[Compared]) -> list[dict[str, Any]]:
             "what_if": one.what_if.text,
             "why_not": one.why or None,
             "hours": None if one.plan is None else asdict(one.plan.hours),
+            "needed_hours": None if one.plan is None else one.plan.needed_hours,
             "cost_micros": None if one.plan is None else asdict(one.plan.cost_micros),
             "needed_micros": None if one.plan is None else one.plan.needed_micros,
             "fits": one.plan is not None and one.plan.fits,
@@ -232,7 +235,7 @@ def compared(planner: Planner, what_if: WhatIf) -> Compared:
 
 
 def _in_time(one: FrontPlan, plan: Plan) -> bool:
-    return plan.deadline_s is None or one.hours * 3600 <= plan.deadline_s
+    return plan.deadline_s is None or one.needed_hours <= plan.deadline_s / 3600
 
 
 def _spread(front: Sequence[FrontPlan]) -> list[FrontPlan]:

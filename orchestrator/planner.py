@@ -23,11 +23,11 @@ from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
 from orchestrator.forecast import LEAST_SHARE
-from orchestrator.fronts import Point, cheapest_in_time, front_of, whole_front
+from orchestrator.fronts import Point, cheapest_in_time, fastest, front_of, needed_hours, whole_front
 from orchestrator.handover import environments
 from orchestrator.market import MACHINES_AN_INFRA, PLACES_A_MACHINE, Lot, lots_of
 from orchestrator.offers import known_price
-from orchestrator.plan import Micros, Overhead, Part, Plan, Range, Rejected, StagePlan, digest_of
+from orchestrator.plan import Micros, Overhead, Part, Plan, Range, Rejected, StagePlan, digest_of, ending_hours
 from orchestrator.provision import Need, Offer
 from orchestrator.recipe import EvaluateStage, LabelStage, Recipe, Stage, TrainStage
 from orchestrator.setup_time import runs_vllm
@@ -94,7 +94,7 @@ class _Considered:
 
     @property
     def front(self) -> list[Point]:
-        return front_of(Point(one.needed_micros, one.way.hours.expected, one) for one in self.options)
+        return front_of(_point(one) for one in self.options)
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,11 @@ class _Scene:
 
 @dataclass(frozen=True)
 class FrontPlan:
-    """A plan that no other beats in both cost and time. `machines`: the offer of each stage, in order."""
+    """A plan that no other beats in both cost and time. `machines`: the offer of each stage, in order. `needed_hours`:
+    see Plan."""
 
     hours: float
+    needed_hours: float
     needed_micros: int
     machines: tuple[Offer, ...]
 
@@ -183,6 +185,7 @@ class Planner:
         return [
             FrontPlan(
                 sum((point.hours for point in points), 0.0),
+                needed_hours((point.hours, point.ending_hours) for point in points),
                 sum(point.micros for point in points) + beside,
                 tuple(point.what.offer for point in points),
             )
@@ -286,12 +289,13 @@ def _sorted_once(offers_for: OffersFor) -> LotsFor:
 
 
 def _needs(recipe: Recipe, scene: _Scene) -> tuple[int, float]:
-    """(`Plan.needed_micros`, expected hours) of a changed recipe, without the rest of its plan. Raises NothingFits."""
+    """(`Plan.needed_micros`, `needed_hours`) of a changed recipe, without the rest of its plan. Raises NothingFits."""
     world, bucket = World(recipe, scene.config.rate), recipe.bucket_url or scene.config.bucket
     taken = _take(_look(world, scene), scene.deadline_s)
     apis = [getattr(one.way.settings, "api", None) for one in taken]
     needed = sum(one.needed_micros for one in taken) + sum(api.max_cost_micros for api in apis if api is not None)
-    return needed + _month_micros(world, bucket), sum((one.way.hours.expected for one in taken), 0.0)
+    hours = needed_hours((one.way.hours.expected, ending_hours(one.offer)) for one in taken)
+    return needed + _month_micros(world, bucket), hours
 
 
 def _assemble(recipe: Recipe, scene: _Scene, found: list[_Considered], taken: list[_Option]) -> Plan:
@@ -347,8 +351,7 @@ def _look(world: World, scene: _Scene) -> list[_Considered]:
 def _take(found: list[_Considered], deadline_s: float | None) -> list[_Option]:
     """An option of each stage: together the cheapest in time; the fastest where none is in time."""
     fronts = [one.front for one in found]
-    points = cheapest_in_time(fronts, _hours(deadline_s))
-    return [point.what for point in points or [front[-1] for front in fronts]]
+    return [point.what for point in cheapest_in_time(fronts, _hours(deadline_s)) or fastest(fronts)]
 
 
 def _consider(stage: Stage, world: World, lots: Iterable[Lot], scene: _Scene) -> _Considered:
@@ -388,7 +391,7 @@ def _order(option: _Option) -> tuple[Any, ...]:
 
 
 def _point(option: _Option) -> Point:
-    return Point(option.needed_micros, option.way.hours.expected, option)
+    return Point(option.needed_micros, option.way.hours.expected, option, ending_hours(option.offer))
 
 
 def _hours(seconds: float | None) -> float | None:
@@ -607,9 +610,7 @@ def _storage(stages: tuple[StagePlan, ...], world: World, bucket: str) -> Iterat
         return
     gigabytes, month = _kept_gb(world), _month_micros(world, bucket)
     paying = [
-        one
-        for one, stage in zip(world.recipe.stages, stages, strict=True)
-        if _pays_for_traffic(stage.offer.infra)
+        one for one, stage in zip(world.recipe.stages, stages, strict=True) if _pays_for_traffic(stage.offer.infra)
     ]
     traffic = sum(_egress_micros(one, world, bucket) for one in paying)
     fetched = sum(fetched_gb(one, world) for one in paying)
@@ -684,8 +685,14 @@ def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
     if plan.offers_as_of is not None and (now - plan.offers_as_of).days > OLD_PRICE_DAYS:
         yield f"the oldest price used is {(now - plan.offers_as_of).days // 30} months old"
     if not plan.in_time:
-        need, allowed = money.human_seconds(plan.hours.expected * 3600), money.human_seconds(plan.deadline_s or 0)
-        yield f"it would take {need}, the deadline is {allowed}: no machine on offer is faster"
+        takes, needs, allowed = (
+            money.human_seconds(seconds)
+            for seconds in (plan.hours.expected * 3600, plan.needed_hours * 3600, plan.deadline_s or 0.0)
+        )
+        yield (
+            f"it would take {takes}, and needs a deadline of {needs} since machines take time to end; the deadline is "
+            f"{allowed}: no machine on offer is faster"
+        )
     if plan.fits and plan.tight:
         yield "if everything goes slowly the cap stops it: finished stages and checkpoints stay"
 
@@ -697,7 +704,7 @@ def _what_would_fit(recipe: Recipe, plan: Plan, scene: _Scene, found: list[_Cons
     """The smallest changes that would fit, each alone: budget and deadline, what costs no learning, then what does."""
     first = []
     if not plan.in_time:
-        first.append(f"--deadline {_deadline_for(plan.hours.expected)}")
+        first.append(f"--deadline {_deadline_for(plan.needed_hours)}")
     if not plan.fits:
         first.append(f"--budget {money.budget_for(plan.needed_micros, plan.rate, plan.currency)}")
     narrow = replace(scene, lots_for=_near(recipe, scene, found))
@@ -707,7 +714,7 @@ def _what_would_fit(recipe: Recipe, plan: Plan, scene: _Scene, found: list[_Cons
             needed, hours = _needs(other, where)
         except NothingFits:
             return False
-        return needed <= scene.cap and (scene.deadline_s is None or hours * 3600 <= scene.deadline_s)
+        return needed <= scene.cap and (scene.deadline_s is None or hours <= scene.deadline_s / 3600)
 
     changes = []
     if plan.in_time and plan.deadline_s is not None and not plan.fits:

@@ -6,12 +6,14 @@ import itertools
 import random
 import time
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.fronts import Point, cheapest_in_time, front_of, whole_front
+from orchestrator.fronts import Point, cheapest_in_time, fastest, front_of, needed_hours, whole_front
 
-points = st.builds(Point, st.integers(0, 12), st.sampled_from([0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 3.1]))
+hours = st.sampled_from([0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 3.1])
+points = st.builds(Point, st.integers(0, 12), hours, ending_hours=st.sampled_from([0.0, 0.1, 0.3, 1.5]))
 stages = st.lists(st.lists(points, min_size=1, max_size=5), min_size=1, max_size=4)
 
 
@@ -19,20 +21,39 @@ def total(chosen: list[Point] | tuple[Point, ...]) -> tuple[int, float]:
     return sum(one.micros for one in chosen), sum((one.hours for one in chosen), 0.0)
 
 
+def needed(chosen: list[Point] | tuple[Point, ...]) -> float:
+    return needed_hours((one.hours, one.ending_hours) for one in chosen)
+
+
+def test_each_stage_must_be_done_before_the_deadline_by_what_its_machine_takes_to_end() -> None:
+    assert needed_hours([]) == 0.0
+    assert needed_hours([(2.0, 0.0), (1.0, 0.5)]) == 3.5
+    assert needed_hours([(2.0, 1.5), (1.0, 0.25)]) == 3.5  # the first: 2 + 1.5; the second: 3 + 0.25
+
+
 @given(stages, st.floats(0.1, 10))
 @settings(max_examples=400)
 @example([[Point(0, 2.0), Point(5, 1.0), Point(6, 0.5)], [Point(0, 2.0), Point(4, 1.0)]], 2.5)
+@example([[Point(0, 2.0, None, 1.0)], [Point(0, 0.5, None, 0.4), Point(1, 0.5, None, 0.1)]], 3.0)
+@example([[Point(0, 2.0, None, 1.5), Point(2, 2.5, None, 0.5)], [Point(0, 0.1)]], 3.0)
 def test_the_cheapest_in_time_is_that_of_all_assignments(options: list[list[Point]], limit: float) -> None:
-    """The example: steps that pay least for an hour end at 9 and more; 6 is right."""
-    in_time = [total(chosen) for chosen in itertools.product(*options) if total(chosen)[1] <= limit]
+    """The examples: steps that pay least for an hour end at 9 and more, 6 is right; a machine that ends late at the
+    end, and one before the end."""
+    in_time = [total(chosen) for chosen in itertools.product(*options) if needed(chosen) <= limit]
     found = cheapest_in_time([front_of(one) for one in options], limit)
     assert (None if found is None else total(found)) == min(in_time, default=None)
 
 
 @given(stages)
+def test_the_fastest_need_the_shortest_deadline_of_all_assignments(options: list[list[Point]]) -> None:
+    found = needed(fastest([front_of(one) for one in options]))
+    assert found == pytest.approx(min(needed(chosen) for chosen in itertools.product(*options)))
+
+
+@given(stages)
 def test_without_a_limit_each_stage_takes_its_cheapest(options: list[list[Point]]) -> None:
     found = cheapest_in_time([front_of(one) for one in options], None)
-    assert found == [min(one, key=lambda point: (point.micros, point.hours)) for one in options]
+    assert found == [min(one, key=lambda point: (point.micros, point.hours, point.ending_hours)) for one in options]
 
 
 @given(stages)

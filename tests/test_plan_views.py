@@ -52,9 +52,18 @@ def test_the_frontier_begins_with_the_cheapest_plan_and_each_next_one_is_faster_
     assert (front[0].needed_micros, front[0].hours) == (made.needed_micros, made.hours.expected)
     assert all(one.hours > more.hours and one.needed_micros < more.needed_micros for one, more in pairwise(front))
     for one in front:  # each can be had by asking for its time
-        hurried = plan(SPOT, *MARKET, deadline_s=one.hours * 3600 + 1)
+        hurried = plan(SPOT, *MARKET, deadline_s=one.needed_hours * 3600 + 1)
         assert hurried.hours.expected == pytest.approx(one.hours)
         assert tuple(stage.offer for stage in hurried.stages) == one.machines
+
+
+def test_a_plan_of_the_frontier_is_late_where_its_last_machine_could_not_end_by_the_deadline() -> None:
+    front = planner_of(SPOT, *MARKET).frontier()
+    one = front[1]
+    for more_s, in_time in ((1, True), (-1, False)):
+        made = plan(SPOT, *MARKET, deadline_s=one.needed_hours * 3600 + more_s)
+        assert views.frontier_to_json(front, made)[1]["in_time"] == in_time
+    assert one.needed_hours == pytest.approx(one.hours + MARKET[0].latencies.total_s / 3600)
 
 
 def test_each_card_says_why_it_lost() -> None:
@@ -118,7 +127,7 @@ def test_the_json_of_each_look_has_the_keys_that_are_documented() -> None:
     planner = planner_of(SPOT, *MARKET)
     made = planner.plan()
     front = json.loads(json.dumps(views.frontier_to_json(planner.frontier(), made)))
-    assert {"hours", "needed_micros", "fits", "in_time", "machines"} == set(front[0])
+    assert {"hours", "needed_hours", "needed_micros", "fits", "in_time", "machines"} == set(front[0])
     assert list(front[0]["machines"]) == [stage.name for stage in made.stages]
     assert type(front[0]["needed_micros"]) is int and front[0]["machines"]["label"]["gpu"] == "RTX3090"
     cards = json.loads(json.dumps(views.explain_to_json(planner.explain("train")), allow_nan=False))

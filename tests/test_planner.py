@@ -47,6 +47,7 @@ LOCAL = fake_offer(
 )
 
 
+SHORT, LONG = Latencies(slack_s=0.0), Latencies(slack_s=3600.0)  # until a machine has ended: 275 s, 3,875 s
 ROOMY = replace(LOCAL, vram_gib=64.0)
 
 
@@ -264,6 +265,7 @@ def test_nothing_fits_names_the_smallest_change_that_would() -> None:
             st.integers(20, 400),
             st.booleans(),
             st.sampled_from(["runpod", "aws"]),
+            st.sampled_from([SHORT, LONG]),
         ),
         min_size=1,
         max_size=4,
@@ -272,45 +274,54 @@ def test_nothing_fits_names_the_smallest_change_that_would() -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_the_plan_is_the_cheapest_of_all_offers_and_settings_in_time(
-    drawn: list[tuple[str, int, bool, str]], share: float
+    drawn: list[tuple[str, int, bool, str, Latencies]], share: float
 ) -> None:
     """Against all assignments, each with every settings that fit, counted as spending counts. A warm machine is no
     choice: the runner ends every machine with its stage (orchestrator/runner.py)."""
     offers = [card("A100-80GB", 3_000_000)] + [
         replace(
             card(gpu, price * 10_000, instance=f"i{at}", spot=spot, minimum_s=600 * (at % 2)), infra=infra,
-            ceiling_micros_per_hour=price * 20_000 if spot else None,
+            ceiling_micros_per_hour=price * 20_000 if spot else None, latencies=latencies,
         )
-        for at, (gpu, price, spot, infra) in enumerate(drawn)
+        for at, (gpu, price, spot, infra, latencies) in enumerate(drawn)
     ]  # fmt: skip
     text = RENTED.replace("budget:", "spot: true\nbudget:")
     asked = recipe(text)
     world = World(asked, CONFIG.rate)
     options = [[*_all_ways(stage, world, offers)] for stage in asked.stages]
-    slowest = sum(max(hours for _, hours in one) for one in options)
-    made = plan(text, *offers, deadline_s=share * slowest * 3600)
-    sums = [
-        (sum(micros for micros, _ in chosen), sum((hours for _, hours in chosen), 0.0))
-        for chosen in itertools.product(*[sorted(set(one)) for one in options])
-    ]
-    in_time = [one for one in sums if one[1] * 3600 <= share * slowest * 3600]
+    deadline_s = share * sum(max(hours for _, hours, _ in one) for one in options) * 3600
+    made = plan(text, *offers, deadline_s=deadline_s)
+    sums = [_sums(chosen) for chosen in itertools.product(*[sorted(set(one)) for one in options])]
+    in_time = [one[:2] for one in sums if one[2] <= deadline_s]
     assert made.in_time == bool(in_time)
     storage = made.overhead[0].cost_micros.expected
     traffic = sum(_traffic(stage, world, one.offer) for stage, one in zip(asked.stages, made.stages, strict=True))
     assert storage >= traffic  # told beside the machines
     found = (made.needed_micros - storage + traffic, made.hours.expected)
-    assert found == (min(in_time) if in_time else (found[0], min(hours for _, hours in sums)))
+    if in_time:
+        assert found == min(in_time)
+    else:
+        assert made.needed_hours * 3600 == pytest.approx(min(needed_s for *_, needed_s in sums))
 
 
-def _all_ways(stage: Stage, world: World, offers: list[Offer]) -> Iterator[tuple[int, float]]:
-    """(cost with reserve and traffic, hours) of each offer with each settings that fit it."""
+def _sums(chosen: tuple[tuple[int, float, float], ...]) -> tuple[int, float, float]:
+    """(cost, hours, the shortest deadline in seconds). Each stage must be done before the deadline by all that its
+    machine may take to end, since the runner takes that off a machine's lifetime (`Runner._reserve`)."""
+    ends = list(itertools.accumulate(hours for _, hours, _ in chosen))
+    needed_s = max(end * 3600 + ending_s for end, (_, _, ending_s) in zip(ends, chosen, strict=True))
+    return sum(micros for micros, _, _ in chosen), ends[-1], needed_s
+
+
+def _all_ways(stage: Stage, world: World, offers: list[Offer]) -> Iterator[tuple[int, float, float]]:
+    """(cost with reserve and traffic, hours, seconds that the machine may take to end) of each offer with each settings
+    that fit it."""
     for offer in offers:
         machine = Machine(offer, gpu_speed(GPUS[offer.gpu or ""]), GPUS[offer.gpu or ""])
         for chosen in choices(stage, world, machine):
             way = planner._measured_option(stage, chosen, world, machine, {})
             if not isinstance(way, str) and way.measured.memory.total_gib.high <= offer.vram_gib:
                 cost = spend.cost_micros(offer, way.hours.expected * 3600) + spend.latency_reserve_micros(offer)
-                yield cost + _traffic(stage, world, offer), way.hours.expected
+                yield cost + _traffic(stage, world, offer), way.hours.expected, offer.latencies.total_s
 
 
 def _traffic(stage: Stage, world: World, offer: Offer) -> int:
@@ -356,6 +367,38 @@ def test_a_deadline_that_cannot_be_kept_is_answered_with_one_that_can() -> None:
     said = advice.removeprefix("give it --deadline ").split(",")[0]
     assert plan(RENTED, *CARDS, deadline_s=parse_duration(said)).in_time
     assert late.hours.expected == min(one.hours for one in planner_of(RENTED, *CARDS).frontier())
+
+
+def test_a_plan_is_in_time_when_its_last_machine_may_end_before_the_deadline() -> None:
+    """The runner ends the work on a machine its latencies before the deadline: 365 s here (`Runner._reserve`)."""
+    made = plan(RENTED, CARDS[0])
+    assert made.needed_hours == pytest.approx(made.hours.expected + CARDS[0].latencies.total_s / 3600)
+    needed_s = made.needed_hours * 3600
+    assert plan(RENTED, CARDS[0], deadline_s=needed_s + 1).in_time
+    late = plan(RENTED, CARDS[0], deadline_s=needed_s - 1)
+    assert not late.in_time and late.hours.expected * 3600 < needed_s - 1
+    said = late.notes[0].removeprefix("give it --deadline ").split(",")[0]
+    assert 0 <= parse_duration(said) - needed_s < 60
+    assert any("machines take time to end" in note for note in late.notes)
+
+
+def test_fewer_samples_are_advised_where_they_are_in_time() -> None:
+    needed_s = plan(RENTED, CARDS[0]).needed_hours * 3600
+    advice = plan(RENTED, CARDS[0], deadline_s=0.7 * needed_s).notes[0]
+    samples = int(advice.split("samples: ")[1].split(" ")[0])
+    fewer = RENTED.replace("samples: 1200", f"samples: {samples}")
+    assert plan(fewer, CARDS[0], deadline_s=0.7 * needed_s).in_time
+    more = RENTED.replace("samples: 1200", f"samples: {samples + 13}")
+    assert not plan(more, CARDS[0], deadline_s=0.7 * needed_s).in_time
+
+
+def test_a_machine_that_ends_late_needs_an_earlier_end_of_its_own_stage_only() -> None:
+    late, soon = card("RTX3090", 100_000, latencies=LONG), card("RTX3090", 1_000_000, latencies=SHORT)
+    made = plan(RENTED, late, soon)
+    assert [stage.offer.latencies for stage in made.stages] == [LONG] * 4
+    hurried = plan(RENTED, late, soon, deadline_s=made.needed_hours * 3600 - 1)
+    assert hurried.in_time and hurried.hours == made.hours
+    assert [stage.offer.latencies for stage in hurried.stages] == [LONG, LONG, LONG, SHORT]
 
 
 def test_what_a_tight_cap_allows_together_is_told_where_nothing_alone_helps() -> None:
@@ -592,4 +635,4 @@ def test_twenty_stages_and_fifty_thousand_offers_are_planned_in_a_moment() -> No
 @pytest.mark.parametrize(("text", "offers"), [(RENTED, CARDS), (API, [ROOMY, *CARDS]), (SMALL, [LOCAL])])
 def test_advice_counts_as_the_plan_does(text: str, offers: list[Offer]) -> None:
     made = planner_of(text, *offers)
-    assert planner._needs(made.recipe, made._scene) == (made.plan().needed_micros, made.plan().hours.expected)
+    assert planner._needs(made.recipe, made._scene) == (made.plan().needed_micros, made.plan().needed_hours)
