@@ -91,6 +91,7 @@ class StagePlan:
     uses: Mapping[str, float]  # what the estimate rests on: expected lengths, counts, shares
     chosen: tuple[str, ...] = ()  # names of the settings that the recipe left to the planner
     candidate_parts: tuple[Mapping[str, Part], ...] = ()  # of each candidate; see orchestrator.calibration
+    joins: bool = False  # it runs on the machine of the stage before it, which is not ended in between
 
     @property
     def parts(self) -> Mapping[str, Part]:
@@ -185,7 +186,7 @@ def digest_of(recipe: Any, stages: tuple[StagePlan, ...], cap_micros: int, deadl
         [[o.infra, o.region, o.instance, o.gpu, o.gpus, o.spot, o.price_micros_per_hour] for o in stage.candidates]
         for stage in stages
     ]
-    body = {
+    body: dict[str, Any] = {
         "recipe": recipe,
         "settings": [asdict(stage.settings) for stage in stages],
         "machines": machines,
@@ -193,6 +194,8 @@ def digest_of(recipe: Any, stages: tuple[StagePlan, ...], cap_micros: int, deadl
         "deadline_s": deadline_s,
         "rate": str(rate.usd_to_cny),
     }
+    if joined := [stage.name for stage in stages if stage.joins]:
+        body["joins"] = joined
     return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -242,6 +245,7 @@ def _stage_to_json(stage: StagePlan) -> dict[str, Any]:
         "startup_hours": asdict(stage.startup_hours),
         "offer": offer_to_json(stage.offer),
         "candidates": [offer_to_json(offer) for offer in stage.candidates],
+        "joins": stage.joins,
         "cost_micros": asdict(stage.cost_micros),
         "reserve_micros": stage.reserve_micros,
         "settings": asdict(stage.settings),
@@ -375,9 +379,10 @@ def _table(plan: Plan, width: int) -> RenderableType:
     for stage in plan.stages:
         memory = [] if slim else [_gib(stage.vram_gib.expected)]
         costs = [shown(value, plan.rate, plan.currency) for value in _costs(stage.cost_micros, slim).values()]
-        machine = Text(machine_name(stage.offer, short=narrow))
+        machine = Text("same machine" if stage.joins else machine_name(stage.offer, short=narrow))
+        price = "" if stage.joins else _price(stage.offer, plan)
         time = human_seconds(stage.hours.expected * 3600)
-        table.add_row(stage.name, *memory, time, machine, _price(stage.offer, plan), *costs)
+        table.add_row(stage.name, *memory, time, machine, price, *costs)
     for item in plan.overhead:
         costs = [shown(value, plan.rate, plan.currency) for value in _costs(item.cost_micros, slim).values()]
         table.add_row(item.row, *([] if slim else [""]), "", item.by, "", *costs)
@@ -413,7 +418,7 @@ def _details(stage: StagePlan, plan: Plan) -> RenderableType | None:
     lines = Text()
     lines.append(f"{stage.name}: ", style="bold")
     said = [*_said_settings(stage), *_said_uses(stage, plan)]
-    if len(stage.candidates) > 1:
+    if len(stage.candidates) > 1 and not stage.joins:
         others = len(stage.candidates) - 1
         said.append(f"{others} other {'machine' if others == 1 else 'machines'} to fall back on")
     if not said and not stage.notes:
