@@ -861,6 +861,7 @@ def _planned(
     from datetime import UTC, datetime
 
     from orchestrator import money, price_cache
+    from orchestrator.market import worth_a_look
     from orchestrator.offers import offers_source
     from orchestrator.planner import Planner
     from orchestrator.recipe import load_recipe, on_infra
@@ -881,7 +882,7 @@ def _planned(
         from orchestrator.session import provider_for  # with runner and ledger, which a plan does without
 
         provider = provider_for(wanted, home, local_price_micros=price, allow_account_key=loaded.allow_account_key)
-    offers_for = offers_source(loaded, provider, config, price_cache.load(home.offers_cache))
+    offers_for = offers_source(loaded, provider, config, price_cache.few(home.offers_cache, worth_a_look))
     seen = _calibration()
 
     def planner_of(cap: int | None) -> Planner:

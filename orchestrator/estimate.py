@@ -7,7 +7,7 @@ cases, computed here from their published formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -295,17 +295,32 @@ def _shown(value: Range | None) -> str:
 
 
 def render_scores(rows: list[Row], console: Console) -> None:
-    """A line a group."""
+    """A line a group; where the console is narrow the rules' errors stand in a table of their own."""
+    cells = [dict(zip(SCORE_COLUMNS, score_cells(each), strict=True)) for each in scores(rows)]
+    if console.width >= SCORES_WIDTH:
+        _print_columns(SCORE_COLUMNS, cells, console)
+        return
+    _print_columns(SCORE_COLUMNS[: -len(RULES)], cells, console)
+    ruled = [{**each, "kdcloud": each["median"]} for each in cells if any(each[rule] != "-" for rule in RULES)]
+    if ruled:
+        console.print("\nmedian error beside that of other rules, theirs on the rows that they have a number for")
+        _print_columns(("group", "kdcloud", *RULES), ruled, console)
+
+
+def _print_columns(names: Sequence[str], cells: Sequence[Mapping[str, str]], console: Console) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in SCORE_COLUMNS:
-        table.add_column(name, justify="left" if name == "group" else "right", overflow="fold")
-    for each in scores(rows):
-        table.add_row(*score_cells(each))
+    for name in names:
+        first = name == "group"
+        table.add_column(name, justify="left" if first else "right", overflow="fold", no_wrap=not first)
+    for each in cells:
+        table.add_row(*(each[name] for name in names))
     console.print(table)
 
 
+SCORES_WIDTH = 110  # of a console that holds all columns
+RULES = ("accelerate", "DeepSpeed")
 SCORE_COLUMNS = ("group", "rows", "median", "90th", "<= high", "inside", "high/low", "accelerate", "DeepSpeed")
 
 

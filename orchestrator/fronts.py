@@ -1,115 +1,207 @@
-"""Which choice of each stage costs least together within the deadline, and what would an hour less cost? Pure, exact.
+"""Which choice for each stage costs least together within the deadline, and what would an hour less cost? Pure, exact.
 
-Every stage has options of a cost and a time. One that is neither cheaper nor faster than another is never needed; what
-stays is a front, cheapest and slowest first. Stages follow one another, so costs and times add up.
+Every stage has options of a cost and a time; one that is neither cheaper nor faster than another is never needed, and
+what stays is a front, cheapest and slowest first. Stages in a row may have options together, on one machine: `Spans`.
+Stages follow one another, so costs and times add up. The work on each machine must be done some time before the
+deadline, so much as the machine may take to end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 ROUNDING = 1e-9  # sums of hours in another order differ by less, as a share
 MOST_POINTS = 500  # of a front of whole plans: between two of so many nobody chooses
+MOST_RATES = 50  # prices of an hour that are tried; each halves what is left, or nearly
 
 
 @dataclass(frozen=True)
 class Point:
-    """An option: what it costs (integer micro-USD), how long it takes, and whatever it stands for."""
+    """An option: what it costs (integer micro-USD), how long it takes, whatever it stands for, and how long before the
+    deadline it must be done."""
 
     micros: int
     hours: float
     what: Any = None
+    ending_hours: float = 0.0
 
 
+Spans = Sequence[Mapping[int, Sequence[Point]]]  # Spans[i][j]: the front of stages i to j - 1 on one machine
 Path = tuple[Any, ...]  # (path before, point), empty at the start: shared by all that begin alike
-
-
-@dataclass(frozen=True)
-class _Partial:
-    micros: int
-    hours: float
-    path: Path = ()
+Partial = tuple[int, float, Path]  # micros, hours
+_cost_and_time = itemgetter(0, 1)
 
 
 def front_of(points: Iterable[Point]) -> list[Point]:
-    """Those that are worth a look, cheapest first; each is faster than all before it. Of equal ones the first."""
+    """Those that are worth a look, cheapest first; each is faster, or ends sooner, than all before it. Of equal ones
+    the first."""
     found: list[Point] = []
-    for one in sorted(points, key=lambda one: (one.micros, one.hours)):
-        if not found or one.hours < found[-1].hours:
+    for one in sorted(points, key=lambda one: (one.micros, one.hours, one.ending_hours)):
+        if not any(other.hours <= one.hours and other.ending_hours <= one.ending_hours for other in found):
             found.append(one)
     return found
 
 
-def cheapest_in_time(fronts: Sequence[Sequence[Point]], limit_hours: float | None) -> list[Point] | None:
-    """A point of each front: together the cheapest that take at most `limit_hours`, the faster of equals. None when not
-    even the fastest do.
+def apart(fronts: Iterable[Sequence[Point]]) -> Spans:
+    """Spans of stages that share no machine."""
+    return [{at: front} for at, front in enumerate(fronts, start=1)]
+
+
+def needed_hours(times: Iterable[tuple[float, float]]) -> float:
+    """The shortest deadline for stages of (hours, hours before the deadline at which they must be done)."""
+    total = most = 0.0
+    for hours, ending_hours in times:
+        total += hours
+        most = max(most, total + ending_hours)
+    return most
+
+
+def fastest(spans: Spans) -> list[Point]:
+    """Those of the shortest deadline, the cheaper of equals."""
+    ends: list[tuple[float, int]] = [(0.0, 0)] * (len(spans) + 1)
+    steps: list[tuple[int, Point]] = []
+    for at in range(len(spans) - 1, -1, -1):
+        found = [
+            (one.hours + max(one.ending_hours, ends[end][0]), one.micros + ends[end][1], end, one)
+            for end, front in spans[at].items()
+            for one in front
+        ]
+        hours, micros, end, one = min(found, key=_cost_and_time)
+        ends[at] = (hours, micros)
+        steps.append((end, one))
+    return _walked(steps[::-1])
+
+
+def cheapest_in_time(spans: Spans, limit_hours: float | None) -> list[Point] | None:
+    """Together the cheapest in time, the faster of equals. None when not even the fastest are in time.
 
     Fronts are merged stage by stage; a beginning is dropped where no end can be in time, or where it costs more than a
     plan already known even if the rest had its time at the price of an hour at which that plan stopped.
     """
-    first = [front[0] for front in fronts]
-    if limit_hours is None or _hours(first) <= limit_hours:
+    first = _least(spans, 0.0)
+    if limit_hours is None or _needed(first) <= limit_hours:
         return first
-    if _hours([front[-1] for front in fronts]) > limit_hours:
+    soonest, slack = fastest(spans), ROUNDING * max(1.0, limit_hours)
+    if _needed(soonest) > limit_hours + slack:
         return None
-    known, rate = _hurried(fronts, limit_hours)
-    most, slack = sum(one.micros for one in known), ROUNDING * max(1.0, limit_hours)
-    fastest, least = [0.0], [0.0]  # of the stages still to come, in reverse
-    for front in reversed(fronts):
-        fastest.append(fastest[-1] + front[-1].hours)
-        least.append(least[-1] + min(one.micros + rate * one.hours for one in front))
-    beginnings = [_Partial(0, 0.0)]
-    for index, front in enumerate(fronts):
-        rest = len(fronts) - index - 1
-        latest = limit_hours + slack - fastest[rest]
-        bound = most + rate * limit_hours - least[rest]
-        bound += ROUNDING * max(1.0, abs(bound))
-        beginnings = _front(
-            longer
-            for longer in _longer(beginnings, front)
-            if longer.hours <= latest and longer.micros + rate * longer.hours <= bound
-        )
-    best = min(
-        (one for one in beginnings if one.hours <= limit_hours), key=lambda one: (one.micros, one.hours), default=None
-    )
-    return known if best is None else _points(best.path)
+    known, rate = _hurried(spans, limit_hours, first, soonest)
+    most = math.inf if known is None else sum(one.micros for one in known)
+    latest, least, worked = _bounds(spans, rate)
+    starts: list[list[Partial]] = [[(0, 0.0, ())], *([] for _ in spans)]
+    for at, by_end in enumerate(spans):
+        before = _front(starts[at])
+        for end, front in by_end.items():
+            by = limit_hours + slack - latest[end]
+            bound = most + rate * (limit_hours - worked) - least[end]
+            bound += ROUNDING * max(1.0, abs(bound)) if known else 0.0
+            starts[end] += [
+                (micros, hours, (path, one))
+                for so_far, until, path in before
+                for one in front
+                if (hours := until + one.hours) + one.ending_hours <= limit_hours
+                and hours <= by
+                and (micros := so_far + one.micros) + rate * hours <= bound
+            ]
+    best = min(starts[-1], key=_cost_and_time, default=None)
+    return known if best is None else _points(best[2])
 
 
-def whole_front(fronts: Sequence[Sequence[Point]], most: int = MOST_POINTS) -> list[list[Point]]:
-    """A point of each front, for each plan that no other beats in both cost and time, cheapest first.
+def whole_front(spans: Spans, most: int = MOST_POINTS) -> list[list[Point]]:
+    """The points of each plan that no other beats in both cost and time, cheapest first.
 
     Of more than `most`, at any stage, the cheapest in each of so many equal spans of time, and the fastest: the ends
     stay exact, and between them a plan may be dearer than the one that would be there, by what a span is worth.
     """
-    plans = [_Partial(0, 0.0)]
-    for front in fronts:
-        plans = _thinned(_front(_longer(plans, front)), most)
-    return [_points(one.path) for one in plans]
+    starts: list[list[Partial]] = [[(0, 0.0, ())], *([] for _ in spans)]
+    for at, by_end in enumerate(spans):
+        before = _thinned(_front(starts[at]), most)
+        for end, front in by_end.items():
+            longer = [(so_far + p.micros, until + p.hours, (path, p)) for so_far, until, path in before for p in front]
+            starts[end] = _front([*starts[end], *longer])
+    return [_points(path) for _, _, path in _thinned(_front(starts[-1]), most)]
+
+
+def _needed(points: Iterable[Point]) -> float:
+    return needed_hours((one.hours, one.ending_hours) for one in points)
+
+
+def _least(spans: Spans, rate: float) -> list[Point]:
+    """Those that cost least where an hour costs `rate` more; at 0 the faster of equals."""
+    best: list[tuple[float, float]] = [(0.0, 0.0)] * (len(spans) + 1)
+    steps: list[tuple[int, Point]] = []
+    for at in range(len(spans) - 1, -1, -1):
+        found = [
+            (one.micros + rate * one.hours + best[end][0], one.hours + best[end][1], end, one)
+            for end, front in spans[at].items()
+            for one in (front if rate else front[:1])
+        ]
+        cost, hours, end, one = min(found, key=_cost_and_time)
+        best[at] = (cost, hours)
+        steps.append((end, one))
+    return _walked(steps[::-1])
+
+
+def _walked(steps: Sequence[tuple[int, Point]]) -> list[Point]:
+    """`steps`: from each stage the point to take, and the stage after it."""
+    found, at = [], 0
+    while at < len(steps):
+        at, point = steps[at]
+        found.append(point)
+    return found
+
+
+def _bounds(spans: Spans, rate: float) -> tuple[list[float], list[float], float]:
+    """For each stage and the end: the time that is needed from there on, and the least that it costs where an hour
+    costs `rate` more. Then: how long before the deadline all work is done at the latest."""
+    latest, least = [0.0] * (len(spans) + 1), [0.0] * (len(spans) + 1)
+    last = math.inf
+    for at in range(len(spans) - 1, -1, -1):
+        pairs = [(end, one) for end, front in spans[at].items() for one in front]
+        latest[at] = min(one.hours + max(one.ending_hours, latest[end]) for end, one in pairs)
+        least[at] = min(one.micros + rate * one.hours + least[end] for end, one in pairs)
+        last = min([last, *(one.ending_hours for end, one in pairs if end == len(spans))])
+    return latest, least, last
+
+
+def _hurried(
+    spans: Spans, limit_hours: float, slow: list[Point], soon: list[Point]
+) -> tuple[list[Point] | None, float]:
+    """(a plan in time, or None, and the price of an hour at which it was found): between a plan that is too slow and
+    the soonest one, that price is tried at which both cost the same, until nothing costs less there."""
+    known, rate = soon if _needed(soon) <= limit_hours else None, 0.0
+    for _ in range(MOST_RATES):
+        more, saved = _micros(soon) - _micros(slow), _hours(slow) - _hours(soon)
+        if more <= 0 or saved <= 0:
+            break
+        rate = more / saved
+        found = _least(spans, rate)
+        if _micros(found) + rate * _hours(found) >= (_micros(slow) + rate * _hours(slow)) * (1 - ROUNDING):
+            break
+        if _needed(found) <= limit_hours:
+            known = soon = found
+        else:
+            slow = found
+    return known, rate
+
+
+def _micros(points: Iterable[Point]) -> int:
+    return sum(one.micros for one in points)
 
 
 def _hours(points: Iterable[Point]) -> float:
-    """Their sum from left to right, as a plan adds its stages."""
-    total = 0.0
-    for one in points:
-        total += one.hours
-    return total
+    return sum((one.hours for one in points), 0.0)
 
 
-def _longer(beginnings: Iterable[_Partial], front: Sequence[Point]) -> Iterable[_Partial]:
-    return (
-        _Partial(before.micros + one.micros, before.hours + one.hours, (before.path, one))
-        for before in beginnings
-        for one in front
-    )
-
-
-def _front(partials: Iterable[_Partial]) -> list[_Partial]:
-    found: list[_Partial] = []
-    for one in sorted(partials, key=lambda one: (one.micros, one.hours)):
-        if not found or one.hours < found[-1].hours:
+def _front(partials: Iterable[Partial]) -> list[Partial]:
+    found: list[Partial] = []
+    fastest_hours = math.inf
+    for one in sorted(partials, key=_cost_and_time):
+        if one[1] < fastest_hours:
+            fastest_hours = one[1]
             found.append(one)
     return found
 
@@ -122,47 +214,12 @@ def _points(path: Path) -> list[Point]:
     return found[::-1]
 
 
-def _thinned(plans: list[_Partial], most: int) -> list[_Partial]:
+def _thinned(plans: list[Partial], most: int) -> list[Partial]:
     if len(plans) <= most:
         return plans
-    fastest, slowest = plans[-1].hours, plans[0].hours
-    width = (slowest - fastest) / (most - 1)
-    spans: dict[int, _Partial] = {}
-    for one in plans:  # cheapest first, so the first of a span is its cheapest
-        spans.setdefault(int((one.hours - fastest) / width), one)
-    return _front([*spans.values(), plans[-1]])
-
-
-def _hurried(fronts: Sequence[Sequence[Point]], limit_hours: float) -> tuple[list[Point], float]:
-    """(a plan in time, what it paid for an hour at last): from the cheapest, always the step that pays least for an
-    hour saved. The steps are those along the lower hull of each front, whose prices rise."""
-    hulls = [_hull(front) for front in fronts]
-    steps = sorted(
-        ((later.micros - one.micros) / (one.hours - later.hours), index, position)
-        for index, hull in enumerate(hulls)
-        for position, (one, later) in enumerate(pairwise(hull), start=1)
-    )
-    taken = [hull[0] for hull in hulls]
-    paid = 0.0
-    for price, index, position in steps:
-        taken[index], paid = hulls[index][position], price
-        if _hours(taken) <= limit_hours:
-            break
-    return taken, paid
-
-
-def _hull(front: Sequence[Point]) -> list[Point]:
-    """The points at which the price of an hour rises, cheapest first."""
-    found: list[Point] = []
-    for one in front:
-        while len(found) > 1 and _cross(found[-2], found[-1], one) <= 0:
-            found.pop()
-        found.append(one)
-    return found
-
-
-def _cross(first: Point, second: Point, third: Point) -> float:
-    """Above 0 where an hour saved costs more from the second to the third than from the first to the second."""
-    return (third.micros - second.micros) * (first.hours - second.hours) - (second.micros - first.micros) * (
-        second.hours - third.hours
-    )
+    soonest, slowest = plans[-1][1], plans[0][1]
+    width = (slowest - soonest) / (most - 1)
+    kept: dict[int, Partial] = {}
+    for one in plans:  # cheapest first, so the first of a span of time is its cheapest
+        kept.setdefault(int((one[1] - soonest) / width), one)
+    return _front([*kept.values(), plans[-1]])

@@ -13,8 +13,8 @@ from typing import Any
 
 from orchestrator import spend
 from orchestrator.gpus import Gpu, gpu_named
-from orchestrator.offers import known_price
-from orchestrator.provision import Offer
+from orchestrator.offers import checked, known_price
+from orchestrator.provision import Latencies, Offer
 
 PLACES_A_MACHINE = 3  # regions of one machine that a stage may fall back on
 MACHINES_AN_INFRA = 8  # machines of one infra that a stage may fall back on
@@ -42,6 +42,22 @@ class Lot:
         held = spend.billed_s(self.first, self.first.latencies.total_s)
         return [-(-price * work // 3600) - (-burn * held // 3600) for price, burn in self._prices]
 
+    def least_micros(self, seconds: float) -> tuple[int, int]:
+        """(the least of `needed_micros`, which offer it is of: the first of equals)."""
+        work = spend.billed_s(self.first, seconds)
+        return min((-(-price * work // 3600) + reserve, which) for price, reserve, which in self._unbeaten)
+
+    @cached_property
+    def _unbeaten(self) -> tuple[tuple[int, int, int], ...]:
+        """(price an hour, reserve, which offer), without those that cost and hold back no less than one before."""
+        held = spend.billed_s(self.first, self.first.latencies.total_s)
+        found: list[tuple[int, int, int]] = []
+        for which, (price, burn) in enumerate(self._prices):
+            reserve = -(-burn * held // 3600)
+            if not any(one[0] <= price and one[1] <= reserve for one in found):
+                found.append((price, reserve, which))
+        return tuple(found)
+
     @cached_property
     def _prices(self) -> tuple[tuple[int, int], ...]:
         prices = [one.price_micros_per_hour or 0 for one in self.offers]
@@ -52,23 +68,34 @@ class Lot:
 def lots_of(offers: Iterable[Offer]) -> list[Lot]:
     """The offers by kind. Those without a known price have lots of their own."""
     cards: dict[tuple[str | None, str], Gpu | None] = {}
+    alike: dict[int, tuple[Latencies, int]] = {}  # by id: to hash one for each offer takes long
+    numbers: dict[Latencies, int] = {}
     kinds: dict[tuple[Any, ...], tuple[Gpu | None, list[_Priced]]] = {}
     for one in offers:
         machine = (one.gpu, one.instance)
         if machine not in cards:
             cards[machine] = None if one.gpu is None else gpu_named(one.gpu, one.instance)
-        card = cards[machine]
+        card, latencies = cards[machine], one.latencies
+        if id(latencies) not in alike:
+            alike[id(latencies)] = (latencies, numbers.setdefault(latencies, len(numbers)))
+        price = one.price_micros_per_hour
         kind = (
-            one.infra, one.gpu, card and card.name, one.gpus, one.vram_gib, one.spot, one.quantum_s, one.minimum_s,
-            one.latencies, known_price(one),
+            one.infra, one.gpu, id(card), one.gpus, one.vram_gib, one.spot, one.quantum_s, one.minimum_s,
+            alike[id(latencies)][1], known_price(one),
         )  # fmt: skip
         if kind not in kinds:
             kinds[kind] = (card, [])
-        price = one.price_micros_per_hour or 0
-        burn = max(price, one.ceiling_micros_per_hour or 0)
-        kinds[kind][1].append((price, burn, one.instance, one.region or "", len(kinds[kind][1]), one))
+        found = kinds[kind][1]
+        ceiling = one.ceiling_micros_per_hour
+        burn = max(price or 0, ceiling) if ceiling else price or 0
+        found.append((price or 0, burn, one.instance, one.region or "", len(found), one))
     lots = [Lot(_cheapest(found), card, len(found)) for card, found in kinds.values()]
     return sorted(lots, key=_order)
+
+
+def worth_a_look(offers: Iterable[Offer]) -> list[Offer]:
+    """Those that a plan may take or fall back on. It holds for every recipe: what one asks for is part of the kind."""
+    return [one for lot in lots_of(map(checked, offers)) for one in lot.offers]
 
 
 def _cheapest(offers: list[_Priced]) -> tuple[Offer, ...]:

@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.fronts import needed_hours
 from orchestrator.money import Rate, both, human_seconds, shown
 from orchestrator.provision import Latencies, Offer
 from tasks.contract import SETTINGS, Settings, build
@@ -90,6 +91,7 @@ class StagePlan:
     uses: Mapping[str, float]  # what the estimate rests on: expected lengths, counts, shares
     chosen: tuple[str, ...] = ()  # names of the settings that the recipe left to the planner
     candidate_parts: tuple[Mapping[str, Part], ...] = ()  # of each candidate; see orchestrator.calibration
+    joins: bool = False  # it runs on the machine of the stage before it, which is not ended in between
 
     @property
     def parts(self) -> Mapping[str, Part]:
@@ -158,13 +160,24 @@ class Plan:
         return self.cost_micros.high > self.cap_micros
 
     @property
+    def needed_hours(self) -> float:
+        """The shortest deadline this plan is in time for: a run ends the work on each machine so long before it as the
+        machine may take to end."""
+        return needed_hours((stage.hours.expected, ending_hours(stage.offer)) for stage in self.stages)
+
+    @property
     def in_time(self) -> bool:
-        return self.deadline_s is None or self.hours.expected * 3600 <= self.deadline_s
+        return self.deadline_s is None or self.needed_hours <= self.deadline_s / 3600
 
     @property
     def offers_as_of(self) -> datetime | None:
         """Date of the oldest price that is used; None when every machine is the user's own."""
         return min((stage.offer.as_of for stage in self.stages if stage.offer.infra != "local"), default=None)
+
+
+def ending_hours(offer: Offer) -> float:
+    """How long before the deadline a run ends the work on a machine."""
+    return offer.latencies.total_s / 3600
 
 
 def digest_of(recipe: Any, stages: tuple[StagePlan, ...], cap_micros: int, deadline_s: float | None, rate: Rate) -> str:
@@ -173,7 +186,7 @@ def digest_of(recipe: Any, stages: tuple[StagePlan, ...], cap_micros: int, deadl
         [[o.infra, o.region, o.instance, o.gpu, o.gpus, o.spot, o.price_micros_per_hour] for o in stage.candidates]
         for stage in stages
     ]
-    body = {
+    body: dict[str, Any] = {
         "recipe": recipe,
         "settings": [asdict(stage.settings) for stage in stages],
         "machines": machines,
@@ -181,6 +194,8 @@ def digest_of(recipe: Any, stages: tuple[StagePlan, ...], cap_micros: int, deadl
         "deadline_s": deadline_s,
         "rate": str(rate.usd_to_cny),
     }
+    if joined := [stage.name for stage in stages if stage.joins]:
+        body["joins"] = joined
     return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -204,6 +219,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "total": {"hours": asdict(plan.hours), "cost_micros": asdict(plan.cost_micros)},
         "reserve_micros": plan.reserve_micros,
         "needed_micros": plan.needed_micros,
+        "needed_hours": plan.needed_hours,
         "cap_micros": plan.cap_micros,
         "fits": plan.fits,
         "tight": plan.tight,
@@ -229,6 +245,7 @@ def _stage_to_json(stage: StagePlan) -> dict[str, Any]:
         "startup_hours": asdict(stage.startup_hours),
         "offer": offer_to_json(stage.offer),
         "candidates": [offer_to_json(offer) for offer in stage.candidates],
+        "joins": stage.joins,
         "cost_micros": asdict(stage.cost_micros),
         "reserve_micros": stage.reserve_micros,
         "settings": asdict(stage.settings),
@@ -362,9 +379,10 @@ def _table(plan: Plan, width: int) -> RenderableType:
     for stage in plan.stages:
         memory = [] if slim else [_gib(stage.vram_gib.expected)]
         costs = [shown(value, plan.rate, plan.currency) for value in _costs(stage.cost_micros, slim).values()]
-        machine = Text(machine_name(stage.offer, short=narrow))
+        machine = Text("same machine" if stage.joins else machine_name(stage.offer, short=narrow))
+        price = "" if stage.joins else _price(stage.offer, plan)
         time = human_seconds(stage.hours.expected * 3600)
-        table.add_row(stage.name, *memory, time, machine, _price(stage.offer, plan), *costs)
+        table.add_row(stage.name, *memory, time, machine, price, *costs)
     for item in plan.overhead:
         costs = [shown(value, plan.rate, plan.currency) for value in _costs(item.cost_micros, slim).values()]
         table.add_row(item.row, *([] if slim else [""]), "", item.by, "", *costs)
@@ -401,7 +419,7 @@ def _details(stage: StagePlan, plan: Plan) -> RenderableType | None:
     lines = Text()
     lines.append(f"{stage.name}: ", style="bold")
     said = [*_said_settings(stage), *_said_uses(stage, plan)]
-    if len(stage.candidates) > 1:
+    if len(stage.candidates) > 1 and not stage.joins:
         others = len(stage.candidates) - 1
         said.append(f"{others} other {'machine' if others == 1 else 'machines'} to fall back on")
     if not said and not stage.notes:

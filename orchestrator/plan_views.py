@@ -5,7 +5,7 @@ Each as a table that people read and as what `kdcloud plan --json` adds: `fronti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.planner import Allowed, Planner
 
 SHOWN_PLANS = 12  # of a frontier, in the table
+_SHARED = "; a + b: on one machine"
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,19 @@ def changed(recipe: Recipe, what_if: WhatIf) -> tuple[Recipe, Allowed]:
 
 
 def frontier_to_json(front: Sequence[FrontPlan], plan: Plan) -> list[dict[str, Any]]:
-    """`frontier`: plans from the cheapest to the fastest. `needed_micros`: expected costs, overheads and reserves."""
+    """`frontier`: plans from the cheapest to the fastest. `needed_micros`: expected costs, overheads and reserves;
+    `needed_hours`: the shortest deadline; `joins`: stages on the machine of the stage before."""
     return [
         {
             "hours": one.hours,
+            "needed_hours": one.needed_hours,
             "needed_micros": one.needed_micros,
             "fits": one.needed_micros <= plan.cap_micros,
             "in_time": _in_time(one, plan),
             "machines": {
                 stage.name: offer_to_json(offer) for stage, offer in zip(plan.stages, one.machines, strict=True)
             },
+            "joins": [stage.name for stage, joins in zip(plan.stages, one.joins, strict=True) if joins],
         }
         for one in front
     ]
@@ -129,6 +133,7 @@ def explain_to_json(looked: Sequence[Looked]) -> list[dict[str, Any]]:
             "cost_micros": None if one.cost_micros is None else asdict(one.cost_micros),
             "needed_micros": one.needed_micros,
             "settings": None if one.settings is None else asdict(one.settings),
+            "joins": one.joins,
         }
         for one in looked
     ]
@@ -141,6 +146,7 @@ def what_if_to_json(compared: Sequence[Compared]) -> list[dict[str, Any]]:
             "what_if": one.what_if.text,
             "why_not": one.why or None,
             "hours": None if one.plan is None else asdict(one.plan.hours),
+            "needed_hours": None if one.plan is None else one.plan.needed_hours,
             "cost_micros": None if one.plan is None else asdict(one.plan.cost_micros),
             "needed_micros": None if one.plan is None else one.plan.needed_micros,
             "fits": one.plan is not None and one.plan.fits,
@@ -148,6 +154,7 @@ def what_if_to_json(compared: Sequence[Compared]) -> list[dict[str, Any]]:
             "machines": {}
             if one.plan is None
             else {stage.name: offer_to_json(stage.offer) for stage in one.plan.stages},
+            "joins": [] if one.plan is None else [stage.name for stage in one.plan.stages if stage.joins],
         }
         for one in compared
     ]
@@ -161,16 +168,20 @@ def render_frontier(front: Sequence[FrontPlan], plan: Plan, console: Console) ->
     rows = _spread(front)
     table = _table("time", "needed", "machines")
     for one in rows:
-        mark = " (this plan)" if one.machines == tuple(stage.offer for stage in plan.stages) else ""
+        planned = tuple(stage.offer for stage in plan.stages), tuple(stage.joins for stage in plan.stages)
+        mark = " (this plan)" if (one.machines, one.joins) == planned else ""
         limits = [] if one.needed_micros <= plan.cap_micros else ["over the cap"]
         limits += [] if _in_time(one, plan) else ["late"]
         said = f" ({', '.join(limits)})" if limits else mark
         table.add_row(
             human_seconds(one.hours * 3600),
             shown(one.needed_micros, plan.rate, plan.currency),
-            _machines({stage.name: offer for stage, offer in zip(plan.stages, one.machines, strict=True)}) + said,
+            _machines([stage.name for stage in plan.stages], one.machines, one.joins) + said,
         )
-    console.print(f"cost against time, reserves included: {_counted(len(front), 'plan')} that none beats in both")
+    shared = _SHARED if any(any(one.joins) for one in rows) else ""
+    console.print(
+        f"cost against time, reserves included: {_counted(len(front), 'plan')} that none beats in both{shared}"
+    )
     console.print(table)
     if len(rows) < len(front):
         console.print(f"{len(front) - len(rows)} more between them: --json shows all\n")
@@ -190,15 +201,18 @@ def render_explained(name: str, looked: Sequence[Looked], plan: Plan, console: C
             f"{one.offer.vram_gib:.1f}",
             human_seconds(one.hours.expected * 3600),
             shown(one.needed_micros, plan.rate, plan.currency),
-            "taken" if one.taken else one.why,
+            f"taken{', on the machine of the stage before' if one.joins else ''}" if one.taken else one.why,
         )
-    console.print(f"{name}: each card at its cheapest offer; memory at most, cost with its reserve")
+    console.print(
+        f"{name}: each card at its cheapest offer; memory at most, cost with its reserve, of a shared machine its share"
+    )
     console.print(table)
 
 
 def render_what_if(compared: Sequence[Compared], plan: Plan, console: Console) -> None:
     """The plan and each change of it, side by side."""
     table = _table("", "time", "expected", "needed", "machines")
+    names = [stage.name for stage in plan.stages]
 
     def row(said: str, one: Plan) -> None:
         limits = [] if one.fits else ["over the cap"]
@@ -209,7 +223,7 @@ def render_what_if(compared: Sequence[Compared], plan: Plan, console: Console) -
             human_seconds(one.hours.expected * 3600),
             shown(one.cost_micros.expected, one.rate, one.currency),
             shown(one.needed_micros, one.rate, one.currency),
-            _machines({stage.name: stage.offer for stage in one.stages}) + more,
+            _machines(names, [stage.offer for stage in one.stages], [stage.joins for stage in one.stages]) + more,
         )
 
     row("as planned", plan)
@@ -219,7 +233,9 @@ def render_what_if(compared: Sequence[Compared], plan: Plan, console: Console) -
         else:
             row(each.what_if.text, each.plan)
     cap = both(plan.cap_micros, plan.rate, plan.currency)
-    console.print(f"what if; needed: expected and what is held back, cap {cap}")
+    plans = [plan, *(each.plan for each in compared if each.plan is not None)]
+    shared = _SHARED if any(stage.joins for one in plans for stage in one.stages) else ""
+    console.print(f"what if; needed: expected and what is held back, cap {cap}{shared}")
     console.print(table)
 
 
@@ -232,7 +248,7 @@ def compared(planner: Planner, what_if: WhatIf) -> Compared:
 
 
 def _in_time(one: FrontPlan, plan: Plan) -> bool:
-    return plan.deadline_s is None or one.hours * 3600 <= plan.deadline_s
+    return plan.deadline_s is None or one.needed_hours <= plan.deadline_s / 3600
 
 
 def _spread(front: Sequence[FrontPlan]) -> list[FrontPlan]:
@@ -246,14 +262,16 @@ def _spread(front: Sequence[FrontPlan]) -> list[FrontPlan]:
     return [*picked.values(), front[-1]]
 
 
-def _machines(offers: Mapping[str, Offer]) -> str:
-    """`RTX3090, vast: label, train; A100, vast: evaluate`."""
-    groups: dict[str, list[str]] = {}
-    for stage, offer in offers.items():
-        groups.setdefault(machine_name(offer, short=True), []).append(stage)
-    if len(groups) == 1:
+def _machines(names: Sequence[str], offers: Sequence[Offer], joins: Sequence[bool]) -> str:
+    """`RTX3090, vast: label + train, export; A100, vast: evaluate`: label and train on one machine."""
+    groups: dict[str, str] = {}
+    for name, offer, joined in zip(names, offers, joins, strict=True):
+        machine = machine_name(offer, short=True)
+        before = groups.get(machine)
+        groups[machine] = name if before is None else f"{before}{' + ' if joined else ', '}{name}"
+    if len(groups) == 1 and not any(joins):
         return next(iter(groups))
-    return "; ".join(f"{machine}: {', '.join(stages)}" for machine, stages in groups.items())
+    return "; ".join(f"{machine}: {stages}" for machine, stages in groups.items())
 
 
 def _counted(count: int, what: str) -> str:

@@ -1,37 +1,50 @@
 """Which machine, how long and how dear, for every stage of a recipe? Pure: values in, a plan out.
 
 Offers are sorted into lots once (market). A stage has an option for each lot, with the settings that are fastest among
-those that fit; of the options one a stage is taken, so that all together cost least within the deadline (fronts). The
-others that hold the same settings stay in order for failover.
+those that fit; stages in a row have options together, on one machine of a lot that holds them all (stays). Of these
+such are taken that all together cost least within the deadline (fronts). The others that hold the same settings stay in
+order for failover.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator import access, duration, money, setup_time, spend, teachers
-from orchestrator.calibration import Ratios, card_of, sum_of, with_ratios, work_key
+from orchestrator.calibration import Ratios, calibrated, card_of, sum_of, with_ratios, work_key
 from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
 from orchestrator.forecast import LEAST_SHARE
-from orchestrator.fronts import Point, cheapest_in_time, front_of, whole_front
+from orchestrator.fronts import Point, Spans, cheapest_in_time, fastest, front_of, needed_hours, whole_front
 from orchestrator.handover import environments
 from orchestrator.market import MACHINES_AN_INFRA, PLACES_A_MACHINE, Lot, lots_of
 from orchestrator.offers import known_price
-from orchestrator.plan import Micros, Overhead, Part, Plan, Range, Rejected, StagePlan, digest_of
+from orchestrator.plan import Micros, Overhead, Part, Plan, Range, Rejected, StagePlan, digest_of, ending_hours
 from orchestrator.provision import Need, Offer
 from orchestrator.recipe import EvaluateStage, LabelStage, Recipe, Stage, TrainStage, gpu_counts
 from orchestrator.setup_time import runs_vllm
-from orchestrator.sizing import Machine, Measured, choices, fetched_gb, left_gb, left_open, measure, uses_all_gpus
+from orchestrator.sizing import (
+    Machine,
+    Measured,
+    choices,
+    fetched_gb,
+    left_gb,
+    left_open,
+    measure,
+    models_gb,
+    uses_all_gpus,
+)
+from orchestrator.stays import Cell, Things, stays
 from orchestrator.workload import LONGEST_PROMPT_TOKENS, ROWS_UNKNOWN, World
 from tasks.contract import Settings, TrainSettings
 
@@ -47,6 +60,7 @@ CLOUD_STARTUP_S = Range(120.0, 300.0, 900.0)  # request to a usable machine; its
 LOCAL_STARTUP_S = Range(0.1, 0.5, 2.0)
 OLD_PRICE_DAYS = 180
 MOST_ADVICE = 3  # changes that are told beside a larger budget
+JOIN = True  # whether stages may share a machine
 
 
 @dataclass(frozen=True)
@@ -76,9 +90,7 @@ class _Option:
 
     @property
     def cost(self) -> Micros:
-        hours = self.way.hours
-        costs = (spend.cost_micros(self.offer, at * 3600) for at in (hours.low, hours.expected, hours.high))
-        return Micros(*costs)
+        return _shares(self.offer, (self.way,))[0]
 
     @property
     def reserve(self) -> int:
@@ -92,9 +104,30 @@ class _Considered:
     options: list[_Option]
     refused: list[tuple[Lot, str]]
 
-    @property
+    @cached_property
     def front(self) -> list[Point]:
-        return front_of(Point(one.needed_micros, one.way.hours.expected, one) for one in self.options)
+        return front_of(_point(one) for one in self.options)
+
+
+@dataclass(frozen=True)
+class _Stay:
+    """Stages in a row on one machine, on the cheapest offer of a lot; `first`: the first of them, `ways`: of each.
+    `needed_micros`: what they cost together with one reserve for latencies and their traffic out of the bucket."""
+
+    first: int
+    lot: Lot
+    offer: Offer
+    ways: tuple[_Way, ...]
+    needed_micros: int
+
+    @property
+    def reserve(self) -> int:
+        return spend.latency_reserve_micros(self.offer)
+
+    @property
+    def costs(self) -> list[Micros]:
+        """Of each stage: its share, by its time, of what the machine costs."""
+        return _shares(self.offer, self.ways)
 
 
 @dataclass(frozen=True)
@@ -107,16 +140,20 @@ class _Scene:
     cap: int
     deadline_s: float | None
     calibration: Calibration
+    join: bool
     allowed: Allowed | None = None
 
 
 @dataclass(frozen=True)
 class FrontPlan:
-    """A plan that no other beats in both cost and time. `machines`: the offer of each stage, in order."""
+    """A plan that no other beats in both cost and time. `machines`: the offer of each stage, in order; `joins`: whether
+    it is the machine of the stage before. `needed_hours`: see Plan."""
 
     hours: float
+    needed_hours: float
     needed_micros: int
     machines: tuple[Offer, ...]
+    joins: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -133,6 +170,7 @@ class Looked:
     needed_micros: int | None = None
     settings: Settings | None = None
     taken: bool = False
+    joins: bool = False  # on the machine of the stage before
 
 
 class Planner:
@@ -148,13 +186,14 @@ class Planner:
         cap_micros: int | None = None,
         deadline_s: float | None = None,
         calibration: Calibration | None = None,
+        join: bool = JOIN,
     ) -> None:
         cap = money.cap_micros(recipe.budget, config.rate) if cap_micros is None else cap_micros
         if cap < 0:
             raise UsageError("the budget must be above 0", hint="give --budget or `budget:` an amount such as 50 CNY")
         deadline = recipe.deadline if deadline_s is None else deadline_s
         self.recipe = recipe
-        self._scene = _Scene(config, _sorted_once(offers_for), now, cap, deadline, calibration or {})
+        self._scene = _Scene(config, _sorted_once(offers_for), now, cap, deadline, calibration or {}, join)
 
     def plan(self) -> Plan:
         """The cheapest plan in time, whether it fits under the cap or not (`Plan.fits`). Where no machines are fast
@@ -162,47 +201,52 @@ class Planner:
 
         Raises NothingFits when a stage fits no machine at any price, with the smallest change that would help.
         """
-        plan = _assemble(self.recipe, self._scene, self._found, self._taken)
+        plan = _assemble(self._rows, self._taken)
         if plan.fits and plan.in_time:
             return plan
-        advice = _what_would_fit(self.recipe, plan, self._scene, self._found)
+        advice = _what_would_fit(plan, self._rows, self._taken)
         return replace(plan, notes=(*advice, *plan.notes))
 
     def of(self, recipe: Recipe, allowed: Allowed) -> Planner:
         """The same for another recipe, whose stages look at allowed lots only."""
         other = copy(self)
         other.recipe, other._scene = recipe, replace(self._scene, allowed=allowed)
-        for worked_out in ("_found", "_taken"):
+        for worked_out in ("_rows", "_taken"):
             other.__dict__.pop(worked_out, None)
         return other
 
     def frontier(self) -> list[FrontPlan]:
         """Plans from the cheapest to the fastest, whatever deadline and cap are."""
-        plan = _assemble(self.recipe, self._scene, self._found, self._taken)
+        plan = _assemble(self._rows, self._taken)
         beside = plan.needed_micros - sum(one.needed_micros for one in self._taken)
         return [
             FrontPlan(
                 sum((point.hours for point in points), 0.0),
+                needed_hours((point.hours, point.ending_hours) for point in points),
                 sum(point.micros for point in points) + beside,
-                tuple(point.what.offer for point in points),
+                tuple(offer for one in found for offer in [one.offer] * len(one.ways)),
+                tuple(at > 0 for one in found for at, _ in enumerate(one.ways)),
             )
-            for points in whole_front([one.front for one in self._found])
+            for points in whole_front(self._rows.spans)
+            if (found := [self._rows.stay(point) for point in points])
         ]
 
     def explain(self, name: str) -> list[Looked]:
-        """Each card for the stage of that name, at its best offer: the one taken, then by cost, then what does not fit.
-        Raises UsageError."""
+        """Each card for the stage of that name, at its best offer: the one taken, then by what the whole plan would
+        cost with it, then what does not fit. Raises UsageError."""
         names = [stage.name for stage in self.recipe.stages]
         if name not in names:
             raise UsageError(f"there is no stage {name!r}", hint=f"the recipe has {', '.join(names)}")
         index = names.index(name)
-        found, taken = self._found[index], self._taken[index]
-        best: dict[tuple[str, bool], _Option] = {(_card(taken.lot), taken.offer.spot): taken}
-        for option in found.options:
-            best.setdefault((_card(option.lot), option.offer.spot), option)
-        looked = [_looked(option, self._lost(index, option)) for option in best.values()]
+        considered, taken = self._rows.considered[index], _at(self._taken, index)
+        groups: dict[tuple[str, bool], list[_Option]] = {}
+        for option in considered.options:
+            groups.setdefault((_card(option.lot), option.offer.spot), []).append(option)
+        groups.pop((_card(taken.lot), taken.offer.spot))
+        others = sorted((self._with(index, options) for options in groups.values()), key=lambda one: one[0])
+        looked = [_looked(taken, index, ""), *(one for _, one in others)]
         seen = {one.gpu for one in looked}
-        for gpu, why in dict.fromkeys((_card(lot), why) for lot, why in found.refused):
+        for gpu, why in dict.fromkeys((_card(lot), why) for lot, why in considered.refused):
             if gpu not in seen:
                 looked.append(Looked(gpu, False, why))
         stage = self.recipe.stages[index]
@@ -211,32 +255,41 @@ class Planner:
                 looked.append(Looked(gpu, False, "not on offer where this stage may run"))
         return looked
 
-    def _lost(self, index: int, option: _Option) -> str:
-        """Why an option was not taken: what the whole plan would cost with it, or that it would be late."""
-        taken, rate, currency = self._taken[index], self._scene.config.rate, self._scene.config.currency
-        if option is taken:
-            return ""
-        fronts = [one.front for one in self._found]
-        fronts[index] = [_point(option)]
-        others = cheapest_in_time(fronts, _hours(self._scene.deadline_s))
-        if others is None:
-            return "too slow for the deadline" if option.way.hours.expected > taken.way.hours.expected else "too late"
-        more = sum(one.micros for one in others) - sum(one.needed_micros for one in self._taken)
+    def _with(self, index: int, options: list[_Option]) -> tuple[float, Looked]:
+        """(what the whole plan would cost, the look) with a stage on the best of these options, be it alone or on one
+        machine with others."""
+        points = cheapest_in_time(self._rows.restricted(index, options), _hours(self._scene.deadline_s))
+        taken = _at(self._taken, index)
+        if points is None:
+            stay = self._rows.stay(_point(options[0]))
+            slower = stay.ways[0].hours.expected > taken.ways[index - taken.first].hours.expected
+            return math.inf, _looked(stay, index, "too slow for the deadline" if slower else "too late")
+        others = [self._rows.stay(point) for point in points]
+        micros = sum(one.needed_micros for one in others)
+        stay = _at(others, index)
+        return micros, _looked(stay, index, self._lost(stay, others, index))
+
+    def _lost(self, stay: _Stay, others: list[_Stay], index: int) -> str:
+        """Why a machine was not taken: what the whole plan would cost with it."""
+        rate, currency, taken = self._scene.config.rate, self._scene.config.currency, _at(self._taken, index)
+        more = sum(one.needed_micros for one in others) - sum(one.needed_micros for one in self._taken)
         dearer = f"{money.shown(more, rate, currency)} dearer" if more else "costs the same"
-        changed = option.way.hours.expected - taken.way.hours.expected
-        if option.needed_micros < taken.needed_micros:
+        if len(stay.ways) < len(taken.ways):
+            return f"{dearer}: fewer stages share a machine"
+        if len(stay.ways) == len(taken.ways) and stay.needed_micros < taken.needed_micros:
             return f"{dearer} together, since another stage would have to be faster"
+        changed = stay.ways[index - stay.first].hours.expected - taken.ways[index - taken.first].hours.expected
         if abs(changed) * 3600 < 1:
             return f"{dearer}, as fast"
         return f"{dearer}, {money.human_seconds(abs(changed) * 3600)} {'slower' if changed > 0 else 'faster'}"
 
     @cached_property
-    def _found(self) -> list[_Considered]:
+    def _rows(self) -> _Rows:
         return _look(World(self.recipe, self._scene.config.rate), self._scene)
 
     @cached_property
-    def _taken(self) -> list[_Option]:
-        return _take(self._found, self._scene.deadline_s)
+    def _taken(self) -> list[_Stay]:
+        return _take(self._rows)
 
 
 def make_plan(recipe: Recipe, **given: Any) -> Plan:
@@ -245,7 +298,8 @@ def make_plan(recipe: Recipe, **given: Any) -> Plan:
 
 
 def later_floor_micros(plan: Plan, index: int, apis: Mapping[str, spend.ApiLine] | None = None) -> int:
-    """What must stay for the stages after `index`: their low costs, their machines' reserves, and overheads.
+    """What must stay for the stages after `index`, the last that the machine at hand serves: their low costs, their
+    machines' reserves, and overheads.
 
     `apis`: what the ledger holds of APIs' money; what it does not hold yet stays, too, that of `index` included. Of a
     stage before, which is done, nothing more is needed, unless the ledger knows nothing of it.
@@ -276,31 +330,34 @@ def api_micros(stage: StagePlan) -> int | None:
 
 def _sorted_once(offers_for: OffersFor) -> LotsFor:
     known: dict[Need, list[Lot]] = {}
+    same: dict[tuple[Offer, ...], Lot] = {}
 
     def lots_for(need: Need) -> list[Lot]:
+        """A lot that serves several needs is one and the same value: stages that share a machine share a lot."""
         if need not in known:
-            known[need] = lots_of(offers_for(need))
+            if len(known) == 1:  # most recipes have one need
+                same.update((lot.offers, lot) for lots in known.values() for lot in lots)
+            found = lots_of(offers_for(need))
+            known[need] = [same.setdefault(lot.offers, lot) for lot in found] if known else found
         return known[need]
 
     return lots_for
 
 
 def _needs(recipe: Recipe, scene: _Scene) -> tuple[int, float]:
-    """(`Plan.needed_micros`, expected hours) of a changed recipe, without the rest of its plan. Raises NothingFits."""
+    """(`Plan.needed_micros`, `needed_hours`) of a changed recipe, without the rest of its plan. Raises NothingFits."""
     world, bucket = World(recipe, scene.config.rate), recipe.bucket_url or scene.config.bucket
-    taken = _take(_look(world, scene), scene.deadline_s)
-    apis = [getattr(one.way.settings, "api", None) for one in taken]
+    taken = _take(_look(world, scene))
+    apis = [getattr(way.settings, "api", None) for one in taken for way in one.ways]
     needed = sum(one.needed_micros for one in taken) + sum(api.max_cost_micros for api in apis if api is not None)
-    return needed + _month_micros(world, bucket), sum((one.way.hours.expected for one in taken), 0.0)
+    hours = needed_hours((way.hours.expected, ending_hours(one.offer)) for one in taken for way in one.ways)
+    return needed + _month_micros(world, bucket), hours
 
 
-def _assemble(recipe: Recipe, scene: _Scene, found: list[_Considered], taken: list[_Option]) -> Plan:
+def _assemble(rows: _Rows, taken: list[_Stay]) -> Plan:
+    world, scene, recipe = rows.world, rows.scene, rows.world.recipe
     config, bucket = scene.config, recipe.bucket_url or scene.config.bucket
-    world = World(recipe, config.rate)
-    stages = tuple(
-        _stage_plan(stage, world, best, considered, scene)
-        for stage, best, considered in zip(recipe.stages, taken, found, strict=True)
-    )
+    stages = tuple(stage for stay in taken for stage in _stage_plans(stay, rows))
     overhead = (*_apis(stages), *_storage(stages, world, bucket))
     plan = Plan(
         name=recipe.name,
@@ -330,7 +387,138 @@ def _assemble(recipe: Recipe, scene: _Scene, found: list[_Considered], taken: li
 # --- choosing a machine
 
 
-def _look(world: World, scene: _Scene) -> list[_Considered]:
+@dataclass(frozen=True)
+class _Rows:
+    """What all stages may run on, each alone and in a row with others."""
+
+    world: World
+    scene: _Scene
+    considered: list[_Considered]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.world.recipe.stages
+
+    @cached_property
+    def spans(self) -> Spans:
+        fronts = {(at, at + 1): list(one.front) for at, one in enumerate(self.considered)}
+        if self.scene.join:
+            fronts |= _fronts(self._by_lot.values())
+        spans: list[dict[int, list[Point]]] = [{} for _ in self.considered]
+        for (first, end), front in fronts.items():
+            spans[first][end] = front
+        return spans
+
+    def restricted(self, index: int, options: list[_Option]) -> Spans:
+        """The same where one stage may only run on lots of these of its options."""
+        spans = [
+            {end: front for end, front in by_end.items() if not first <= index < end}
+            for first, by_end in enumerate(self.spans)
+        ]
+        spans[index][index + 1] = front_of(_point(one) for one in options)
+        if self.scene.join:
+            lots = [self._by_lot[key] for one in options if (key := id(one.lot)) in self._by_lot]
+            for (first, end), front in _fronts(lots).items():
+                if first <= index < end:
+                    spans[first][end] = front
+        return spans
+
+    def stay(self, point: Point) -> _Stay:
+        """What a point of the spans stands for."""
+        if isinstance(point.what, _Option):
+            option, first = point.what, self._index_of[id(point.what)]
+            return _Stay(first, option.lot, option.offer, (option.way,), option.needed_micros)
+        lot, first, end = point.what
+        alone = [option.way for option in self._by_lot[id(lot)][1][first:end] if option is not None]
+        ways = _one_after_another(first, alone, lot, self)
+        _, which = lot.least_micros(sum((way.hours.expected for way in ways), 0.0) * 3600)
+        return _Stay(first, lot, lot.offers[which], ways, point.micros)
+
+    def next(self, at: int, alone: _Way, lot: Lot, have: frozenset[str]) -> tuple[_Way, frozenset[str]]:
+        """(a stage's way on a machine that has these things already, what it has then). None: it was just made."""
+        packages, models = self._leaves(at, alone, lot)
+        there = have | {packages, *models}
+        if not have:
+            return alone, there
+        return _joined(self.stages[at], alone, lot.first.infra, packages, models, have, self.scene), there
+
+    def _leaves(self, at: int, way: _Way, lot: Lot) -> tuple[str, dict[str, float]]:
+        """What the stage leaves on a machine: its packages, and models with their GB."""
+        stage = self.stages[at]
+        environment = setup_time.environment_of(stage.kind, way.settings, lot.gpu)
+        models = {} if lot.first.gpu is None else models_gb(stage, way.settings, self.world)
+        return f"packages {environment or ''}", models
+
+    @cached_property
+    def _index_of(self) -> dict[int, int]:
+        return {id(option): at for at, one in enumerate(self.considered) for option in one.options}
+
+    @cached_property
+    def _by_lot(self) -> dict[int, tuple[Lot, list[_Option | None], list[Cell | None]]]:
+        """Lots that may hold more than one stage, by id: their options and what they take, by stage. A machine of your
+        own is no machine to save, and what asks an API needs one for longer than it works."""
+        found: dict[int, tuple[Lot, list[_Option | None], list[Cell | None]]] = {}
+        things, known = Things(), dict[Any, Any]()
+        bucket = self.world.recipe.bucket_url or self.scene.config.bucket
+        for at, (stage, considered) in enumerate(zip(self.stages, self.considered, strict=True)):
+            if isinstance(stage, LabelStage) and stage.api is not None:
+                continue
+            egress = _egress_micros(stage, self.world, bucket)
+            for option in considered.options:
+                lot = option.lot
+                if lot.first.infra == "local":
+                    continue
+                if id(lot) not in found:
+                    found[id(lot)] = (lot, [None] * len(self.stages), [None] * len(self.stages))
+                more = egress if _pays_for_traffic(lot.first.infra) else 0
+                found[id(lot)][1][at] = option
+                found[id(lot)][2][at] = self._cell(at, option, more, things, known)
+        return found
+
+    def _cell(self, at: int, option: _Option, egress: int, things: Things, known: dict[Any, Any]) -> Cell:
+        """`known`: what lots have in common."""
+        way, lot, scene = option.way, option.lot, self.scene
+        if (at, id(way)) in known:
+            cell: Cell = known[at, id(way)]
+            return cell
+        packages, models = self._leaves(at, way, lot)
+        setup_of = things.mask(packages)
+        key = (lot.first.infra, packages)
+        if key not in known:
+            known[key] = {
+                mask: duration.hours(calibrated(_joined_setup(*key, ready=bool(mask), scene=scene))).expected
+                for mask in (0, setup_of)
+            }
+        own = (at, _card(lot), lot.first.gpus, id(way.settings))
+        if own not in known:
+            there = [frozenset[str]()]
+            for name in models:
+                there += [have | {name} for have in there]
+            known[own] = {
+                things.mask(*have): _own_hours(_joined_own(way, _missing(models, have), scene)).expected
+                for have in there
+            }
+        cell = Cell(way.hours.expected, things.mask(packages, *models), setup_of, egress, known[own], known[key])
+        known[at, id(way)] = cell
+        return cell
+
+
+def _fronts(
+    lots: Iterable[tuple[Lot, list[_Option | None], list[Cell | None]]],
+) -> dict[tuple[int, int], list[Point]]:
+    """Of each row of stages on one machine, two or more, what is worth a look."""
+    found: dict[tuple[int, int], list[Point]] = {}
+    for lot, _, cells in lots:
+        ending = ending_hours(lot.first)
+        for first, end, micros, hours in stays(lot, cells):
+            points = found.setdefault((first, end), [])
+            if points and micros >= points[0].micros and hours >= points[0].hours and ending >= points[0].ending_hours:
+                continue
+            points.append(Point(micros, hours, (lot, first, end), ending))
+    return {span: front_of(points) for span, points in found.items()}
+
+
+def _look(world: World, scene: _Scene) -> _Rows:
     """What each stage may run on. Raises NothingFits."""
     found = []
     for stage in world.recipe.stages:
@@ -341,14 +529,29 @@ def _look(world: World, scene: _Scene) -> list[_Considered]:
         if not considered.options:
             raise _nothing_fits(stage, world, considered, scene)
         found.append(considered)
-    return found
+    return _Rows(world, scene, found)
 
 
-def _take(found: list[_Considered], deadline_s: float | None) -> list[_Option]:
-    """An option of each stage: together the cheapest in time; the fastest where none is in time."""
-    fronts = [one.front for one in found]
-    points = cheapest_in_time(fronts, _hours(deadline_s))
-    return [point.what for point in points or [front[-1] for front in fronts]]
+def _take(rows: _Rows) -> list[_Stay]:
+    """The machine of each stage: together the cheapest in time; the fastest where none is in time."""
+    points = cheapest_in_time(rows.spans, _hours(rows.scene.deadline_s)) or fastest(rows.spans)
+    return [rows.stay(point) for point in points]
+
+
+def _at(taken: list[_Stay], index: int) -> _Stay:
+    """The stay that a stage is part of."""
+    return next(one for one in taken if one.first <= index < one.first + len(one.ways))
+
+
+def _shares(offer: Offer, ways: Sequence[_Way]) -> list[Micros]:
+    """What each stage costs of a machine that it shares: by its time, as the ledger parts what a machine has cost."""
+    each = []
+    for name in ("low", "expected", "high"):
+        ends = [0.0, *accumulate(getattr(way.hours, name) for way in ways)]
+        whole = spend.cost_micros(offer, ends[-1] * 3600)
+        paid = [int(whole * (end / ends[-1])) if ends[-1] else 0 for end in ends[:-1]]
+        each.append([end - start for start, end in pairwise([*paid, whole])])
+    return [Micros(*costs) for costs in zip(*each, strict=True)]
 
 
 def _consider(stage: Stage, world: World, lots: Iterable[Lot], scene: _Scene) -> _Considered:
@@ -388,7 +591,7 @@ def _order(option: _Option) -> tuple[Any, ...]:
 
 
 def _point(option: _Option) -> Point:
-    return Point(option.needed_micros, option.way.hours.expected, option)
+    return Point(option.needed_micros, option.way.hours.expected, option, ending_hours(option.offer))
 
 
 def _hours(seconds: float | None) -> float | None:
@@ -488,8 +691,6 @@ def _measured_option(
     measured = measure(stage, settings, world, machine)
     store = "/".join((world.recipe.bucket_url or "file:").partition("?")[0].split("/")[:3])  # not where in the bucket
     parts = _parts(stage, settings, measured, machine, calibration, store)
-    if "setup" in parts:
-        measured = replace(measured, uses={**measured.uses, "setup_s": round(sum_of(parts, ["setup"]).expected)})
     startup_hours = duration.hours(sum_of(parts, ["create", "setup"]))
     hours = startup_hours + duration.hours(sum_of(parts, ["around", "download", "bucket", "work"]))
     return _Way(settings, measured, hours, startup_hours, parts)
@@ -518,73 +719,160 @@ def _parts(
     return {name: with_ratios(f"{name} {key}", seconds, calibration) for name, (key, seconds) in found.items()}
 
 
-def _stage_plan(stage: Stage, world: World, best: _Option, considered: _Considered, scene: _Scene) -> StagePlan:
-    """The stage on its best option; others stay as candidates where its settings fit them too."""
-    others, refused = _fallbacks(stage, world, best, considered, scene)
-    uses = dict(best.way.measured.uses)
-    if uses.get("kept_samples"):
-        cost = best.cost.expected + uses.get("api_expected_micros", 0)
-        uses["cost_micros_per_kept_sample"] = round(cost / uses["kept_samples"])
-    return StagePlan(
-        name=stage.name,
-        kind=stage.kind,
-        settings=best.way.settings,
-        after=world.after(stage),
-        vram_gib=best.way.measured.memory.total_gib,
-        vram_breakdown_gib=dict(best.way.measured.memory.parts_gib),
-        hours=best.way.hours,
-        startup_hours=best.way.startup,
-        candidates=(best.offer, *(offer for offer, _ in others)),
-        candidate_hours=(best.way.hours, *(way.hours for _, way in others)),
-        cost_micros=best.cost,
-        reserve_micros=best.reserve,
-        rejected=tuple(_rejected([*considered.refused, *refused])),
-        notes=tuple(_stage_notes(stage, world)),
-        uses=uses,
-        chosen=left_open(stage),
-        candidate_parts=(best.way.parts, *(way.parts for _, way in others)),
-    )
+def _joined(
+    stage: Stage, alone: _Way, infra: str, packages: str, models: Mapping[str, float], have: frozenset[str],
+    scene: _Scene,
+) -> _Way:  # fmt: skip
+    """The way of a stage that goes on on a machine that has these things: nothing is created, and what is there is not
+    fetched again."""
+    setup = _joined_setup(infra, packages, ready=packages in have, scene=scene)
+    missing = _missing(models, have)
+    parts = {"setup": setup, **_joined_own(alone, missing, scene)}
+    startup_hours = duration.hours(sum_of(parts, ["setup"]))
+    return _Way(alone.settings, alone.measured, startup_hours + _own_hours(parts), startup_hours, parts)
 
 
-def _fallbacks(
-    stage: Stage, world: World, best: _Option, considered: _Considered, scene: _Scene
-) -> tuple[list[tuple[Offer, _Way]], list[tuple[Lot, str]]]:
+def _missing(models: Mapping[str, float], have: frozenset[str]) -> float:
+    """The share of these models, by their bytes, that is not among what there is."""
+    whole = sum(models.values())
+    return sum(gigabytes for name, gigabytes in models.items() if name not in have) / whole if whole else 0.0
+
+
+def _joined_setup(infra: str, packages: str, *, ready: bool, scene: _Scene) -> Part:
+    environment = packages.removeprefix("packages ") or None
+    seconds = setup_time.setup_s(environment, first=not ready, others=True)
+    what = f"{environment or 'packages'} {'found ready' if ready else 'beside others'} on {infra}"
+    return with_ratios(f"setup {what}", seconds, scene.calibration)
+
+
+def _joined_own(alone: _Way, missing: float, scene: _Scene) -> dict[str, Part]:
+    """`missing`: the share of its models, by their bytes, that must be fetched."""
+    parts = {name: alone.parts[name] for name in _OWN if name in alone.parts}
+    fetched = parts.pop("download", None)
+    if fetched is not None and missing:
+        parts["download"] = with_ratios(fetched.key, fetched.seconds.times(missing), scene.calibration)
+    return parts
+
+
+def _own_hours(parts: Mapping[str, Part]) -> Range:
+    return duration.hours(sum_of(parts, _OWN))
+
+
+_OWN = ("around", "download", "bucket", "work")  # parts of a stage's time beside those before it begins
+
+
+def _stage_plans(stay: _Stay, rows: _Rows) -> Iterator[StagePlan]:
+    """The stages of one machine; others stay as candidates where the settings of all of them fit."""
+    others, refused = _fallbacks(stay, rows)
+    offers = (stay.offer, *(offer for offer, _ in others))
+    for nth, (way, cost) in enumerate(zip(stay.ways, stay.costs, strict=True)):
+        stage, considered = rows.stages[stay.first + nth], rows.considered[stay.first + nth]
+        ways = (way, *(ways[nth] for _, ways in others))
+        uses = dict(way.measured.uses)
+        if "setup" in way.parts:
+            uses["setup_s"] = round(calibrated(way.parts["setup"]).expected)
+        if uses.get("kept_samples"):
+            micros = cost.expected + uses.get("api_expected_micros", 0)
+            uses["cost_micros_per_kept_sample"] = round(micros / uses["kept_samples"])
+        yield StagePlan(
+            name=stage.name,
+            kind=stage.kind,
+            settings=way.settings,
+            after=rows.world.after(stage),
+            vram_gib=way.measured.memory.total_gib,
+            vram_breakdown_gib=dict(way.measured.memory.parts_gib),
+            hours=way.hours,
+            startup_hours=way.startup,
+            candidates=offers,
+            candidate_hours=tuple(one.hours for one in ways),
+            cost_micros=cost,
+            reserve_micros=0 if nth else stay.reserve,
+            rejected=tuple(_rejected([*considered.refused, *refused[nth]])),
+            notes=tuple(_stage_notes(stage, rows.world)),
+            uses=uses,
+            chosen=left_open(stage),
+            candidate_parts=tuple(one.parts for one in ways),
+            joins=nth > 0,
+        )
+
+
+def _fallbacks(stay: _Stay, rows: _Rows) -> tuple[list[tuple[Offer, tuple[_Way, ...]]], list[list[tuple[Lot, str]]]]:
     """Offers to try where the best cannot be had, with its settings, cheapest first, a few of each machine and infra;
-    and the lots that these settings do not fit. Machines with several GPUs only where the best is such a one."""
-    egress = _egress_micros(stage, world, world.recipe.bucket_url or scene.config.bucket)
-    known: dict[tuple[str, str], _Way | str] = {}
-    rows: list[tuple[Any, ...]] = []
-    refused: list[tuple[Lot, str]] = []
-    for option in considered.options:
+    and for each stage the lots that its settings, or those of the others, do not fit. Machines with several GPUs only
+    where the best is such a one."""
+    first, scene, world = stay.first, rows.scene, rows.world
+    stages = rows.stages[first : first + len(stay.ways)]
+    egress = sum(_egress_micros(stage, world, world.recipe.bucket_url or scene.config.bucket) for stage in stages)
+    fitting: list[dict[int, _Way]] = []
+    refused: list[list[tuple[Lot, str]]] = []
+    for nth, (stage, way) in enumerate(zip(stages, stay.ways, strict=True)):
+        fits, not_ = _with_settings(stage, way.settings, rows.considered[first + nth], world, scene)
+        fitting.append(fits)
+        refused.append(not_)
+    for nth in range(len(stages)):
+        for option in rows.considered[first + nth].options:
+            away = [one.name for one, fits in zip(stages, fitting, strict=True) if id(option.lot) not in fits]
+            if away and id(option.lot) in fitting[nth]:
+                refused[nth].append((option.lot, f"it does not hold {away[0]}, which shares the machine"))
+    together: dict[tuple[int, ...], tuple[_Way, ...]] = {}
+    found: list[tuple[Any, ...]] = []
+    for option in rows.considered[first].options:
         lot = option.lot
-        if lot.first.gpus > 1 >= best.offer.gpus:
+        if any(id(lot) not in fits for fits in fitting) or lot.first.gpus > 1 >= stay.offer.gpus:
             continue
-        key = (_card(lot), lot.first.infra)
-        if key not in known:
-            machine = _machine(lot, stage, world)
-            assert isinstance(machine, Machine)
-            known[key] = _measured_option(stage, best.way.settings, world, machine, scene.calibration)
-        way = known[key]
-        fits = way if isinstance(way, str) else _first_that_fits([way], lot.first.vram_gib)
-        if isinstance(fits, str):
-            refused.append((lot, f"with the settings chosen it {fits}"))
-            continue
-        hours, more = fits.hours.expected, egress if _pays_for_traffic(lot.first.infra) else 0
+        alone = [fits[id(lot)] for fits in fitting]
+        key = tuple(map(id, alone))
+        if key not in together:
+            together[key] = _one_after_another(first, alone, lot, rows)
+        ways = together[key]
+        hours = sum((way.hours.expected for way in ways), 0.0)
+        more = egress if _pays_for_traffic(lot.first.infra) else 0
         for micros, offer in zip(lot.needed_micros(hours * 3600), lot.offers, strict=True):
             place = (offer.infra, offer.instance, offer.region or "", offer.spot)
-            rows.append((micros + more, hours, *place, len(rows), offer, fits))
-    others: list[tuple[Offer, _Way]] = []
-    of_infra, of_machine = Counter([best.offer.infra]), Counter([_machine_of(best.offer)])
-    for row in sorted(rows):
-        offer, way = row[-2:]
-        if offer is best.offer or of_infra[offer.infra] > MACHINES_AN_INFRA:
+            found.append((micros + more, hours, *place, len(found), offer, ways))
+    others: list[tuple[Offer, tuple[_Way, ...]]] = []
+    of_infra, of_machine = Counter([stay.offer.infra]), Counter([_machine_of(stay.offer)])
+    for row in sorted(found):
+        offer, ways = row[-2:]
+        if offer is stay.offer or of_infra[offer.infra] > MACHINES_AN_INFRA:
             continue
         if of_machine[_machine_of(offer)] >= PLACES_A_MACHINE:
             continue
         of_infra[offer.infra] += 1
         of_machine[_machine_of(offer)] += 1
-        others.append((offer, way))
+        others.append((offer, ways))
     return others, refused
+
+
+def _with_settings(
+    stage: Stage, settings: Settings, considered: _Considered, world: World, scene: _Scene
+) -> tuple[dict[int, _Way], list[tuple[Lot, str]]]:
+    """The stage's way with these settings on each lot that they fit, by id, and the lots that they do not fit."""
+    known: dict[tuple[str, str, int], _Way | str] = {}
+    fitting: dict[int, _Way] = {}
+    refused: list[tuple[Lot, str]] = []
+    for option in considered.options:
+        lot = option.lot
+        key = (_card(lot), lot.first.infra, lot.first.gpus)
+        if key not in known:
+            machine = _machine(lot, stage, world)
+            assert isinstance(machine, Machine)
+            known[key] = _measured_option(stage, settings, world, machine, scene.calibration)
+        way = known[key]
+        fits = way if isinstance(way, str) else _first_that_fits([way], lot.first.vram_gib)
+        if isinstance(fits, str):
+            refused.append((lot, f"with the settings chosen it {fits}"))
+        else:
+            fitting[id(lot)] = fits
+    return fitting, refused
+
+
+def _one_after_another(first: int, alone: list[_Way], lot: Lot, rows: _Rows) -> tuple[_Way, ...]:
+    ways, have = [], frozenset[str]()
+    for at, one in enumerate(alone, start=first):
+        way, have = rows.next(at, one, lot, have)
+        ways.append(way)
+    return tuple(ways)
 
 
 def _machine_of(offer: Offer) -> tuple[str, str, bool]:
@@ -601,12 +889,15 @@ def _rejected(refused: Iterable[tuple[Lot, str]]) -> Iterator[Rejected]:
             yield Rejected(gpu, why, f"{lot.first.infra} {lot.first.instance}")
 
 
-def _looked(option: _Option, why: str) -> Looked:
-    way = option.way
+def _looked(stay: _Stay, index: int, why: str) -> Looked:
+    nth = index - stay.first
+    way, cost = stay.ways[nth], stay.costs[nth]
+    alone = len(stay.ways) == 1
     return Looked(
-        gpu=_card(option.lot), spot=option.offer.spot, why=why, offer=option.offer,
-        vram_gib=way.measured.memory.total_gib, hours=way.hours, cost_micros=option.cost,
-        needed_micros=option.needed_micros, settings=way.settings, taken=not why,
+        gpu=_card(stay.lot), spot=stay.offer.spot, why=why, offer=stay.offer,
+        vram_gib=way.measured.memory.total_gib, hours=way.hours, cost_micros=cost,
+        needed_micros=stay.needed_micros if alone else cost.expected + (0 if nth else stay.reserve),
+        settings=way.settings, taken=not why, joins=nth > 0,
     )  # fmt: skip
 
 
@@ -635,9 +926,7 @@ def _storage(stages: tuple[StagePlan, ...], world: World, bucket: str) -> Iterat
         return
     gigabytes, month = _kept_gb(world), _month_micros(world, bucket)
     paying = [
-        one
-        for one, stage in zip(world.recipe.stages, stages, strict=True)
-        if _pays_for_traffic(stage.offer.infra)
+        one for one, stage in zip(world.recipe.stages, stages, strict=True) if _pays_for_traffic(stage.offer.infra)
     ]
     traffic = sum(_egress_micros(one, world, bucket) for one in paying)
     fetched = sum(fetched_gb(one, world) for one in paying)
@@ -705,15 +994,21 @@ def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
     if rented and plan.bucket.startswith("file:"):
         yield "a rented machine cannot reach a folder of yours: set `bucket: s3://...` before you run this"
     if rented:
-        minutes = math.ceil(max(stage.startup_hours.high for stage in rented) * 60)
+        minutes = math.ceil(max(stage.startup_hours.high for stage in rented if not stage.joins) * 60)
         yield f"a rented machine is unguarded until its supervisor starts: up to {minutes} min"
     if any(stage.offer.gpu and environments(stage.kind, stage.settings) == ("label", "train") for stage in rented):
         yield "labels: with an NVIDIA driver below 580 transformers write them, several times slower than planned"
     if plan.offers_as_of is not None and (now - plan.offers_as_of).days > OLD_PRICE_DAYS:
         yield f"the oldest price used is {(now - plan.offers_as_of).days // 30} months old"
     if not plan.in_time:
-        need, allowed = money.human_seconds(plan.hours.expected * 3600), money.human_seconds(plan.deadline_s or 0)
-        yield f"it would take {need}, the deadline is {allowed}: no machine on offer is faster"
+        takes, needs, allowed = (
+            money.human_seconds(seconds)
+            for seconds in (plan.hours.expected * 3600, plan.needed_hours * 3600, plan.deadline_s or 0.0)
+        )
+        yield (
+            f"it would take {takes}, and needs a deadline of {needs} since machines take time to end; the deadline is "
+            f"{allowed}: no machine on offer is faster"
+        )
     if plan.fits and plan.tight:
         yield "if everything goes slowly the cap stops it: finished stages and checkpoints stay"
 
@@ -721,21 +1016,21 @@ def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
 # --- what would help
 
 
-def _what_would_fit(recipe: Recipe, plan: Plan, scene: _Scene, found: list[_Considered]) -> Iterator[str]:
+def _what_would_fit(plan: Plan, rows: _Rows, taken: list[_Stay]) -> Iterator[str]:
     """The smallest changes that would fit, each alone: budget and deadline, what costs no learning, then what does."""
-    first = []
+    recipe, scene, first = rows.world.recipe, rows.scene, []
     if not plan.in_time:
-        first.append(f"--deadline {_deadline_for(plan.hours.expected)}")
+        first.append(f"--deadline {_deadline_for(plan.needed_hours)}")
     if not plan.fits:
         first.append(f"--budget {money.budget_for(plan.needed_micros, plan.rate, plan.currency)}")
-    narrow = replace(scene, lots_for=_near(recipe, scene, found))
+    narrow = replace(scene, lots_for=_near(rows, taken))
 
     def fits(other: Recipe, where: _Scene = narrow) -> bool:
         try:
             needed, hours = _needs(other, where)
         except NothingFits:
             return False
-        return needed <= scene.cap and (scene.deadline_s is None or hours * 3600 <= scene.deadline_s)
+        return needed <= scene.cap and (scene.deadline_s is None or hours <= scene.deadline_s / 3600)
 
     changes = []
     if plan.in_time and plan.deadline_s is not None and not plan.fits:
@@ -761,12 +1056,14 @@ def _what_would_fit(recipe: Recipe, plan: Plan, scene: _Scene, found: list[_Cons
     yield f"give it {' and '.join(first)}" + "".join(f", or {change}" for change in changes[:MOST_ADVICE] if change)
 
 
-def _near(recipe: Recipe, scene: _Scene, found: list[_Considered]) -> LotsFor:
+def _near(rows: _Rows, taken: list[_Stay]) -> LotsFor:
     """Of each stage's lots only those that are worth a look: what fits on them, fits."""
     near: dict[Need, list[Lot]] = {}
-    for stage, considered in zip(recipe.stages, found, strict=True):
-        lots = near.setdefault(_need(stage, recipe), [])
-        lots += [point.what.lot for point in considered.front if point.what.lot not in lots]
+    for index, (stage, considered) in enumerate(zip(rows.stages, rows.considered, strict=True)):
+        lots = near.setdefault(_need(stage, rows.world.recipe), [])
+        for lot in (_at(taken, index).lot, *(point.what.lot for point in considered.front)):
+            if all(lot is not one for one in lots):
+                lots.append(lot)
     return lambda need: near[need]
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from orchestrator import __version__
 from orchestrator.errors import UsageError
 from orchestrator.provision import Latencies, Need, Offer
 
 SCHEMA = 1
 FILE = "prices.json"
+FEW_FILE = "prices-few.json"  # what plans look at, of FILE
 # A column each, so that a file of 50,000 offers stays small and is read in a moment.
 ROW = ("region", "instance", "gpu", "gpus", "vram_gib", "spot", "price_micros_per_hour", "ceiling_micros_per_hour")
 
@@ -60,12 +63,33 @@ def load(folder: Path) -> PriceCache | None:
         raw = json.loads(text)
         if raw["schema"] != SCHEMA:
             return None  # of another version: it is asked anew
-        infras = {
-            name: Asked(datetime.fromisoformat(one["asked_at"]), tuple(one["groups"]))
-            for name, one in raw["infras"].items()
-        }
+        infras = _infras(raw)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is broken: {error}", hint="remove it, then `kdcloud offers --refresh`") from error
+    return PriceCache(infras)
+
+
+def few(folder: Path, worth_a_look: Callable[[Iterable[Offer]], Iterable[Offer]]) -> PriceCache | None:
+    """What is on file, without offers that are not worth a look: of 50,000 a few thousand are. They are kept in a file
+    of their own for as long as nothing new is written beside it. Raises UsageError for a broken file."""
+    try:
+        stat = (folder / FILE).stat()
+    except OSError:
+        return load(folder)
+    stamp = [SCHEMA, __version__, stat.st_mtime_ns, stat.st_size]
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # then it is made anew
+        raw = json.loads((folder / FEW_FILE).read_text(encoding="utf-8"))
+        if raw["stamp"] == stamp:
+            return PriceCache(_infras(raw))
+    whole = load(folder)
+    if whole is None:
+        return None
+    infras = {
+        name: Asked(one.asked_at, tuple(_groups(worth_a_look(one.offers(name, Need())))))
+        for name, one in whole.infras.items()
+    }
+    with suppress(OSError):  # a full disk, or a folder that others own
+        _write(folder / FEW_FILE, {"stamp": stamp, **_document(infras)})
     return PriceCache(infras)
 
 
@@ -75,18 +99,37 @@ def save(folder: Path, answers: Mapping[str, Iterable[Offer]], asked_at: datetim
     infras = dict(kept.infras) if kept is not None else {}
     for name, offers in answers.items():
         infras[name] = Asked(asked_at.astimezone(UTC), tuple(_groups(offers)))
-    document = {
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _write(folder / FILE, _document(infras))
+    return PriceCache(infras)
+
+
+def _infras(raw: Mapping[str, Any]) -> dict[str, Asked]:
+    return {
+        name: Asked(datetime.fromisoformat(one["asked_at"]), tuple(one["groups"]))
+        for name, one in raw["infras"].items()
+    }
+
+
+def _document(infras: Mapping[str, Asked]) -> dict[str, Any]:
+    return {
         "schema": SCHEMA,
         "infras": {
             name: {"asked_at": one.asked_at.isoformat(), "groups": list(one.groups)} for name, one in infras.items()
         },
     }
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, making = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(document, file, separators=(",", ":"))
-    os.replace(making, folder / FILE)
-    return PriceCache(infras)
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    handle, making = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(document, file, separators=(",", ":"))
+        os.replace(making, path)
+    except OSError:
+        os.unlink(making)
+        raise
 
 
 def _groups(offers: Iterable[Offer]) -> list[dict[str, Any]]:

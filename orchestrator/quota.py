@@ -94,7 +94,10 @@ def _stage(stage: StagePlan, known: Mapping[Quota, float | None]) -> StagePlan:
     hours = left.candidate_hours[0]
     costs = (spend.cost_micros(left.offer, at * HOUR_S) for at in (hours.low, hours.expected, hours.high))
     return replace(
-        left, hours=hours, cost_micros=Micros(*costs), reserve_micros=spend.latency_reserve_micros(left.offer)
+        left,
+        hours=hours,
+        cost_micros=Micros(*costs),
+        reserve_micros=0 if stage.joins else spend.latency_reserve_micros(left.offer),
     )
 
 

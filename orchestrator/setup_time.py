@@ -27,15 +27,18 @@ FEW_PACKAGES_S = Range(2.0, 5.0, 20.0)  # psutil and boto3 by version
 VLLM_CARD_MISSING = frozenset({"V100", "V100-32GB"})  # 7.0; vLLM 0.24 starts at 7.5 (tasks/bootstrap.py: VLLM_CARD)
 
 
-def setup_s(environment: str | None, *, first: bool = True) -> Range:
-    """Seconds until the locked environment of that name is ready; None: a few packages. `first`: on this machine."""
+def setup_s(environment: str | None, *, first: bool = True, others: bool = False) -> Range:
+    """Seconds until the locked environment of that name is ready; None: a few packages. `first`: on this machine;
+    `others`: which has made other environments, so that uv and a Python are there. They share little else: torch and
+    CUDA's libraries are of other versions."""
     if environment is None:
         return FEW_PACKAGES_S if first else Range(0.1, 0.5, 2.0)
     if not first:  # found ready, by its name
         return Range(0.1, 1.0, 5.0)
     fetched = fetched_bytes(environment) / 1e9
     pace = [min(fetch, unpack) for fetch, unpack in zip(_values(FETCH_GB_S), _values(UNPACK_GB_S), strict=True)]
-    return Range(fetched / pace[2], fetched / pace[1], fetched / pace[0]) + PYTHON_S + CHECK_S
+    made = Range(fetched / pace[2], fetched / pace[1], fetched / pace[0]) + CHECK_S
+    return made if others else made + PYTHON_S
 
 
 def environment_of(kind: str, settings: Settings, gpu: Gpu | None) -> str | None:

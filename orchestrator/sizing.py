@@ -713,6 +713,23 @@ def _measure_rehearse(settings: RehearseSettings, machine: Machine) -> Measured:
     return Measured(memory.bare_memory(), Range(own, own * 1.02, own * 1.2), {"steps": settings.steps}, around)
 
 
+def models_gb(stage: Stage, settings: Settings, world: World) -> dict[str, float]:
+    """GB (1e9) of each model that a machine with a GPU fetches for the stage, as `measure` counts them. The machine
+    keeps them, by name (tasks/hub.py)."""
+    sources: list[tuple[ModelSource, ModelShape]] = []
+    match stage, settings:
+        case LabelStage(), LabelSettings() if settings.api is None:
+            sources = [(settings.teacher, world.shape(stage.teacher))]
+        case TrainStage(), _:
+            sources = [(world.student(stage), world.student_shape(stage))]
+        case EvaluateStage() | ExportStage(), _:
+            train = world.train(stage.student)
+            sources = [(world.student(train), world.student_shape(train))]
+            if isinstance(stage, EvaluateStage) and stage.teacher:
+                sources.append((world.source(stage.teacher), world.shape(stage.teacher)))
+    return {f"{one.path} {one.revision}": _download_gb(one, shape) for one, shape in sources if one.path is not None}
+
+
 def _download_gb(source: ModelSource, shape: ModelShape) -> float:
     """Weights to fetch, GB: two bytes a parameter, of a model that is no stage's and not made from scratch."""
     return shape.params * 2 / 1e9 if source.path is not None else 0.0

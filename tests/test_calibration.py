@@ -78,7 +78,7 @@ def test_a_range_stays_as_wide_as_two_machines_of_a_kind_differ() -> None:
 
 
 def test_work_is_compared_with_work_of_its_kind_size_and_card() -> None:
-    train = plan(RENTED, *CARDS).stages[1]
+    train = plan(RENTED, *CARDS, join=False).stages[1]
     assert isinstance(train.settings, TrainSettings)
     key = lambda settings=train.settings, params=1.54e9, offer=train.offer: work_key("train", settings, params, offer)  # noqa: E731
     assert key() == f"train lora 2.1B on {train.offer.gpu}" == key(params=1.78e9)
@@ -113,7 +113,7 @@ def by_part(took: list[Took]) -> dict[str, Took]:
 
 @pytest.fixture(scope="module")
 def made() -> Plan:
-    return plan(RENTED, *CARDS)
+    return plan(RENTED, *CARDS, join=False)
 
 
 def test_start_packages_and_work_are_told_apart(made: Plan) -> None:
@@ -143,8 +143,8 @@ def test_a_slow_bucket_or_hub_is_learnt_of_its_place_and_leaves_all_else_as_it_w
     train = made.stages[1]
     assert train.parts["bucket"].key.startswith("bucket s3://bucket from ") and "hub" in train.parts["download"].key
     slow = {train.parts[name].key: (3.0,) for name in ("bucket", "download")}
-    seen = plan(RENTED, *CARDS, calibration=slow).stages[1]
-    elsewhere = plan(RENTED.replace("s3://bucket/kd", "s3://other/kd"), *CARDS, calibration=slow).stages[1]
+    seen = plan(RENTED, *CARDS, join=False, calibration=slow).stages[1]
+    elsewhere = plan(RENTED.replace("s3://bucket/kd", "s3://other/kd"), *CARDS, join=False, calibration=slow).stages[1]
     same = [name for name in train.parts if seen.parts[name].ratios == ()]
     assert set(train.parts) - set(same) == {"bucket", "download"} and seen.hours.expected > train.hours.expected
     assert elsewhere.parts["bucket"].ratios == () and elsewhere.parts["download"].ratios == (3.0,)
@@ -188,7 +188,7 @@ def test_only_the_last_runs_count_newest_first() -> None:
 def test_a_plan_uses_what_was_seen_says_so_and_is_narrower(made: Plan) -> None:
     train = made.stages[1]
     ratio = 1.5
-    seen = plan(RENTED, *CARDS, calibration={train.parts["work"].key: (ratio,) * 4})
+    seen = plan(RENTED, *CARDS, join=False, calibration={train.parts["work"].key: (ratio,) * 4})
     after = seen.stages[1]
     assert after.offer == train.offer
     width = lambda one: one.high / one.low  # noqa: E731
@@ -206,13 +206,13 @@ def test_a_plan_uses_what_was_seen_says_so_and_is_narrower(made: Plan) -> None:
 
 
 def test_another_card_or_kind_leaves_a_plan_as_it_was(made: Plan) -> None:
-    other = plan(RENTED, *CARDS, calibration={"work train lora 2.1B on H100": (3.0,)})
+    other = plan(RENTED, *CARDS, join=False, calibration={"work train lora 2.1B on H100": (3.0,)})
     assert [stage.hours for stage in other.stages] == [stage.hours for stage in made.stages]
     assert plan_to_json(other)["stages"][1]["calibration"] is None and not said(other.stages[1].parts)
 
 
 def test_a_plan_comes_back_from_the_ledger_with_it_and_an_older_one_without(made: Plan) -> None:
-    seen = plan(RENTED, *CARDS, calibration={made.stages[1].parts["work"].key: (1.5, 2.0)})
+    seen = plan(RENTED, *CARDS, join=False, calibration={made.stages[1].parts["work"].key: (1.5, 2.0)})
     assert plan_from_dict(json.loads(json.dumps(plan_to_dict(seen)))) == seen
     older = plan_to_dict(made)
     for stage in older["stages"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,11 +12,23 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from orchestrator import estimate
 from orchestrator.cases import Case, parse_case, read_cases
 from orchestrator.cli import kdcloud
-from orchestrator.estimate import Estimate, Row, accelerate_gib, as_json, deepspeed_gib, percentile, rows_of, score
+from orchestrator.estimate import (
+    Estimate,
+    Row,
+    accelerate_gib,
+    as_json,
+    deepspeed_gib,
+    percentile,
+    render_scores,
+    rows_of,
+    score,
+    scores,
+)
 from orchestrator.memory_cases import habits_of, parallel_of, predict
 from orchestrator.plan import Range
 
@@ -238,6 +251,18 @@ def test_the_command_scores(tmp_path: Path) -> None:
     assert document["scores"][0]["group"].startswith("training memory: sure")
     shown = CliRunner().invoke(kdcloud, ["estimate", str(file), "--score"])
     assert shown.exit_code == 0 and "DeepSpeed" in shown.stdout
+
+
+def test_a_group_is_told_in_one_line_or_two_however_wide_the_console_is() -> None:
+    rows = [each for file in sorted(CASES.glob("memory*.jsonl")) for each in rows_of(read_cases(file))]
+    for width, tables in ((80, 2), (120, 1)):
+        console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+        render_scores(rows, console)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert max(map(len, lines)) <= width
+        assert sum(line.startswith("group ") for line in lines) == tables
+        assert sum("accelerate" in line and "DeepSpeed" in line for line in lines) == 1
+        assert len(lines) < 1.4 * tables * len(scores(rows)) + 6
 
 
 def test_a_key_that_nothing_uses_is_told_on_stderr(tmp_path: Path) -> None:

@@ -19,20 +19,22 @@ from benchmarks import planner as bench
 from orchestrator import planner, spend
 from orchestrator.catalog import GPUS
 from orchestrator.config import Config
-from orchestrator.duration import gpu_speed
+from orchestrator.duration import fetch_s, gpu_speed
 from orchestrator.errors import NothingFits, UsageError
 from orchestrator.money import cap_micros, parse_amount, parse_duration, price_micros
-from orchestrator.plan import Plan, plan_from_dict, plan_to_dict
+from orchestrator.plan import Plan, StagePlan, digest_of, plan_from_dict, plan_to_dict, plan_to_json
 from orchestrator.planner import later_floor_micros, make_plan
 from orchestrator.provision import Latencies, Need, Offer
 from orchestrator.recipe import Stage
-from orchestrator.sizing import Machine, choices, fetched_gb
+from orchestrator.setup_time import environment_of, setup_s
+from orchestrator.sizing import Machine, choices, fetched_gb, models_gb
 from orchestrator.spend import ApiLine
 from orchestrator.testing import fake_offer
 from orchestrator.workload import World
 from tasks.contract import EvaluateSettings, LabelSettings, ModelSource, PretrainSettings, TrainSettings
 from tests.recipes import API, DATA, RENTED, SMALL, recipe
 
+TEACHER = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 CONFIG = Config(owner="abc123", bucket="file:/home/b")
 LOCAL = fake_offer(
@@ -47,6 +49,7 @@ LOCAL = fake_offer(
 )
 
 
+SHORT, LONG = Latencies(slack_s=0.0), Latencies(slack_s=3600.0)  # until a machine has ended: 275 s, 3,875 s
 ROOMY = replace(LOCAL, vram_gib=64.0)
 
 
@@ -189,10 +192,10 @@ def test_cards_that_are_not_taken_say_why() -> None:
 
 def test_cost_is_price_times_hours_rounded_up_to_what_is_billed() -> None:
     hourly = replace(CARDS[0], quantum_s=3600)
-    for stage in plan(RENTED, hourly).stages:
+    for stage in plan(RENTED, hourly, join=False).stages:
         for micros, hours in ((stage.cost_micros.low, stage.hours.low), (stage.cost_micros.high, stage.hours.high)):
             assert micros % 340_000 == 0 and micros >= 340_000 * hours > micros - 340_000
-    minimum = plan(RENTED, replace(CARDS[0], minimum_s=10 * 24 * 3600)).stages[3]
+    minimum = plan(RENTED, replace(CARDS[0], minimum_s=10 * 24 * 3600), join=False).stages[3]
     assert minimum.cost_micros.low == minimum.cost_micros.high == 240 * 340_000
 
 
@@ -262,6 +265,7 @@ def test_nothing_fits_names_the_smallest_change_that_would() -> None:
             st.integers(20, 400),
             st.booleans(),
             st.sampled_from(["runpod", "aws"]),
+            st.sampled_from([SHORT, LONG]),
         ),
         min_size=1,
         max_size=4,
@@ -270,45 +274,101 @@ def test_nothing_fits_names_the_smallest_change_that_would() -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_the_plan_is_the_cheapest_of_all_offers_and_settings_in_time(
-    drawn: list[tuple[str, int, bool, str]], share: float
+    drawn: list[tuple[str, int, bool, str, Latencies]], share: float
 ) -> None:
-    """Against all assignments, each with every settings that fit, counted as spending counts. A warm machine is no
-    choice: the runner ends every machine with its stage (orchestrator/runner.py)."""
+    """Against all ways to part the stages into rows on one machine each, all assignments and all settings that fit,
+    counted as spending counts."""
     offers = [card("A100-80GB", 3_000_000)] + [
         replace(
             card(gpu, price * 10_000, instance=f"i{at}", spot=spot, minimum_s=600 * (at % 2)), infra=infra,
-            ceiling_micros_per_hour=price * 20_000 if spot else None,
+            ceiling_micros_per_hour=price * 20_000 if spot else None, latencies=latencies,
         )
-        for at, (gpu, price, spot, infra) in enumerate(drawn)
+        for at, (gpu, price, spot, infra, latencies) in enumerate(drawn)
     ]  # fmt: skip
     text = RENTED.replace("budget:", "spot: true\nbudget:")
     asked = recipe(text)
     world = World(asked, CONFIG.rate)
-    options = [[*_all_ways(stage, world, offers)] for stage in asked.stages]
-    slowest = sum(max(hours for _, hours in one) for one in options)
-    made = plan(text, *offers, deadline_s=share * slowest * 3600)
-    sums = [
-        (sum(micros for micros, _ in chosen), sum((hours for _, hours in chosen), 0.0))
-        for chosen in itertools.product(*[sorted(set(one)) for one in options])
-    ]
-    in_time = [one for one in sums if one[1] * 3600 <= share * slowest * 3600]
+    rows = _all_rows(asked.stages, world, offers)
+    slowest = sum(max(hours for _, hours, _ in rows[at, at + 1]) for at in range(len(asked.stages)))
+    deadline_s = share * slowest * 3600
+    made = plan(text, *offers, deadline_s=deadline_s)
+    sums = [_sums(chosen) for chosen in _all_plans(rows, len(asked.stages))]
+    in_time = [one[:2] for one in sums if one[2] <= deadline_s]
     assert made.in_time == bool(in_time)
     storage = made.overhead[0].cost_micros.expected
     traffic = sum(_traffic(stage, world, one.offer) for stage, one in zip(asked.stages, made.stages, strict=True))
     assert storage >= traffic  # told beside the machines
-    found = (made.needed_micros - storage + traffic, made.hours.expected)
-    assert found == (min(in_time) if in_time else (found[0], min(hours for _, hours in sums)))
+    if in_time:
+        micros, hours = min(in_time)
+        assert (made.needed_micros - storage + traffic, made.hours.expected) == (micros, pytest.approx(hours))
+    else:
+        assert made.needed_hours * 3600 == pytest.approx(min(needed_s for *_, needed_s in sums))
 
 
-def _all_ways(stage: Stage, world: World, offers: list[Offer]) -> Iterator[tuple[int, float]]:
-    """(cost with reserve and traffic, hours) of each offer with each settings that fit it."""
+Row = tuple[int, float, float]  # cost with reserve and traffic, hours, seconds that the machine may take to end
+
+
+def _sums(chosen: tuple[Row, ...]) -> tuple[int, float, float]:
+    """(cost, hours, the shortest deadline in seconds). Work must be done before the deadline by all that its machine
+    may take to end, since the runner takes that off a machine's lifetime (`Runner._reserve`)."""
+    ends = list(itertools.accumulate(hours for _, hours, _ in chosen))
+    needed_s = max(end * 3600 + ending_s for end, (_, _, ending_s) in zip(ends, chosen, strict=True))
+    return sum(micros for micros, _, _ in chosen), ends[-1], needed_s
+
+
+def _all_plans(rows: dict[tuple[int, int], set[Row]], count: int, at: int = 0) -> Iterator[tuple[Row, ...]]:
+    if at == count:
+        yield ()
+        return
+    for end in range(at + 1, count + 1):
+        for one in rows[at, end]:
+            for rest in _all_plans(rows, count, end):
+                yield (one, *rest)
+
+
+def _all_rows(stages: tuple[Stage, ...], world: World, offers: list[Offer]) -> dict[tuple[int, int], set[Row]]:
+    """By first stage and the one after the last: all of them on one machine, each offer with all settings that fit."""
+    found: dict[tuple[int, int], set[Row]] = {
+        (at, end): set() for at in range(len(stages)) for end in range(at + 1, len(stages) + 1)
+    }
     for offer in offers:
-        machine = Machine(offer, gpu_speed(GPUS[offer.gpu or ""]), GPUS[offer.gpu or ""])
-        for chosen in choices(stage, world, machine):
-            way = planner._measured_option(stage, chosen, world, machine, {})
-            if not isinstance(way, str) and way.measured.memory.total_gib.high <= offer.vram_gib:
-                cost = spend.cost_micros(offer, way.hours.expected * 3600) + spend.latency_reserve_micros(offer)
-                yield cost + _traffic(stage, world, offer), way.hours.expected
+        ways = [list(_all_ways(stage, world, offer)) for stage in stages]
+        for at, end in found:
+            for chosen in itertools.product(*ways[at:end]):
+                seconds = _row_s(stages[at:end], chosen, world, offer)
+                micros = spend.cost_micros(offer, seconds) + spend.latency_reserve_micros(offer)
+                micros += sum(_traffic(stage, world, offer) for stage in stages[at:end])
+                found[at, end].add((micros, seconds / 3600, offer.latencies.total_s))
+    return found
+
+
+def _all_ways(stage: Stage, world: World, offer: Offer) -> Iterator[planner._Way]:
+    machine = Machine(offer, gpu_speed(GPUS[offer.gpu or ""]), GPUS[offer.gpu or ""])
+    seen = set()
+    for chosen in choices(stage, world, machine):
+        way = planner._measured_option(stage, chosen, world, machine, {})
+        if not isinstance(way, str) and way.needs_gib <= offer.vram_gib and way.hours.expected not in seen:
+            seen.add(way.hours.expected)
+            yield way
+
+
+def _row_s(stages: tuple[Stage, ...], ways: tuple[planner._Way, ...], world: World, offer: Offer) -> float:
+    """Expected seconds on one machine: it is created once, makes each environment once, and fetches each model once."""
+    total, environments, models = 0.0, set[str | None](), set[str]()
+    for stage, way in zip(stages, ways, strict=True):
+        environment = environment_of(stage.kind, way.settings, GPUS[offer.gpu or ""])
+        fetched = models_gb(stage, way.settings, world)
+        if not environments:
+            total += way.hours.expected * 3600
+        else:
+            total += setup_s(environment, first=environment not in environments, others=True).expected
+            total += way.measured.around_s.expected + way.measured.work_s.expected
+            have_gb = sum(gigabytes for name, gigabytes in fetched.items() if name in models)
+            total -= fetch_s(gpu_speed(GPUS[offer.gpu or ""]), have_gb).expected
+            total += way.measured.download_s.expected + way.measured.bucket_s.expected
+        environments.add(environment)
+        models.update(fetched)
+    return total
 
 
 def _traffic(stage: Stage, world: World, offer: Offer) -> int:
@@ -319,7 +379,7 @@ def _traffic(stage: Stage, world: World, offer: Offer) -> int:
 def test_traffic_out_of_the_bucket_is_part_of_the_choice() -> None:
     """Labels: 864 answers of 3,500 tokens of 284 bytes, 0.86 GB, 0.077 USD to a machine outside the bucket's cloud."""
     near, far = card("RTX3090", 500_000, instance="near"), card("RTX3090", 450_000, instance="far")
-    made = plan(RENTED, replace(near, infra="aws"), far)
+    made = plan(RENTED, replace(near, infra="aws"), far, join=False)
     assert [stage.offer.infra for stage in made.stages] == ["runpod", "aws", "runpod", "runpod"]
     assert made.overhead[0].cost_micros.expected - made.overhead[0].cost_micros.low < 110_000
     outside = plan(RENTED, far).overhead[0]
@@ -356,6 +416,38 @@ def test_a_deadline_that_cannot_be_kept_is_answered_with_one_that_can() -> None:
     assert late.hours.expected == min(one.hours for one in planner_of(RENTED, *CARDS).frontier())
 
 
+def test_a_plan_is_in_time_when_its_last_machine_may_end_before_the_deadline() -> None:
+    """The runner ends the work on a machine its latencies before the deadline: 365 s here (`Runner._reserve`)."""
+    made = plan(RENTED, CARDS[0])
+    assert made.needed_hours == pytest.approx(made.hours.expected + CARDS[0].latencies.total_s / 3600)
+    needed_s = made.needed_hours * 3600
+    assert plan(RENTED, CARDS[0], deadline_s=needed_s + 1).in_time
+    late = plan(RENTED, CARDS[0], deadline_s=needed_s - 1)
+    assert not late.in_time and late.hours.expected * 3600 < needed_s - 1
+    said = late.notes[0].removeprefix("give it --deadline ").split(",")[0]
+    assert 0 <= parse_duration(said) - needed_s < 60
+    assert any("machines take time to end" in note for note in late.notes)
+
+
+def test_fewer_samples_are_advised_where_they_are_in_time() -> None:
+    needed_s = plan(RENTED, CARDS[0]).needed_hours * 3600
+    advice = plan(RENTED, CARDS[0], deadline_s=0.7 * needed_s).notes[0]
+    samples = int(advice.split("samples: ")[1].split(" ")[0])
+    fewer = RENTED.replace("samples: 1200", f"samples: {samples}")
+    assert plan(fewer, CARDS[0], deadline_s=0.7 * needed_s).in_time
+    more = RENTED.replace("samples: 1200", f"samples: {samples + 13}")
+    assert not plan(more, CARDS[0], deadline_s=0.7 * needed_s).in_time
+
+
+def test_a_machine_that_ends_late_needs_an_earlier_end_of_its_own_stage_only() -> None:
+    late, soon = card("RTX3090", 100_000, latencies=LONG), card("RTX3090", 1_000_000, latencies=SHORT)
+    made = plan(RENTED, late, soon, join=False)
+    assert [stage.offer.latencies for stage in made.stages] == [LONG] * 4
+    hurried = plan(RENTED, late, soon, deadline_s=made.needed_hours * 3600 - 1, join=False)
+    assert hurried.in_time and hurried.hours == made.hours
+    assert [stage.offer.latencies for stage in hurried.stages] == [LONG, LONG, LONG, SHORT]
+
+
 def test_what_a_tight_cap_allows_together_is_told_where_nothing_alone_helps() -> None:
     made = plan(RENTED, *CARDS, cap_micros=900_000)
     advice = made.notes[0]
@@ -381,6 +473,107 @@ def test_the_deadline_buys_speed_where_an_hour_costs_least_and_says_when_it_cann
     assert hurried.cost_micros.expected > cheap.cost_micros.expected
     late = plan(RENTED, slow, fast, deadline_s=60.0)
     assert not late.in_time and any("deadline" in note for note in late.notes)
+
+
+def test_stages_share_a_machine_that_is_created_once_and_holds_back_once() -> None:
+    made, apart = plan(RENTED, CARDS[0]), plan(RENTED, CARDS[0], join=False)
+    assert [stage.joins for stage in made.stages] == [False, True, True, True]
+    assert not any(stage.joins for stage in apart.stages)
+    assert made.needed_micros < apart.needed_micros and made.hours.expected < apart.hours.expected
+    assert [stage.reserve_micros for stage in made.stages] == [spend.latency_reserve_micros(CARDS[0]), 0, 0, 0]
+    for name in ("low", "expected", "high"):  # shares of what the machine costs, by time
+        seconds = [getattr(stage.hours, name) * 3600 for stage in made.stages]
+        shares = [getattr(stage.cost_micros, name) for stage in made.stages]
+        assert sum(shares) == spend.cost_micros(CARDS[0], sum(seconds))
+        assert shares == pytest.approx([sum(shares) * one / sum(seconds) for one in seconds], abs=2)
+    for stage, alone in zip(made.stages[1:], apart.stages[1:], strict=True):
+        assert "create" in alone.parts and "create" not in stage.parts
+        assert stage.settings == alone.settings
+    once = plan(RENTED, replace(CARDS[0], minimum_s=24 * 3600))
+    assert [stage.joins for stage in once.stages] == [False, True, True, True]
+    assert sum(stage.cost_micros.high for stage in once.stages) == 24 * 340_000
+
+
+def test_a_machine_makes_each_environment_once_and_fetches_each_model_once() -> None:
+    made, apart = plan(RENTED, CARDS[0]), plan(RENTED, CARDS[0], join=False)
+    setup = {stage.name: stage.parts["setup"].seconds for stage in made.stages}
+    assert setup["label"] == setup_s("label")
+    assert setup["train"] == setup_s("train", others=True)
+    assert setup["evaluate"] == setup["export"] == setup_s("label", first=False)
+    saved_s = {
+        stage.name: _download_s(alone) - _download_s(stage)
+        for stage, alone in zip(made.stages, apart.stages, strict=True)
+    }
+    shapes = recipe(RENTED).models
+    teacher, student = (2e-9 * shapes[name].params for name in (TEACHER, "Qwen/Qwen2.5-1.5B"))
+    expected = {"label": 0.0, "train": 0.0, "evaluate": teacher + student, "export": student}
+    assert saved_s == pytest.approx(
+        {name: fetch_s(gpu_speed(GPUS["RTX3090"]), gb).expected for name, gb in expected.items()}
+    )
+    assert {part.key for part in made.stages[1].parts.values()} & {part.key for part in apart.stages[1].parts.values()}
+    assert made.stages[1].parts["setup"].key != apart.stages[1].parts["setup"].key  # other work: not compared with it
+
+
+def _download_s(stage: StagePlan) -> float:
+    return stage.parts["download"].seconds.expected if "download" in stage.parts else 0.0
+
+
+def test_every_candidate_of_a_shared_machine_holds_all_its_stages() -> None:
+    made = plan(RENTED, *CARDS, card("T4", 100_000))
+    first, *others = made.stages
+    assert all(stage.joins and stage.candidates == first.candidates for stage in others)
+    assert "T4" not in {offer.gpu for offer in first.candidates} and len(first.candidates) == len(CARDS)
+    for stage in made.stages:
+        assert len(stage.candidate_hours) == len(stage.candidate_parts) == len(stage.candidates)
+        assert all(offer.vram_gib >= stage.vram_gib.high for offer in stage.candidates)
+    assert ("T4", "it does not hold label, which shares the machine") in {
+        (one.gpu, one.why) for one in made.stages[3].rejected
+    }
+    costs = [
+        spend.cost_micros(offer, sum(stage.candidate_hours[at].expected for stage in made.stages) * 3600)
+        for at, offer in enumerate(first.candidates)
+    ]
+    assert costs == sorted(costs)
+
+
+def test_only_rented_machines_are_shared_and_only_by_stages_that_may_run_on_them() -> None:
+    assert not any(stage.joins for stage in plan().stages)  # your own machine
+    asks = plan(API.replace("infra: local", "infra: runpod"), *CARDS).stages
+    assert [stage.joins for stage in asks] == [False, False, True]  # the first asks an API
+    other = RENTED.replace("kind: train,", "kind: train, gpus: [A100-80GB],")
+    assert [stage.joins for stage in plan(other, *CARDS).stages][1] is False
+    same = RENTED.replace("kind: train,", "kind: train, gpus: [RTX3090],")  # a need of its own, and the same machine
+    assert [stage.joins for stage in plan(same, *CARDS).stages] == [False, True, True, True]
+
+
+def test_a_machine_that_is_best_for_no_stage_alone_is_taken_where_it_is_for_all_together() -> None:
+    """The A100 alone is dearer for each of them than the two others are."""
+    small, large = card("T4", 60_000), card("A100-80GB", 450_000)
+    text = RENTED.replace("R1-Distill-Qwen-7B", "R1-Distill-Qwen-32B")
+    apart = plan(text, small, large, join=False)
+    made = plan(text, small, large)
+    assert {stage.offer.gpu for stage in apart.stages} == {"T4", "A100-80GB"}
+    assert [stage.offer.gpu for stage in made.stages] == ["A100-80GB"] * 4 and made.stages[3].joins
+
+
+def test_sharing_is_part_of_what_is_approved_and_kept() -> None:
+    made = plan(RENTED, CARDS[0])
+    apart = tuple(replace(stage, joins=False) for stage in made.stages)
+    digests = [digest_of("recipe", stages, 1, None, CONFIG.rate) for stages in (made.stages, apart)]
+    assert len(set(digests)) == 2
+    assert plan_from_dict(json.loads(json.dumps(plan_to_dict(made)))) == made
+    raw = json.loads(json.dumps(plan_to_dict(plan(RENTED, CARDS[0], join=False))))
+    for stage in raw["stages"]:
+        del stage["joins"]  # older plans
+    assert not any(stage.joins for stage in plan_from_dict(raw).stages)
+    assert [stage["joins"] for stage in plan_to_json(made)["stages"]] == [False, True, True, True]
+
+
+def test_what_stays_for_later_machines_leaves_a_shared_one_room_for_all_its_stages() -> None:
+    made = plan(RENTED, CARDS[0])
+    needed = sum(stage.cost_micros.expected for stage in made.stages) + made.stages[0].reserve_micros
+    roomy = plan(RENTED, CARDS[0], cap_micros=made.needed_micros)
+    assert roomy.fits and roomy.cap_micros - later_floor_micros(roomy, 3) >= needed
 
 
 def test_control_arms_and_the_search_are_priced() -> None:
@@ -590,4 +783,4 @@ def test_twenty_stages_and_fifty_thousand_offers_are_planned_in_a_moment() -> No
 @pytest.mark.parametrize(("text", "offers"), [(RENTED, CARDS), (API, [ROOMY, *CARDS]), (SMALL, [LOCAL])])
 def test_advice_counts_as_the_plan_does(text: str, offers: list[Offer]) -> None:
     made = planner_of(text, *offers)
-    assert planner._needs(made.recipe, made._scene) == (made.plan().needed_micros, made.plan().hours.expected)
+    assert planner._needs(made.recipe, made._scene) == (made.plan().needed_micros, made.plan().needed_hours)

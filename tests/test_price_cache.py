@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from benchmarks import planner as bench
 from orchestrator import price_cache
+from orchestrator.config import Config
 from orchestrator.errors import UsageError
+from orchestrator.market import worth_a_look
+from orchestrator.offers import GCP_PLACEHOLDER_MICROS, offers_source
+from orchestrator.plan import Plan
+from orchestrator.planner import make_plan
 from orchestrator.provision import Need, Offer
 from orchestrator.testing import fake_offer
 
@@ -78,3 +85,37 @@ def test_fifty_thousand_offers_are_read_in_a_moment(tmp_path: Path) -> None:
     took = time.perf_counter() - began
     assert len(found) == 3000
     assert took < 1.0
+
+
+def test_of_many_offers_a_plan_reads_those_that_it_may_take_and_makes_the_same_of_them(tmp_path: Path) -> None:
+    market = bench.offers(3000)
+    dear = replace(market[0], infra="gcp", price_micros_per_hour=GCP_PLACEHOLDER_MICROS)
+    answers: dict[str, list[Offer]] = {}
+    for offer in [*market, dear]:
+        answers.setdefault(offer.infra, []).append(offer)
+    price_cache.save(tmp_path, answers, NOW)
+    asked, config = bench.recipe(4), Config(owner="abc123", bucket="s3://bucket/kd")
+
+    def planned(cache: price_cache.PriceCache | None) -> Plan:
+        source = offers_source(asked, None, config, cache)
+        return make_plan(asked, config=config, offers_for=source, now=NOW)
+
+    few = price_cache.few(tmp_path, worth_a_look)
+    assert few is not None and sum(len(one.offers("x", Need())) for one in few.infras.values()) < 2500
+    assert planned(few) == planned(price_cache.load(tmp_path))
+    assert (tmp_path / price_cache.FEW_FILE).stat().st_mode & 0o077 == 0
+
+
+def test_the_few_are_read_from_their_own_file_until_prices_are_written_anew(tmp_path: Path) -> None:
+    def never(offers: Iterable[Offer]) -> list[Offer]:
+        raise AssertionError("they are on file")
+
+    assert price_cache.few(tmp_path, never) is None
+    price_cache.save(tmp_path, {"aws": [AWS, UNKNOWN], "slurm/lab": [LAB]}, NOW)
+    made = price_cache.few(tmp_path, worth_a_look)
+    assert made is not None and made == price_cache.few(tmp_path, never) and list(made.infras) == ["aws", "slurm/lab"]
+    price_cache.save(tmp_path, {"aws": [SPOT]}, NOW)
+    renewed = price_cache.few(tmp_path, worth_a_look)
+    assert renewed is not None and renewed.infras["aws"].offers("aws", Need()) == [SPOT]
+    (tmp_path / price_cache.FEW_FILE).write_text("{")
+    assert price_cache.few(tmp_path, worth_a_look) == renewed

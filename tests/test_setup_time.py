@@ -31,6 +31,8 @@ def test_a_larger_environment_takes_longer_and_one_that_is_there_takes_no_time()
     assert setup_s(None).expected < setup_s("train").expected < setup_s("label").expected
     for name in ("label", "train", None):
         assert setup_s(name, first=False).high <= 5.0 < setup_s(name).high
+    saved = setup_s("train").expected - setup_s("train", others=True).expected
+    assert saved == pytest.approx(setup_time.PYTHON_S.expected)  # uv and a Python are there
 
 
 def test_the_slower_of_line_and_disk_sets_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,14 +56,14 @@ def stage_hours(made: Plan) -> dict[str, float]:
 
 
 def test_setting_up_is_part_of_every_rented_stage_its_hours_and_its_price(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = plan(RENTED, *CARDS)
+    made = plan(RENTED, *CARDS, join=False)
     wanted = {"label": "label", "train": "train", "evaluate": "label", "export": "train"}
     for name, seconds in stage_hours(made).items():
         environment = setup_s(wanted[name])
         assert seconds == pytest.approx(planner.CLOUD_STARTUP_S.expected + environment.expected)
         assert made.stages[list(wanted).index(name)].uses["setup_s"] == round(environment.expected)
     monkeypatch.setattr(setup_time, "setup_s", lambda environment, first=True: Range(0.0, 0.0, 0.0))
-    bare = plan(RENTED, *CARDS)
+    bare = plan(RENTED, *CARDS, join=False)
     price = made.stages[0].offer.price_micros_per_hour or 0
     more = made.stages[0].cost_micros.expected - bare.stages[0].cost_micros.expected
     seconds = fetched_bytes("label") / 1e9 / 0.06 + 8 + 6

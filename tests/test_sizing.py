@@ -31,6 +31,6 @@ def test_offers_of_one_card_are_measured_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_cards_differ_in_what_a_stage_needs_on_them() -> None:
-    label = plan(RENTED, card("A10G", 500_000), card("A100-80GB", 500_000)).stages[0]
+    label = plan(RENTED, card("A10G", 500_000), card("A100-80GB", 500_000), join=False).stages[0]
     hours = {offer.gpu: hours.expected for offer, hours in zip(label.candidates, label.candidate_hours, strict=True)}
     assert hours["A10G"] > 2 * hours["A100-80GB"]
