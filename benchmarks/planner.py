@@ -2,7 +2,7 @@
 
     python -m benchmarks.planner [--stages 20] [--profile]
 
-Offers differ in machine, region and price; five infras, spot and on demand. Stages are labellings, trainings,
+Offers differ in machine, region and price; half have one GPU, the others 2, 4 or 8; five infras, spot and on demand. Stages are labellings, trainings,
 evaluations and exports of several sizes, so that none is like another. Each time is CPU time of one plan, the shortest
 of three, nothing known from before.
 """
@@ -29,6 +29,7 @@ INFRAS = ("runpod", "aws", "lambda", "vast", "gcp")
 STUDENTS = ("0.5B", "1.5B", "3B")
 TEACHERS = ("1.5B", "7B", "14B", "32B")
 DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
+GPUS_A_MACHINE = (1, 1, 1, 2, 4, 8)
 COUNTS = (1000, 3000, 10_000, 25_000, 50_000)
 
 
@@ -38,12 +39,14 @@ def offers(count: int, seed: int = 0) -> list[Offer]:
     found = []
     for index in range(count):
         card, infra, spot = cards[index % len(cards)], INFRAS[index % len(INFRAS)], index % 3 == 0
-        micros = round(card.bandwidth_gb_s.value * 1000 * draw.uniform(0.7, 1.4))
+        gpus = GPUS_A_MACHINE[index // 7 % len(GPUS_A_MACHINE)]
+        micros = round(gpus * card.bandwidth_gb_s.value * 1000 * draw.uniform(0.7, 1.4))
         found.append(
             Offer(
-                infra, f"region-{index % 37}", f"{infra}-{card.name}-{index % 211}", card.name, 1, card.vram_gib.value,
-                spot, round(micros * 0.4) if spot else micros, NOW, minimum_s=MINIMUM_S.get(infra, 0),
-                ceiling_micros_per_hour=micros if spot else None, latencies=CLOUD_LATENCIES,
+                infra, f"region-{index % 37}", f"{infra}-{card.name}-{gpus}-{index % 211}", card.name, gpus,
+                card.vram_gib.value, spot, round(micros * 0.4) if spot else micros, NOW,
+                minimum_s=MINIMUM_S.get(infra, 0), ceiling_micros_per_hour=micros if spot else None,
+                latencies=CLOUD_LATENCIES,
             )
         )  # fmt: skip
     return found
