@@ -71,7 +71,7 @@ class MachineRow:
 
     name: str
     run: str
-    stage: str
+    stage: str  # the first that it was ordered for
     state: State
     reserved_micros: int
     settled_micros: int
@@ -85,6 +85,33 @@ class MachineRow:
     @property
     def open_micros(self) -> int:
         return 0 if self.state is State.GONE else self.reserved_micros
+
+    @property
+    def chain(self) -> tuple[tuple[str, int], ...]:
+        """(stage, attempt) of every stage that it was ordered for, in turn."""
+        return (self.stage, int(self.order["attempt"])), *((str(one[0]), int(one[1])) for one in self.order_then)
+
+    @property
+    def order_then(self) -> Sequence[Sequence[Any]]:
+        """The stages after the first, as ordered: (stage, attempt, seconds that stages before must leave to it)."""
+        then: Sequence[Sequence[Any]] = self.order.get("then", ())
+        return then
+
+    @property
+    def serves(self) -> str:
+        """The stage it works for, or worked for when it ended."""
+        return str(self.facts.get("serves", self.stage))
+
+    @property
+    def attempt(self) -> int:
+        """At the stage that it serves."""
+        return dict(self.chain)[self.serves]
+
+    @property
+    def next_stage(self) -> str | None:
+        """What it goes on with once the stage that it serves is done."""
+        names = [name for name, _ in self.chain]
+        return next(iter(names[names.index(self.serves) + 1 :]), None)
 
 
 @dataclass(frozen=True)
