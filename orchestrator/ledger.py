@@ -87,20 +87,26 @@ class MachineRow:
         return 0 if self.state is State.GONE else self.reserved_micros
 
     @property
-    def chain(self) -> tuple[tuple[str, int], ...]:
-        """(stage, attempt) of every stage that it was ordered for, in turn."""
-        return (self.stage, int(self.order["attempt"])), *((str(one[0]), int(one[1])) for one in self.order_then)
-
-    @property
-    def order_then(self) -> Sequence[Sequence[Any]]:
-        """The stages after the first, as ordered: (stage, attempt, seconds that stages before must leave to it)."""
+    def then(self) -> Sequence[Sequence[Any]]:
+        """The stages after the first, as ordered: (stage, attempt, seconds that those before must leave to it)."""
         then: Sequence[Sequence[Any]] = self.order.get("then", ())
         return then
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """Every stage that it was ordered for, in turn."""
+        return self.stage, *(str(one[0]) for one in self.then)
+
+    @property
+    def chain(self) -> tuple[tuple[str, int], ...]:
+        """(stage, attempt) of the same."""
+        return tuple(zip(self.stages, (int(self.order["attempt"]), *(int(one[1]) for one in self.then)), strict=True))
+
+    @property
     def serves(self) -> str:
         """The stage it works for, or worked for when it ended."""
-        return str(self.facts.get("serves", self.stage))
+        serves = self.facts.get("serves")
+        return serves if serves in self.stages else self.stage
 
     @property
     def attempt(self) -> int:
@@ -110,8 +116,7 @@ class MachineRow:
     @property
     def next_stage(self) -> str | None:
         """What it goes on with once the stage that it serves is done."""
-        names = [name for name, _ in self.chain]
-        return next(iter(names[names.index(self.serves) + 1 :]), None)
+        return next(iter(self.stages[self.stages.index(self.serves) + 1 :]), None)
 
 
 @dataclass(frozen=True)

@@ -324,7 +324,7 @@ class Runner:
         (first, attempt), *_ = row.chain
         latencies = offer.latencies
         remaining = spend.supervisor_remaining_s(machine.lifetime_s, machine.age_s, latencies)
-        stages = [self._stage(name) for name, _ in row.chain]
+        stages = [self._stage(name) for name in row.stages]
         try:
             self.lease.confirm()
             for stage, (_, number) in zip(stages, row.chain, strict=True):
@@ -1076,12 +1076,12 @@ def least_s(stage: StagePlan, offer: Offer) -> float:
 
 def attempts_at(run: Run, stage: str) -> int:
     """How many machines were ordered for the stage, whether they came to it or not: a newer one's number is higher."""
-    return sum(stage in dict(row.chain) for row in run.machines)
+    return sum(stage in row.stages for row in run.machines)
 
 
 def then_of(row: MachineRow) -> list[Link]:
     """What follows on the machine, for its supervisor."""
-    return [Link(str(name), int(attempt), float(kept_s)) for name, attempt, kept_s in row.order_then]
+    return [Link(str(name), int(attempt), float(kept_s)) for name, attempt, kept_s in row.then]
 
 
 def candidates_of(stage: StagePlan) -> list[Candidate]:

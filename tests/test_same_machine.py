@@ -5,6 +5,7 @@ Money is read from the fake provider's own invoice, not from the ledger.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator.plan import Plan
+from orchestrator.attempts import UNPREPARED
+from orchestrator.calibration import TOOK
+from orchestrator.plan import Part, Plan, Range
+from orchestrator.runner import joined_after
 from orchestrator.shares import visits
-from tests.plans import make_plan
+from orchestrator.states import State
+from orchestrator.testing import Faults, fake_offer
+from tasks.contract import Ended, Exit, Limit, Task
+from tests.plans import make_plan, make_row
 from tests.test_runner import WORK, World
 
 
@@ -61,3 +68,232 @@ def test_only_what_is_planned_so_is_joined(tmp_path: Path) -> None:
     assert world.client().state == "done"
     assert launches(world) == ["label", "train"]
     world.check_money()
+
+
+# -- what breaks it
+
+
+@pytest.mark.parametrize(
+    ("lost_after_s", "machines", "done"),
+    [
+        (200.0, ["label", "label"], "label 1, train 1, evaluate 1; label 2, train 2, evaluate 2"),
+        (600.0, ["label", "train"], "label 1, train 1, evaluate 1; train 2, evaluate 2"),
+        (960.0, ["label", "evaluate"], "label 1, train 1, evaluate 1; evaluate 2"),
+    ],
+)
+def test_the_rest_of_what_a_lost_machine_was_to_do_is_started_anew_on_one(
+    tmp_path: Path, lost_after_s: float, machines: list[str], done: str
+) -> None:
+    lost = lambda order, count: Faults(lost_after_s=None if count else lost_after_s)  # noqa: E731
+    world = World(tmp_path, chained(), faults=lost)
+    assert world.client().state == "done"
+    assert launches(world) == machines
+    told = "; ".join(", ".join(f"{name} {number}" for name, number in row.chain) for row in world.run.machines)
+    assert told == done
+    assert world.run.machines[0].serves == machines[1]
+    tasks = {name: Task.from_json(world.bucket.get(f"{name}/task.json")[0].decode()) for name in WORK}
+    assert {name: task.attempt for name, task in tasks.items()} == {
+        name: sum(name in dict(row.chain) for row in world.run.machines) for name in WORK
+    }
+    assert sum(len(found) for found in shares(world).values()) == len(WORK) + 1
+    world.check_money()
+
+
+@pytest.mark.parametrize(
+    ("stage", "rc", "state", "machines"),
+    [
+        ("train", Exit.BUG, "failed", ["label"]),
+        ("evaluate", Exit.BAD_INPUT, "failed", ["label"]),
+        ("train", Exit.STALLED, "done", ["label", "train"]),
+        ("evaluate", Exit.TERMINATED, "done", ["label", "evaluate"]),
+    ],
+)
+def test_a_stage_that_is_not_done_ends_its_machine_and_is_judged_for_itself(
+    tmp_path: Path, stage: str, rc: Exit, state: str, machines: list[str]
+) -> None:
+    fails = lambda order, count: Faults(rc=None if count else int(rc), strikes=stage)  # noqa: E731
+    world = World(tmp_path, chained(), faults=fails)
+    outcome = world.client()
+    assert (outcome.state, launches(world)) == (state, machines)
+    assert outcome.stage == (stage if state == "failed" else None)
+    assert world.run.machines[0].serves == stage and world.run.machines[0].job_rc == rc
+    assert set(world.run.done) >= set(list(WORK)[: list(WORK).index(stage)])
+    world.check_money()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_killed_after_any_turn_and_taken_over_it_ends_in_the_same_place(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    lost_s = rng.choice([None, rng.uniform(30, 1200)])
+    world = World(tmp_path, chained(), faults=lambda order, count: Faults(lost_after_s=None if count else lost_s))
+    outcome = None
+    while outcome is None:
+        outcome = world.client(turns=rng.randint(1, 60), take_over=bool(world.run.machines))
+        world.clock.sleep(rng.choice([30.0, 60.0, 500.0]))
+    assert outcome.state == "done"
+    assert list(world.run.done) == list(WORK)
+    assert len(world.run.machines) <= (1 if lost_s is None else 2)
+    shares(world)
+    world.check_money()
+
+
+def test_a_closed_laptop_does_not_stop_it_and_finds_every_stage_with_its_own_time(tmp_path: Path) -> None:
+    world = World(tmp_path, chained())
+    world.client(turns=12)
+    assert world.run.machines[0].state is State.LIVE and not world.run.done
+    world.clock.sleep(8 * 3600)
+    assert world.client(take_over=True).state == "done"
+    assert launches(world) == ["label"]
+    found = {stage: seconds for stage, ((seconds, _),) in shares(world).items()}
+    assert found["train"] == pytest.approx(600) and found["label"] == pytest.approx(300, abs=60)
+    assert found["evaluate"] < 60 + 400  # and the delays of its end
+    world.check_money()
+
+
+def test_a_stage_cannot_eat_what_later_ones_on_the_machine_need(tmp_path: Path) -> None:
+    plan = chained(cap_micros=400_000)
+    world = World(tmp_path, plan, work_s={**WORK, "label": 1e6})
+    outcome = world.client()
+    assert (outcome.state, outcome.stage) == ("cap", "label")
+    later = sum(stage.cost_micros.low for stage in plan.stages[1:])
+    assert world.run.cap_micros - world.run.spent_micros >= later
+    world.check_money()
+
+
+def test_the_last_stage_may_use_what_those_before_it_left(tmp_path: Path) -> None:
+    world = World(tmp_path, chained(cap_micros=400_000), work_s={**WORK, "evaluate": 1000.0})
+    assert world.client().state == "done"
+    world.check_money()
+
+
+def test_a_deadline_holds_for_all_stages_of_a_machine(tmp_path: Path) -> None:
+    world = World(tmp_path, chained(deadline_s=1500.0), work_s={**WORK, "train": 3000.0})
+    outcome = world.client()
+    assert (outcome.state, outcome.stage) == ("deadline", "train")
+    assert world.clock.elapsed_s < 1500.0
+    world.check_money()
+
+
+def test_packages_that_a_later_stage_cannot_be_given_are_that_stages_trouble(tmp_path: Path) -> None:
+    world = World(tmp_path, chained())
+    provider, fault = world.provider, UNPREPARED
+
+    def end(machine: Any, rc: int, at: float) -> None:
+        if rc != Exit.DONE or machine.stage != "label":
+            return real(machine, rc, at)
+        then, machine.then = machine.then, ()
+        real(machine, rc, at)
+        machine.rc, machine.then = fault, then
+
+    real = provider._end
+    provider._end = end  # type: ignore[method-assign]
+    assert world.client().state == "done"
+    first, second = world.run.machines
+    assert (first.serves, first.job_rc, second.serves) == ("train", UNPREPARED, "evaluate")
+    assert second.order["offer_index"] == 1  # what could not be prepared is not tried again
+    world.check_money()
+
+
+def test_a_job_that_ends_before_its_next_stage_began_is_no_failure_of_that_stage(tmp_path: Path) -> None:
+    world = World(tmp_path, chained(["train"]))
+    real = world.provider._end
+
+    def end(machine: Any, rc: int, at: float) -> None:
+        machine.then = ()
+        real(machine, rc, at)
+
+    world.provider._end = end  # type: ignore[method-assign]
+    assert world.client().state == "done"
+    assert launches(world) == ["label", "train", "evaluate"]
+    assert (world.run.machines[0].serves, world.run.machines[0].job_rc) == ("train", None)
+    world.check_money()
+
+
+# -- what else must know where a machine is
+
+
+def shrinking(tmp_path: Path, on_shortfall: str) -> World:
+    """Training on the machine of its labels is three times slower than planned."""
+    plan = chained(["train", "evaluate"], {"label": 300.0, "train": 3600.0, "evaluate": 60.0}, cap_micros=800_000)
+    work_s = {"label": 300.0, "train": 10_800.0, "evaluate": 60.0}
+    world = World(tmp_path, replace(plan, on_shortfall=on_shortfall), work_s=work_s)
+    world.provider.steps = {"train": 3600}
+    return world
+
+
+def test_the_gate_judges_the_stage_that_a_machine_is_at(tmp_path: Path) -> None:
+    world = shrinking(tmp_path, "stop")
+    outcome = world.client()
+    assert (outcome.state, outcome.stage) == ("cap", "train")
+    (row,) = world.run.machines
+    by_stage = {one.stage: one for one in visits(row)}
+    assert by_stage["label"].facts["forecast"] is None
+    assert by_stage["train"].facts["forecast"]["hours"] == pytest.approx(3.0, rel=0.1)
+    world.check_money()
+
+
+def test_a_later_stage_may_do_less_and_leaves_the_rest_its_money(tmp_path: Path) -> None:
+    world = shrinking(tmp_path, "fewer_epochs")
+    assert world.client().state == "done"
+    assert launches(world) == ["label"]
+    limit = Limit.from_json(world.bucket.get("train/limit.json")[0].decode())
+    assert limit.attempt == 1 and 900 < limit.total < 3600
+    world.check_money()
+
+
+def test_what_each_stage_took_is_its_own(tmp_path: Path) -> None:
+    plan = chained()
+    later = {"around": Part("around", Range(1.0, 100.0, 200.0)), "work": Part("work", Range(1.0, 300.0, 600.0))}
+    own = {"create": Part("create fake", Range(1.0, 10.0, 100.0)), **later}
+    stages = [replace(s, candidate_parts=(later if s.joins else own,) * 2) for s in plan.stages]
+    world = World(tmp_path, replace(plan, stages=tuple(stages)))
+    real = world.provider._put
+
+    def put(key: str, data: bytes, at: float) -> None:
+        if key.endswith("/ended.json"):  # as a machine that tells how long it worked
+            ended = Ended.from_json(data.decode())
+            data = replace(ended, work_s=ended.seconds - 50.0).to_json().encode()
+        real(key, data, at)
+
+    world.provider._put = put  # type: ignore[method-assign]
+    assert world.client().state == "done"
+    told = {
+        e.stage: {part["key"]: part["actual_s"] for part in e.data["parts"]}
+        for e in world.run.entries
+        if e.kind == TOOK
+    }
+    assert {stage: set(parts) for stage, parts in told.items()} == {
+        "label": {"create fake", "around", "work"}, "train": {"around", "work"}, "evaluate": {"around", "work"},
+    }  # fmt: skip
+    assert all(parts["around"] == pytest.approx(50.0) for parts in told.values())
+
+
+def test_on_your_own_machine_and_where_an_offer_is_missing_nothing_is_joined() -> None:
+    plan = chained()
+    head = plan.stages[0]
+    assert [one.name for one in joined_after(plan, head, head.candidates[1])] == ["train", "evaluate"]
+    other = fake_offer(1, gpu="H100")
+    assert joined_after(replace(plan, stages=(replace(head, candidates=(other,)), *plan.stages[1:])), head, other) == ()
+    mine = fake_offer(infra="local")
+    local = chained(offers=(mine,))
+    assert joined_after(local, local.stages[0], mine) == ()
+
+
+def test_a_settled_cost_is_split_to_the_last_micro(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        billed, micros = rng.uniform(0, 5000), rng.randint(0, 10**7)
+        ends = sorted(rng.uniform(-10, 6000) for _ in range(2))
+        facts = {
+            "billed_s": billed,
+            "serves": "c",
+            "passed": {s: {"until_s": e} for s, e in zip("ab", ends, strict=True)},
+        }
+        row = replace(
+            make_row("kd-x", State.GONE), stage="a", settled_micros=micros, facts=facts,
+            order={"attempt": 1, "then": [["b", 1, 0.0], ["c", 1, 0.0]]},
+        )  # fmt: skip
+        told = visits(row)
+        assert [one.stage for one in told] == ["a", "b", "c"]
+        assert sum(one.micros or 0 for one in told) == micros and all((one.micros or 0) >= 0 for one in told)
+        assert sum(one.seconds or 0.0 for one in told) == pytest.approx(billed)
