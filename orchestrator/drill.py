@@ -249,8 +249,9 @@ class World:
         rng = self.chained
         later_s = rng.choice([0.0, 0.0, self.label_s, self.label_s + self.train_s])
         vanishes_s = None if trouble.vanishes_s is None else trouble.vanishes_s + later_s
+        where = rng.choice([None, *range(len(self.joins) + 1)])
         dies = rng.random() < BETWEEN_SHARE
-        return replace(trouble, job_in=rng.choice([None, *range(len(self.joins) + 1)]), vanishes_s=vanishes_s, dies_between=dies)
+        return replace(trouble, job_in=where, vanishes_s=vanishes_s, dies_between=dies)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ class Visit:
     stage: str
     attempt: int
     facts: Mapping[str, Any]  # of the machine, as far as they are this stage's
+    from_s: float = 0.0  # age of the machine when its time began
     seconds: float | None = None
     micros: int | None = None
 
@@ -32,13 +33,15 @@ class Visit:
 
 def visits(row: MachineRow) -> tuple[Visit, ...]:
     """Every stage that the machine came to, in turn. Their micros add up to what it was settled at."""
-    passed: Mapping[str, Mapping[str, Any]] = row.facts.get("passed", {})
-    stages = [(name, number) for name, number in row.chain if name in passed or name == row.serves]
-    shares = _shares(row, [float(passed[name]["until_s"]) for name, _ in stages if name in passed])
+    told: Mapping[str, Mapping[str, Any]] = row.facts.get("passed", {})
+    numbers, here = dict(row.chain), row.stages.index(row.serves)
+    passed = {name: told[name] for name in row.stages[:here] if name in told}
     cleared = {**row.facts, **dict.fromkeys((*OF_ONE_STAGE, "ended", "begun"))}
+    facts = {name: {**cleared, **own, "begun": True} for name, own in passed.items()} | {row.serves: row.facts}
+    ends_s = [float(own["until_s"]) for own in passed.values()]
     return tuple(
-        Visit(row, name, number, {**cleared, **passed[name], "begun": True} if name in passed else row.facts, *share)
-        for (name, number), share in zip(stages, shares, strict=True)
+        Visit(row, name, numbers[name], own, from_s, *share)
+        for (name, own), from_s, share in zip(facts.items(), [0.0, *ends_s], _shares(row, ends_s), strict=True)
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import provision_sky
+from orchestrator import handover, provision_sky
 from orchestrator.handover import LOCK_FOLDER, LOCKED
 from tasks import bootstrap
 from tasks.bootstrap import LOCKS, Choice, Seen, Wanted, choose, look, without_torch
@@ -126,6 +126,7 @@ def test_an_older_python_can_read_it() -> None:
 
 
 def test_both_ends_mean_the_same_by_the_locks() -> None:
+    assert all(getattr(handover, name) == getattr(bootstrap, name) for name in ("PACKAGES", "ENVIRONMENTS", "THEN"))
     assert LOCK_FOLDER == LOCKS and set(LOCKED) == {"label", "train"} and set(bootstrap.EXTRA_MODULES) < set(LOCKED)
 
 

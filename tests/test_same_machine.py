@@ -15,8 +15,11 @@ import pytest
 
 from orchestrator.attempts import UNPREPARED
 from orchestrator.calibration import TOOK
+from orchestrator.page_data import timeline
 from orchestrator.plan import Part, Plan, Range
-from orchestrator.runner import joined_after
+from orchestrator.report import build_report
+from orchestrator.runner import joined_after, snapshot_of
+from orchestrator.session import live_machines
 from orchestrator.shares import visits
 from orchestrator.states import State
 from orchestrator.testing import Faults, fake_offer
@@ -297,3 +300,38 @@ def test_a_settled_cost_is_split_to_the_last_micro(tmp_path: Path) -> None:
         assert [one.stage for one in told] == ["a", "b", "c"]
         assert sum(one.micros or 0 for one in told) == micros and all((one.micros or 0) >= 0 for one in told)
         assert sum(one.seconds or 0.0 for one in told) == pytest.approx(billed)
+
+
+# -- what people are told
+
+
+def test_the_report_gives_each_stage_its_share_and_together_what_was_spent(tmp_path: Path) -> None:
+    lost = lambda order, count: Faults(lost_after_s=None if count else 700.0)  # noqa: E731
+    world = World(tmp_path, chained(), faults=lost)
+    assert world.client().state == "done"
+    report = build_report(world.run, world.plan, [])
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert sum(stage["actual"]["cost_micros"] for stage in stages.values()) == report["spend_micros"]
+    assert {name: (stage["attempts"], stage["joins"]) for name, stage in stages.items()} == {
+        "label": (1, False), "train": (2, True), "evaluate": (1, True),
+    }  # fmt: skip
+    billed = sum(row.facts["billed_s"] for row in world.run.machines)
+    assert sum(stage["actual"]["hours"] for stage in stages.values()) * 3600 == pytest.approx(billed)
+    assert "lost" in stages["train"]["ends"][0] and not stages["label"]["ends"]
+
+
+def test_while_it_runs_the_stage_at_hand_is_the_one_that_is_shown(tmp_path: Path) -> None:
+    world = World(tmp_path, chained())
+    world.client(turns=110)
+    (row,) = world.run.machines
+    assert (row.state, row.serves) == (State.LIVE, "train")
+    report = build_report(world.run, world.plan, [])
+    assert [stage["state"] for stage in report["stages"]] == ["done", "running", "waiting"]
+    assert report["stages"][0]["actual"]["cost_micros"] is None  # the machine is not settled yet
+    (live,) = live_machines(world.run, None, world.clock)
+    assert (live["stage"], live["stages"]) == ("train", list(WORK))
+    seen = snapshot_of(world.run, world.plan, world.bucket, world.clock)
+    assert (seen.stage, seen.machine) == ("train", row)
+    stretches = timeline(world.run, world.clock.mark().wall)["machines"]
+    assert [one["stage"] for one in stretches] == ["label", "train"]
+    assert stretches[0]["end_s"] == pytest.approx(stretches[1]["start_s"])
