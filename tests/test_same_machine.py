@@ -220,7 +220,7 @@ def shrinking(tmp_path: Path, on_shortfall: str) -> World:
     plan = chained(["train", "evaluate"], {"label": 300.0, "train": 3600.0, "evaluate": 60.0}, cap_micros=800_000)
     work_s = {"label": 300.0, "train": 10_800.0, "evaluate": 60.0}
     world = World(tmp_path, replace(plan, on_shortfall=on_shortfall), work_s=work_s)
-    world.provider.steps = {"train": 3600}
+    world.provider.steps = {"label": 300, "train": 3600}
     return world
 
 
@@ -230,8 +230,8 @@ def test_the_gate_judges_the_stage_that_a_machine_is_at(tmp_path: Path) -> None:
     assert (outcome.state, outcome.stage) == ("cap", "train")
     (row,) = world.run.machines
     by_stage = {one.stage: one for one in visits(row)}
-    assert by_stage["label"].facts["forecast"] is None
-    assert by_stage["train"].facts["forecast"]["hours"] == pytest.approx(3.0, rel=0.1)
+    assert by_stage["label"].facts["forecast"]["hours"] == pytest.approx(320 / 3600, rel=0.05)
+    assert by_stage["train"].facts["forecast"]["hours"] == pytest.approx(3.0, rel=0.01)
     world.check_money()
 
 
