@@ -216,7 +216,7 @@ class Runner:
         if seen is not None and seen.state not in (Status.ABSENT, Status.UNKNOWN):
             self._alive_s[row.name] = machine.age_s
         if row.state is State.LIVE:
-            row = self._follow(row)
+            row = self._follow(row, seen)
         if row.state is State.LIVE and seen is not None and seen.state in (Status.ABSENT, Status.STOPPING):
             seen = self._with_last_words(row, seen)
         do, why = next_action(machine, seen, stopping=stopping or self._stage_is_done(run, row))
@@ -251,7 +251,7 @@ class Runner:
                 data: dict[str, Any] = {"why": why, **self._ended_at(seen)}
                 data["came_up"] = row.state is not State.CREATING or why == LOST_ORDER
                 if row.state is State.LIVE:
-                    data |= self._work_left(row.serves) | {"begun": self._has_begun(row)}
+                    data |= self._work_left(row.serves) | {"begun": self._has_begun(row, row.serves)}
                 if why == "the run stops":
                     data["user_stop"] = True
                 self._move(row, Event.STOP, data=data)
@@ -383,24 +383,34 @@ class Runner:
             gate=offer.infra != "local",
         )
 
-    def _follow(self, row: MachineRow) -> MachineRow:
+    def _follow(self, row: MachineRow, seen: Observation | None) -> MachineRow:
         """A machine with several stages goes on by itself once a result is committed: the ledger is told of it."""
+        job = Job() if seen is None else seen.job
+        gone = seen is not None and seen.state in (Status.ABSENT, Status.STOPPING, Status.FAILED)
+        over = gone or job.state in (JobState.DONE, JobState.LOST)
         while (following := row.next_stage) is not None and self._note_result(row.serves):
-            data = {"serves": following, "passed": self._passed(row), **dict.fromkeys(OF_ONE_STAGE)}
+            ended = self._last_words(row)
+            if ended is None and not over and not self._has_begun(row, following):
+                break  # they come a moment after the result
+            data = {"serves": following, "passed": self._passed(row, ended), **dict.fromkeys(OF_ONE_STAGE)}
             self._fact(row, NEXT, data)
             self.say("start", following, "on the same machine")
             row = next(m for m in self.ledger.run(self.run_id).machines if m.name == row.name)
         return row
 
-    def _passed(self, row: MachineRow) -> dict[str, Any]:
+    def _passed(self, row: MachineRow, ended: Ended | None) -> dict[str, Any]:
         """What there is to keep of the stages that a machine has done: the age at which each was, its last words."""
         age, done_s = self._age(row), self._stored_age_s(row, f"{row.serves}/{COMMIT_FILE}")
         if done_s is not None:  # nobody may have been there to see it
             age = min(age, done_s)
-        ended = read_ended(self.bucket, row.serves)
-        mine = asdict(ended) if ended is not None and ended.attempt == row.attempt else None
         kept = {key: row.facts[key] for key in OF_ONE_STAGE if row.facts.get(key) is not None}
-        return {**row.facts.get("passed", {}), row.serves: {**kept, "until_s": age, "ended": mine}}
+        mine = {**kept, "until_s": age, "ended": None if ended is None else asdict(ended)}
+        return {**row.facts.get("passed", {}), row.serves: mine}
+
+    def _last_words(self, row: MachineRow) -> Ended | None:
+        """Of the supervisor of the stage that the machine serves."""
+        ended = read_ended(self.bucket, row.serves)
+        return ended if ended is not None and ended.attempt == row.attempt else None
 
     def _stored_age_s(self, row: MachineRow, key: str) -> float | None:
         """The machine's age, by the store's clock alone, when an object was put there; None where that is not known."""
@@ -412,22 +422,22 @@ class Runner:
             return None
         return max(0.0, (stat.modified - datetime.fromisoformat(row.facts["sent_by_store"])).total_seconds())
 
-    def _has_begun(self, row: MachineRow) -> bool:
-        """Whether the stage that a machine serves was begun there, as far as can be told."""
-        if row.serves == row.stage:
+    def _has_begun(self, row: MachineRow, stage: str) -> bool:
+        """Whether a stage was begun on its machine, as far as can be told."""
+        if stage == row.stage:
             return True
-        progress = read_progress(self.bucket, row.serves)
-        return progress is not None and progress.attempt == row.attempt
+        progress = read_progress(self.bucket, stage)
+        return progress is not None and progress.attempt == dict(row.chain)[stage]
 
     def _mark_ended(self, row: MachineRow, seen: Observation) -> None:
         data: dict[str, Any] = {
             "rc": seen.job.rc,
-            "begun": self._has_begun(row),
+            "begun": self._has_begun(row, row.serves),
             **self._work_left(row.serves),
             **self._ended_at(seen),
         }
-        ended = read_ended(self.bucket, row.serves)
-        if ended is not None and ended.attempt == row.attempt:
+        ended = self._last_words(row)
+        if ended is not None:
             data |= {"ended": asdict(ended), "ended_age_s": self._stored_age_s(row, f"{row.serves}/{ENDED_FILE}")}
         elif not data["begun"] and seen.job.rc != UNPREPARED:
             data["rc"] = None  # it is the stage before that ended so, and that one is done
@@ -436,8 +446,8 @@ class Runner:
 
     def _with_last_words(self, row: MachineRow, seen: Observation) -> Observation:
         """A machine that ended itself after its job left word of it in the bucket: the job is done, not lost."""
-        ended = read_ended(self.bucket, row.serves)
-        if ended is None or ended.attempt != row.attempt:
+        ended = self._last_words(row)
+        if ended is None:
             return seen
         return replace(seen, state=Status.RUNNING, job=Job(str(row.facts.get("job")), JobState.DONE, ended.rc))
 

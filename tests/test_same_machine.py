@@ -6,7 +6,8 @@ Money is read from the fake provider's own invoice, not from the ledger.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,21 @@ import pytest
 
 from orchestrator.attempts import UNPREPARED
 from orchestrator.calibration import TOOK
+from orchestrator.clock import SystemClock
+from orchestrator.handover import code_wheel, put_code
+from orchestrator.lease import Lease
+from orchestrator.ledger import Ledger
 from orchestrator.page_data import timeline
-from orchestrator.plan import Part, Plan, Range
+from orchestrator.plan import Part, Plan, Range, plan_to_dict
+from orchestrator.provision_local import LocalProvisioner, local_offer
 from orchestrator.report import build_report
-from orchestrator.runner import joined_after, snapshot_of
+from orchestrator.runner import Runner, joined_after, mark_to_dict, snapshot_of
 from orchestrator.session import live_machines
 from orchestrator.shares import visits
 from orchestrator.states import State
 from orchestrator.testing import Faults, fake_offer
-from tasks.contract import Ended, Exit, Limit, Task
+from tasks.bucket import open_bucket
+from tasks.contract import Ended, Exit, Limit, RehearseSettings, Task
 from tests.plans import make_plan, make_row
 from tests.test_runner import WORK, World
 
@@ -335,3 +342,53 @@ def test_while_it_runs_the_stage_at_hand_is_the_one_that_is_shown(tmp_path: Path
     stretches = timeline(world.run, world.clock.mark().wall)["machines"]
     assert [one["stage"] for one in stretches] == ["label", "train"]
     assert stretches[0]["end_s"] == pytest.approx(stretches[1]["start_s"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("away", [False, True])
+def test_real_supervisors_do_it_whether_or_not_a_client_is_there(tmp_path: Path, away: bool) -> None:
+    """Machines are processes here, and stand in for rented ones."""
+    offer = replace(local_offer(360_000), infra="rented")
+    plan = chained(["second"], {"first": 2.0, "second": 3.0}, offers=(offer,), bucket=f"file:{tmp_path / 'bucket'}")
+    rehearsal = RehearseSettings(steps=10, seconds_per_step=0.1, checkpoint_every_steps=4)
+    plan = replace(plan, stages=tuple(replace(stage, settings=rehearsal) for stage in plan.stages))
+    bucket, clock, ledger = open_bucket(f"{plan.bucket}/r-abc123"), SystemClock(), Ledger(tmp_path / "ledger.sqlite")
+    data, sha = code_wheel()
+    put_code(bucket, data, sha)
+    head = {"schema": 1, "code_sha256": sha, "owner": "owner1", "plan": plan_to_dict(plan)}
+    mark = clock.mark()
+    ledger.create_run(
+        "r-abc123", name="r", bucket=bucket.url, cap_micros=plan.cap_micros, deadline_s=None, mark=mark_to_dict(mark),
+        at=mark.wall, data=head,
+    )  # fmt: skip
+
+    def client() -> Runner:
+        return Runner(
+            ledger=ledger, provider=LocalProvisioner(tmp_path), bucket=bucket, clock=clock, plan=plan,
+            run_id="r-abc123", owner="owner1", lease=Lease.acquire(bucket, "owner1", clock), code_folder=tmp_path,
+        )  # fmt: skip
+
+    runner = client()
+    if away:
+        while not any("job" in row.facts for row in ledger.run("r-abc123").machines):
+            runner.turn()
+        until(lambda: bucket.head("second/COMMIT") is not None)
+        runner.lease.release()
+        runner = client()
+    assert runner.run().state == "done"
+    run = ledger.run("r-abc123")
+    (row,) = run.machines
+    assert row.stages == ("first", "second") and row.job_rc == Exit.DONE and LocalProvisioner(tmp_path).ours() == []
+    first, second = visits(row)
+    assert first.facts["ended"]["reason"] == second.facts["ended"]["reason"] == "done"
+    assert min(first.seconds or 0, second.seconds or 0) > 1.0
+    assert (first.micros or 0) + (second.micros or 0) == run.spent_micros > 0
+    for stage in ("first", "second"):
+        assert f"of stage {stage}" in bucket.get(f"{stage}/log.txt")[0].decode()
+
+
+def until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
+    end_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.1)
