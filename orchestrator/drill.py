@@ -933,8 +933,22 @@ def _on_one_machine(plan: Plan, joins: Sequence[str]) -> Plan:
     """The plan with these stages on the machine of the one before each."""
     stages: list[StagePlan] = []
     for stage in plan.stages:
-        stages.append(_joined(stage, stages[-1].candidates) if stage.name in joins else stage)
+        if stage.name in joins:
+            stage = _joined(stage, stages[-1].candidates)
+        elif stage.joins:
+            stage = _alone(stage, plan.stages[0].startup_hours)
+        stages.append(stage)
     return replace(plan, stages=tuple(stages))
+
+
+def _alone(stage: StagePlan, start: Range) -> StagePlan:
+    """The stage on a machine of its own, that takes `start` until it can work."""
+    hours, offer = stage.hours + start, stage.offer
+    costs = (spend.cost_micros(offer, value * 3600) for value in (hours.low, hours.expected, hours.high))
+    return replace(
+        stage, joins=False, candidate_hours=tuple(one + start for one in stage.candidate_hours), hours=hours,
+        startup_hours=start, cost_micros=Micros(*costs), reserve_micros=spend.latency_reserve_micros(offer),
+    )  # fmt: skip
 
 
 def _joined(stage: StagePlan, candidates: tuple[Offer, ...]) -> StagePlan:
