@@ -100,7 +100,8 @@ class MachineRow:
     @property
     def chain(self) -> tuple[tuple[str, int], ...]:
         """(stage, attempt) of the same."""
-        return tuple(zip(self.stages, (int(self.order["attempt"]), *(int(one[1]) for one in self.then)), strict=True))
+        first = int(self.order.get("attempt", 1))
+        return tuple(zip(self.stages, (first, *(int(one[1]) for one in self.then)), strict=True))
 
     @property
     def serves(self) -> str:
