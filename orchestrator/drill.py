@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from orchestrator import spend
 from orchestrator.clock import Mark
 from orchestrator.config import Config
 from orchestrator.drill_guards import without as taken_away
@@ -28,7 +29,7 @@ from orchestrator.handover import code_wheel
 from orchestrator.lease import LEASE_S, Lease
 from orchestrator.ledger import Ledger
 from orchestrator.names import machine_name
-from orchestrator.plan import Plan, plan_to_dict
+from orchestrator.plan import Micros, Plan, Range, StagePlan, plan_to_dict
 from orchestrator.planner import make_plan
 from orchestrator.provision import Latencies, Offer, Order, ProvisionError
 from orchestrator.reap import reap
@@ -70,6 +71,15 @@ stages:
   - {name: label, kind: rehearse, steps: LABEL, seconds_per_step: 1}
   - {name: train, kind: rehearse, steps: TRAIN, seconds_per_step: 1}
 """
+THIRD = "  - {name: evaluate, kind: rehearse, steps: EVALUATE, seconds_per_step: 1}\n"
+JOINS: dict[tuple[tuple[str, ...], bool], float] = {  # what joins the stage before; whether there is a third; how often
+    ((), False): 0.45,
+    (("train",), False): 0.25,
+    (("train", "evaluate"), True): 0.2,
+    (("evaluate",), True): 0.1,
+}
+LATER_SHARE = 0.5  # of these has money enough that later stages are reached
+BETWEEN_SHARE = 0.1  # of machines with several stages, on which the job dies between two of them
 
 
 class Endless(BaseException):
@@ -173,7 +183,13 @@ class World:
         self.cap_factor = self.rng.choice([1.0, 1.05, 1.2, 1.5, 2.5])
         self.offers = _offers(self.rng, self.limited)
         self.changes: dict[int, dict[str, Any]] = {}  # by machine, in the order they are made
+        self.chained = random.Random(f"same machine {seed}")  # of its own: other schedules stay what they were
+        self.joins, self.evaluate_s = _joins(self.chained)
         self.work_s = {"label": float(self.label_s), "train": float(self.train_s)}
+        if self.evaluate_s:
+            self.work_s["evaluate"] = float(self.evaluate_s)
+        if self.joins and self.chained.random() < LATER_SHARE:
+            self.cap_factor = max(self.cap_factor, 1.5)
         self.cloud = Cloud(self.clock, self.work_s, self.offers, self._trouble, has_limit=self.limited)
         self.kills: list[int] = []  # at these statements of a client
         self.kills_at: list[float] = []
@@ -225,7 +241,17 @@ class World:
         trouble = Trouble(
             create_s=rng.choice([15.0, 30.0, 60.0]), gone_s=rng.choice([1.0, 5.0, 20.0]), timer_lost=rng.random() < 0.3
         )
-        return replace(trouble, **self.changes.get(number, {}))
+        trouble = replace(trouble, **self.changes.get(number, {}))
+        return self._somewhere(trouble) if self.joins else trouble
+
+    def _somewhere(self, trouble: Trouble) -> Trouble:
+        """Where a machine has several stages its trouble comes in one of them, or between two."""
+        rng = self.chained
+        later_s = rng.choice([0.0, 0.0, self.label_s, self.label_s + self.train_s])
+        vanishes_s = None if trouble.vanishes_s is None else trouble.vanishes_s + later_s
+        where = rng.choice([None, *range(len(self.joins) + 1)])
+        dies = rng.random() < BETWEEN_SHARE
+        return replace(trouble, job_in=where, vanishes_s=vanishes_s, dies_between=dies)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -244,7 +270,7 @@ class World:
 
     def _plan(self) -> Plan | None:
         """None when nothing is on offer that has a price."""
-        recipe = _recipe(self.label_s, self.train_s)
+        recipe = _recipe(self.label_s, self.train_s, self.evaluate_s)
         try:
             plan = _planned(recipe, self.offers, 10**12)
         except KdcloudError:
@@ -254,6 +280,7 @@ class World:
             self.outcome = "bug"
             self.broken.append(f"bug: {error}")
             return None
+        plan = _on_one_machine(plan, self.joins)
         cap = max(1, int(plan.needed_micros * self.cap_factor))
         return replace(plan, cap_micros=cap)
 
@@ -450,7 +477,7 @@ class World:
         job, deadline = made.job, deadline_of(made)
         return (
             job is not None
-            and job.phase in ("work", "upload")
+            and job.phase in ("work", "upload", "between")
             and deadline is not None
             and self.clock.true_now() < deadline
             and self.cloud._newest_attempt(job.stage) == job.attempt
@@ -491,7 +518,7 @@ class World:
         )  # fmt: skip
 
     def _has_results(self) -> bool:
-        return all(f"{RUN}/{stage}/COMMIT" in self.cloud._run_store for stage in ("label", "train"))
+        return all(f"{RUN}/{stage}/COMMIT" in self.cloud._run_store for stage in self.work_s)
 
     def _committed_lost(self) -> int:
         return sum(1 for key in self.cloud.committed if key not in self.cloud._run_store)
@@ -700,7 +727,7 @@ def money_ends_while_provisioning(world: World, rng: random.Random) -> None:
 @fault
 def slower_than_planned(world: World, rng: random.Random) -> None:
     factor = rng.choice([3, 10])
-    for stage in ("label", "train"):
+    for stage in world.work_s:
         world.work_s[stage] *= factor
 
 
@@ -896,9 +923,49 @@ def _on_spot(offer: Offer, share: float) -> Offer:
     return replace(offer, spot=True, price_micros_per_hour=int(price * share), ceiling_micros_per_hour=price)
 
 
+def _joins(rng: random.Random) -> tuple[tuple[str, ...], int]:
+    """(the stages that go on on the machine before them, seconds of a third stage or 0)"""
+    joins, is_third = rng.choices(*zip(*JOINS.items(), strict=True))[0]
+    return joins, rng.randint(6, 30) * 10 if is_third else 0
+
+
+def _on_one_machine(plan: Plan, joins: Sequence[str]) -> Plan:
+    """The plan with these stages on the machine of the one before each."""
+    stages: list[StagePlan] = []
+    for stage in plan.stages:
+        if stage.name in joins:
+            stage = _joined(stage, stages[-1].candidates)
+        elif stage.joins:
+            stage = _alone(stage, plan.stages[0].startup_hours)
+        stages.append(stage)
+    return replace(plan, stages=tuple(stages))
+
+
+def _alone(stage: StagePlan, start: Range) -> StagePlan:
+    """The stage on a machine of its own, that takes `start` until it can work."""
+    hours, offer = stage.hours + start, stage.offer
+    costs = (spend.cost_micros(offer, value * 3600) for value in (hours.low, hours.expected, hours.high))
+    return replace(
+        stage, joins=False, candidate_hours=tuple(one + start for one in stage.candidate_hours), hours=hours,
+        startup_hours=start, cost_micros=Micros(*costs), reserve_micros=spend.latency_reserve_micros(offer),
+    )  # fmt: skip
+
+
+def _joined(stage: StagePlan, candidates: tuple[Offer, ...]) -> StagePlan:
+    """The stage as one that needs no machine of its own: its work alone, and no reserve for latencies."""
+    start = stage.startup_hours
+    hours = Range(*(max(0.0, getattr(stage.hours, end) - getattr(start, end)) for end in ("low", "expected", "high")))
+    costs = (spend.cost_micros(candidates[0], value * 3600) for value in (hours.low, hours.expected, hours.high))
+    return replace(
+        stage, joins=True, candidates=candidates, candidate_hours=(hours,) * len(candidates), hours=hours,
+        startup_hours=Range(0.0, 0.0, 0.0), cost_micros=Micros(*costs), reserve_micros=0,
+    )  # fmt: skip
+
+
 @cache
-def _recipe(label_s: int, train_s: int) -> Recipe:
+def _recipe(label_s: int, train_s: int, evaluate_s: int) -> Recipe:
     text = RECIPE.replace("LABEL", str(label_s)).replace("TRAIN", str(train_s))
+    text += THIRD.replace("EVALUATE", str(evaluate_s)) if evaluate_s else ""
     return parse_recipe(text, Path("drill.yaml"))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import pairwise
 
+from orchestrator.attempts import UNPREPARED
 from orchestrator.names import parse_machine_name
 from orchestrator.provision import (
     NAME_PREFIX,
@@ -31,11 +32,12 @@ from orchestrator.provision import (
 from orchestrator.testing import START, FakeBucket, VirtualClock
 from tasks import watch as rules
 from tasks.bucket import Bucket, BucketError, Stat
-from tasks.contract import Ended, Exit, Progress, Watch
+from tasks.contract import Ended, Exit, Link, Progress, Watch, kept_s, links_of
 
 STEP_S = 5.0  # of work, and of the supervisor's tick
 STARTUP_S = 20.0  # imports, before the first progress
 CHECKPOINT_S = 60.0  # of work
+SETUP_S = 15.0  # of the environment of a machine's next stage
 LINGER_S = 20.0  # a machine whose job is over ends itself after that
 TIMER_STEP_S = 60.0  # SkyPilot's timer counts whole minutes
 DECLARED_UPLOAD = Progress("upload", 1, 0.0, declared=True)
@@ -63,26 +65,30 @@ class Trouble:
     hang_is_busy: bool = False  # ... while the processor shows 100 %
     job_phase_s: float = 0.0  # an honest phase without a counter, after the start
     job_rc: int | None = None  # ends at once with this status
+    job_in: int | None = None  # of the machine's stages, the one in which its job has trouble; None: in any
+    dies_between: bool = False  # the job, between two stages
     upload_s: float = 10.0  # of the result
     flush_s: float = 10.0  # of a checkpoint at the end
 
 
 @dataclass
 class Job_:
-    """A job on a machine: the stage's work and its supervisor."""
+    """A job on a machine: the work of the stage at hand and its supervisor, and the stages that it goes on with."""
 
     id: str
     stage: str
     attempt: int
     began: float
-    remaining_s: float
+    remaining_s: float  # of the machine, when the stage began
     worked_before: float
+    then: tuple[Link, ...] = ()
+    number: int = 0  # of the machine's stages
     worked: float = 0.0
     saved: float = 0.0
     activity: rules.Activity = field(default_factory=lambda: rules.Activity(rules.Sight(0.0)))
     cpu_s: float = 0.0
-    phase: str = "work"  # work | upload | saving | over | dead
-    until: float = 0.0  # end of upload or saving
+    phase: str = "work"  # work | upload | saving | between | over | dead
+    until: float = 0.0  # end of upload, saving or setting up
     stop: Exit | None = None
     rc: int | None = None
     over_at: float = 0.0
@@ -217,8 +223,8 @@ class Cloud:
         words = dict(pairwise(argv))
         stage, attempt = words["--stage"], int(words["--attempt"])
         before = self._saved(stage)
-        remaining = float(words["--remaining-s"])
-        made.job = Job_(job_id, stage, attempt, self.clock.elapsed_s, remaining, before, saved=before)
+        remaining, then = float(words["--remaining-s"]), links_of(words.get("--then", ""))
+        made.job = Job_(job_id, stage, attempt, self.clock.elapsed_s, remaining, before, then, saved=before)
         self.statement("job sent")
 
     def logs(self, name: str, job_id: str) -> Iterator[str]:
@@ -375,8 +381,11 @@ class Cloud:
         return made.order.lifetime_s + latencies.tick_s + latencies.flush_s + latencies.handover_s
 
     def _work(self, made: Made, job: Job_, now: float) -> None:
-        trouble, since = made.trouble, now - job.began
+        trouble, since = _troubles(made.trouble, job), now - job.began
         if job.phase in ("over", "dead"):
+            return
+        if job.phase == "between":
+            self._set_up(made, job, now)
             return
         if trouble.job_killed_s is not None and since >= trouble.job_killed_s:
             job.phase = "dead"
@@ -384,7 +393,11 @@ class Cloud:
         rebooted = trouble.job_reboot_s is not None and since >= trouble.job_reboot_s
         if job.phase == "upload":
             if now >= job.until and self._commit_result(job, now):
-                self._over(job, Exit.DONE, now)
+                self._tell_end(job, Exit.DONE, now)
+                if job.then:
+                    job.phase, job.until = "dead" if trouble.dies_between else "between", now + SETUP_S
+                else:
+                    self._over(job, Exit.DONE, now)
                 return
             self._watch(made, job, now, since, rebooted)
             return
@@ -408,7 +421,7 @@ class Cloud:
 
     def _watch(self, made: Made, job: Job_, now: float, since: float, rebooted: bool) -> None:
         """What the supervisor sees in this tick, and what tasks.watch says to it."""
-        trouble, latencies = made.trouble, made.order.offer.latencies
+        trouble, latencies = _troubles(made.trouble, job), made.order.offer.latencies
         watch = Watch(idle_s=IDLE_S, tick_s=latencies.tick_s, flush_s=latencies.flush_s)
         hangs = job.phase == "work" and since >= self._hangs_from_s(trouble)
         progress: Progress | None = None
@@ -426,7 +439,8 @@ class Cloud:
         newest = None if self.bucket_is_down() else self._newest_attempt(job.stage)
         if hangs and since - self._hangs_from_s(trouble) > IDLE_S + HANG_GRACE_S:
             self.broken.append("a hung machine ran on")
-        view = rules.View(watch, job.activity, job.remaining_s - since, job.attempt, newest, rebooted)
+        remaining = job.remaining_s - since - kept_s(job.then)
+        view = rules.View(watch, job.activity, remaining, job.attempt, newest, rebooted)
         decision = rules.decide(view)
         if decision.stop is Exit.STALLED and not hangs:
             self.broken.append("honest work was called a stall")
@@ -441,12 +455,33 @@ class Cloud:
             return math.inf
         return max(trouble.job_hangs_s, STARTUP_S + trouble.job_phase_s)
 
+    def _set_up(self, made: Made, job: Job_, now: float) -> None:
+        """Between two stages: the environment of the next one is made, by what is its time as well; then it begins."""
+        link, *then = job.then
+        left_s = job.remaining_s - (now - job.began)
+        if left_s - kept_s(then) <= 0:
+            job.phase, job.rc, job.over_at = "over", UNPREPARED, now
+        if now < job.until or job.phase == "over":
+            return
+        before = self._saved(link.stage)
+        after = Job_(job.id, link.stage, link.attempt, now, left_s, before, tuple(then), job.number + 1, saved=before)
+        made.job = after
+        if self.bucket_is_down():
+            after.phase, after.rc, after.over_at = "over", int(Exit.BAD_INPUT), now
+        elif self._newest_attempt(link.stage) > link.attempt:
+            self._over(after, Exit.FENCED, now)
+        else:
+            self._store(f"{link.stage}/progress.json", Progress(attempt=link.attempt).to_json().encode())
+
     def _over(self, job: Job_, rc: Exit, now: float) -> None:
         job.phase, job.rc, job.over_at = "over", int(rc), now
+        self._tell_end(job, rc, now)
+
+    def _tell_end(self, job: Job_, rc: Exit, now: float) -> None:
         if self.bucket_is_down() or rc is Exit.FENCED:
             return
         ended = Ended(rc.name.lower(), int(rc), "", seconds=now - job.began, attempt=job.attempt)
-        self._store(f"{job.stage}/ended.json", ended.to_json().encode())
+        self._store(f"{job.stage}/ended.json", ended.to_json().encode(), now)
 
     def _commit_result(self, job: Job_, now: float) -> bool:
         """Whether the store took it."""
@@ -454,8 +489,8 @@ class Cloud:
             return False
         if not self._has(f"{job.stage}/COMMIT"):
             result = json.dumps({"stage": job.stage}).encode()
-            self._store(f"{job.stage}/result.json", result)
-            self._store(f"{job.stage}/COMMIT", manifest({"result.json": result}))
+            self._store(f"{job.stage}/result.json", result, now)
+            self._store(f"{job.stage}/COMMIT", manifest({"result.json": result}), now)
         return True
 
     def _save(self, job: Job_) -> None:
@@ -468,7 +503,7 @@ class Cloud:
         self._store(f"{folder}/state.json", state)
         self._store(f"{folder}/COMMIT", manifest({"state.json": state}))
         job.saved = worked
-        progress = Progress("steps", int(worked), worked, self.work_s[job.stage])
+        progress = Progress("steps", int(worked), worked, self.work_s[job.stage], attempt=job.attempt)
         self._store(f"{job.stage}/progress.json", progress.to_json().encode())
 
     def _saved(self, stage: str) -> float:
@@ -491,10 +526,18 @@ class Cloud:
     def _keys(self, prefix: str) -> list[str]:
         return [key for key in self._run_store if key.startswith(self.run_prefix + prefix)]
 
-    def _store(self, key: str, data: bytes) -> None:
+    def _store(self, key: str, data: bytes, now: float | None = None) -> None:
         if key.endswith("/COMMIT"):
             self.committed.add(self.run_prefix + key)
-        self._run_store[self.run_prefix + key] = (data, self.clock.true_now())
+        at = self.clock.elapsed_s if now is None else now
+        self._run_store[self.run_prefix + key] = (data, self.clock.true_at(at))
+
+
+def _troubles(trouble: Trouble, job: Job_) -> Trouble:
+    """What goes wrong in the stage at hand."""
+    if trouble.job_in in (None, job.number):
+        return trouble
+    return replace(trouble, job_killed_s=None, job_reboot_s=None, job_hangs_s=None, job_phase_s=0.0, job_rc=None)
 
 
 HANG_S = 30.0

@@ -20,7 +20,15 @@ from orchestrator.access import head, hub_models
 from orchestrator.errors import UsageError
 from orchestrator.label_folder import entries_of, label_files
 from tasks.bucket import Bucket, Manifest, files_sha256, read_commit
-from tasks.contract import COMMIT_FILE, LABELS_PREFIX, DataSource, EvaluateSettings, LabelSettings, TrainSettings
+from tasks.contract import (
+    COMMIT_FILE,
+    LABELS_PREFIX,
+    DataSource,
+    EvaluateSettings,
+    LabelSettings,
+    Link,
+    TrainSettings,
+)
 
 S = TypeVar("S")
 
@@ -28,6 +36,7 @@ CODE_URL = "KDCLOUD_CODE_URL"  # these names are read in tasks/bootstrap.py
 PACKAGES = "KDCLOUD_PACKAGES"
 CONSTRAINTS = "KDCLOUD_CONSTRAINTS"
 ENVIRONMENTS = "KDCLOUD_ENVIRONMENTS"
+THEN = "KDCLOUD_THEN"
 # Where models come from, for readers who cannot reach the hub: passed on as they are set here. The token is secret.
 HUB = ("HF_ENDPOINT", "HF_TOKEN", "KDCLOUD_HUB", "MODELSCOPE_DOMAIN")
 
@@ -128,7 +137,11 @@ def _put_labels(bucket: Bucket, path: Path) -> str:
     return key
 
 
-def supervisor_argv(bucket_url: str, stage: str, attempt: int, remaining_s: float) -> Sequence[str]:
+def supervisor_argv(
+    bucket_url: str, stage: str, attempt: int, remaining_s: float, *, then: Sequence[Link] = ()
+) -> Sequence[str]:
+    """`then`: the stages that the same machine goes on with, in turn."""
+    more = ("--then", ",".join(map(str, then))) if then else ()
     return (
         "python",
         "-m",
@@ -141,6 +154,7 @@ def supervisor_argv(bucket_url: str, stage: str, attempt: int, remaining_s: floa
         str(attempt),
         "--remaining-s",
         f"{remaining_s:.3f}",
+        *more,
     )
 
 
@@ -150,10 +164,19 @@ def supervisor_env(wheel: Path) -> dict[str, str]:
 
 
 def machine_env(
-    bucket: Bucket, wheel: Path, settings: object, *, kind: str, infra: str, seconds: float, allow_account_key: bool
+    bucket: Bucket,
+    wheel: Path,
+    settings: object,
+    *,
+    kind: str,
+    infra: str,
+    seconds: float,
+    allow_account_key: bool,
+    then: Sequence[tuple[str, object]] = (),
 ) -> dict[str, str]:
     """Environment of one job: `supervisor_env`, and for a rented machine keys, code, packages and hub.
 
+    `then`: kind and settings of the stages that the same job goes on with; each has packages of its own.
     Holds secrets: for Provisioner.run only. Keys and link are made anew for every job and outlive `seconds`, the time
     until the machine must be gone. Raises BucketError when the keys cannot be had.
     """
@@ -167,10 +190,17 @@ def machine_env(
     env[PACKAGES] = json.dumps(packages(kind, s3=bool(keys), quantized=_quantized(settings)))
     env[CONSTRAINTS] = json.dumps(lock())  # no line ends: it may pass through a shell's export
     env[ENVIRONMENTS] = " ".join(environments(kind, settings))
+    if then:
+        later = [
+            {PACKAGES: packages(one, s3=bool(keys), quantized=_quantized(own)), ENVIRONMENTS: environments(one, own)}
+            for one, own in then
+        ]
+        env[THEN] = json.dumps(later)
     env["VLLM_NO_USAGE_STATS"] = "1"  # else it tells its makers about each start
     if os.environ.get(MIRROR):
         env[MIRROR] = os.environ[MIRROR]
-    return {**env, **keys, **hub_env(settings, os.environ), **api_env(settings, os.environ)}
+    hubs = [hub_env(own, os.environ) for own in (settings, *(own for _, own in then))]
+    return {**env, **keys, **next(filter(None, hubs), {}), **api_env(settings, os.environ)}
 
 
 def hub_env(settings: object, env: Mapping[str, str]) -> dict[str, str]:

@@ -71,7 +71,7 @@ class MachineRow:
 
     name: str
     run: str
-    stage: str
+    stage: str  # the first that it was ordered for
     state: State
     reserved_micros: int
     settled_micros: int
@@ -85,6 +85,39 @@ class MachineRow:
     @property
     def open_micros(self) -> int:
         return 0 if self.state is State.GONE else self.reserved_micros
+
+    @property
+    def then(self) -> Sequence[Sequence[Any]]:
+        """The stages after the first, as ordered: (stage, attempt, seconds that those before must leave to it)."""
+        then: Sequence[Sequence[Any]] = self.order.get("then", ())
+        return then
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Every stage that it was ordered for, in turn."""
+        return self.stage, *(str(one[0]) for one in self.then)
+
+    @property
+    def chain(self) -> tuple[tuple[str, int], ...]:
+        """(stage, attempt) of the same."""
+        first = int(self.order.get("attempt", 1))
+        return tuple(zip(self.stages, (first, *(int(one[1]) for one in self.then)), strict=True))
+
+    @property
+    def serves(self) -> str:
+        """The stage it works for, or worked for when it ended."""
+        serves = self.facts.get("serves")
+        return serves if serves in self.stages else self.stage
+
+    @property
+    def attempt(self) -> int:
+        """At the stage that it serves."""
+        return dict(self.chain)[self.serves]
+
+    @property
+    def next_stage(self) -> str | None:
+        """What it goes on with once the stage that it serves is done."""
+        return next(iter(self.stages[self.stages.index(self.serves) + 1 :]), None)
 
 
 @dataclass(frozen=True)

@@ -311,6 +311,12 @@ def read_pages(bucket: Bucket, run_id: str, *, start: int = 1) -> Pages:
     return Pages(written, tuple(n for n in range(start, numbers[-1] + 1) if n not in there))
 
 
+def ordered_for(bucket: Bucket, run_id: str, machine: str) -> set[str]:
+    """The stages after its first that a machine was ordered for, as the run's ledger in the bucket tells."""
+    entries = [w.entry for w in read_pages(bucket, run_id).written if w.entry.machine == machine]
+    return {one[0] for entry in entries if entry.kind == "reserve" for one in entry.data.get("then", ())}
+
+
 def compare(local: Sequence[Entry], written: Sequence[Written]) -> tuple[set[int], list[Written]]:
     """(seqs of the local entries that are written, what is written and not known here). Equal entries are counted."""
     seqs: dict[tuple[Any, ...], deque[int]] = {}
@@ -387,13 +393,32 @@ def _has_what_it_needs(entry: Entry) -> bool:
         case "cap":
             return {"deadline_s", "mark"} <= set(entry.data) and entry.machine is None
         case "reserve":
-            return {"offer", "attempt", "lifetime_s"} <= set(entry.data) and bool(entry.machine and entry.stage)
+            whole = {"offer", "attempt", "lifetime_s"} <= set(entry.data) and bool(entry.machine and entry.stage)
+            return whole and _are_links(entry.data.get("then", []))
         case "lost":
             return isinstance(entry.data.get("missing"), list) and entry.machine is None
         case "elsewhere":
             return False  # only ever local
         case _:
-            return True
+            return _are_passed(entry.data.get("passed", {}))
+
+
+def _are_links(then: Any) -> bool:
+    return isinstance(then, list) and all(
+        isinstance(one, list)
+        and len(one) == 3
+        and isinstance(one[0], str)
+        and type(one[1]) is int
+        and isinstance(one[2], int | float)
+        for one in then
+    )
+
+
+def _are_passed(passed: Any) -> bool:
+    return isinstance(passed, dict) and all(
+        isinstance(one, dict) and isinstance(one.get("until_s"), int | float) and 0 <= one["until_s"] < 1e9
+        for one in passed.values()
+    )
 
 
 def _parse_head(raw: bytes, url: str) -> dict[str, Any]:

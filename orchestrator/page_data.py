@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
-from orchestrator.ledger import API_SETTLE, MachineRow, Run
+from orchestrator.ledger import API_SETTLE, Run
 from orchestrator.money import budget_for
 from orchestrator.plan import Plan, StagePlan
+from orchestrator.shares import Visit, visits
 from tasks.bucket import Bucket, BucketError, open_bucket
 from tasks.contract import LOG_FILE, METRICS_FILE
 
@@ -68,7 +69,7 @@ def timeline(run: Run, now: datetime) -> dict[str, Any]:
     """
     began = run.created_at
     sent = [row for row in run.machines if "sent_at" in row.facts]
-    rows = [_machine(row, began, now) for row in sent]
+    rows = [_stretch(visit, began, now) for row in sent for visit in visits(row)]
     settled = [(row["start_s"], row["end_s"], row["cost_micros"]) for row in rows if row["cost_micros"]]
     apis = [(_since(e.at, began), _since(e.at, began), e.micros) for e in run.entries if e.kind == API_SETTLE]
     lines = settled + apis
@@ -82,25 +83,33 @@ def _paid(line: tuple[float, float, int], t: float) -> float:
     return micros * min(1.0, max(0.0, (t - start) / (end - start))) if end > start else micros * (t >= start)
 
 
-def _machine(row: MachineRow, began: datetime, now: datetime) -> dict[str, Any]:
+def _stretch(visit: Visit, began: datetime, now: datetime) -> dict[str, Any]:
+    """One stage on one machine, in seconds of the run: a machine with several has one stretch after another."""
+    row, is_first = visit.row, visit.stage == visit.row.stage
+
     def when(event: str) -> float | None:
         text = row.facts.get(f"{event}_at")
         return None if text is None else _since(datetime.fromisoformat(text), began)
 
+    def at(age_s: float) -> float:
+        return (when("sent") or 0.0) + age_s
+
     offer = row.facts.get("landed") or row.order.get("offer") or {}
-    end, gone = when("gone"), "gone_at" in row.facts
+    start, end, gone = at(visit.from_s), when("gone"), "gone_at" in row.facts
+    if not visit.is_last:
+        end = at(visit.facts["until_s"])
     return {
-        "stage": row.stage,
-        "attempt": row.order.get("attempt"),
+        "stage": visit.stage,
+        "attempt": visit.attempt,
         "where": " ".join(str(offer[key]) for key in ("infra", "region", "gpu") if offer.get(key)),
         "spot": bool(offer.get("spot")),
-        "start_s": when("sent") or 0.0,
-        "work_s": when("job"),
-        "worked_s": when("job_ended"),
+        "start_s": start,
+        "work_s": when("job") if is_first else start,
+        "worked_s": when("job_ended") if visit.is_last else end,
         "end_s": end if end is not None else _since(now, began),
         "gone": gone,
-        "cost_micros": row.settled_micros if gone else None,
-        "why": row.reasons[-1] if row.reasons else "",
+        "cost_micros": visit.micros if gone else None,
+        "why": row.reasons[-1] if visit.is_last and row.reasons else "",
     }
 
 

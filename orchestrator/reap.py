@@ -12,6 +12,7 @@ from orchestrator.clock import Clock, age_s
 from orchestrator.errors import KdcloudError
 from orchestrator.guarded import CALL_LIMIT_S, Guarded
 from orchestrator.ledger import Ledger, MachineRow, Run
+from orchestrator.mirror import ordered_for
 from orchestrator.names import MachineName, parse_machine_name
 from orchestrator.provision import Latencies, Observation, Partly, Provisioner, ProvisionError, Status
 from orchestrator.reaper import Action, Finding, Heard, Known, judge
@@ -107,10 +108,15 @@ def known_machines(ledger: Ledger, names: set[str], clock: Clock, shelf: _Shelf,
             mine.append((run, [row for row in run.machines if row.name in names]))
     driven = work.all(lambda pair: shelf.driven(pair[0].bucket, pair[0].id, clock) if pair[1] else None, mine)
     return {
-        row.name: Known(row, state_of(run) != "running", drives, row.stage in run.done, outlived(row, clock))
+        row.name: Known(row, state_of(run) != "running", drives, is_through(row, run), outlived(row, clock))
         for (run, rows), drives in zip(mine, driven, strict=True)
         for row in rows
     }
+
+
+def is_through(row: MachineRow, run: Run) -> bool:
+    """Whether every stage that a machine was ordered for is done."""
+    return set(row.stages) <= set(run.done)
 
 
 def outlived(row: MachineRow, clock: Clock) -> bool:
@@ -137,7 +143,7 @@ def heard_of(
         for run in runs
     }
     found = [(name, parts, *places[parts.run6]) for name, parts in ours.items() if parts.run6 in places]
-    told = work.all(lambda one: shelf.hear(one[2], one[3], one[1], clock), found)
+    told = work.all(lambda one: shelf.hear(one[2], one[3], one[0], one[1], clock), found)
     return {one[0]: heard for one, heard in zip(found, told, strict=True) if heard is not None}
 
 
@@ -169,16 +175,19 @@ class _Shelf:
             return []
         return sorted(found)
 
-    def hear(self, root: str, run: str, name: MachineName, clock: Clock) -> Heard | None:
-        """A machine name holds only the beginning of a long stage name: all stages it may mean must be done."""
+    def hear(self, root: str, run: str, machine: str, name: MachineName, clock: Clock) -> Heard | None:
+        """A machine name holds only the beginning of its first stage's name: all that it may mean must be done, and
+        whatever else the machine was ordered for."""
         try:
             bucket = self._at(root).at(run)
             driven = is_driven(bucket, clock)
             keys = [stat.key.split("/") for stat in bucket.list("") if "/" in stat.key]
+            stages = {parts[0] for parts in keys if parts[0].startswith(name.stage)}
+            done = {parts[0] for parts in keys if parts[1:] == [COMMIT_FILE]}
+            if stages and stages <= done:
+                stages |= ordered_for(bucket, run, machine)
         except (BucketError, KdcloudError, OSError):
             return None
-        stages = {parts[0] for parts in keys if parts[0].startswith(name.stage)}
-        done = {parts[0] for parts in keys if parts[1:] == [COMMIT_FILE]}
         return Heard(driven=driven, stage_done=bool(stages) and stages <= done)
 
     def _run(self, url: str, run: str) -> Bucket:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.ledger import Run
 from orchestrator.plan import Plan
 from orchestrator.session import state_of
+from orchestrator.shares import visits
 from orchestrator.smoke import NOTE
 from orchestrator.states import State
 
@@ -61,24 +62,26 @@ def is_smoke(run: Run) -> bool:
 
 
 def _stage(run: Run, stage: Any) -> dict[str, Any]:
-    rows = [m for m in run.machines if m.stage == stage.name]
-    gone = [m for m in rows if m.state is State.GONE and "billed_s" in m.facts]
-    peaks = [m.facts["ended"]["peak_gib"] for m in rows if m.facts.get("ended") and m.facts["ended"].get("peak_gib")]
+    seen = [visit for row in run.machines for visit in visits(row) if visit.stage == stage.name]
+    gone = [visit for visit in seen if visit.seconds is not None]
+    ends = [visit.facts["ended"] for visit in seen if visit.facts.get("ended")]
+    peaks = [ended["peak_gib"] for ended in ends if ended.get("peak_gib")]
     state = (
         "done"
         if stage.name in run.done
         else "running"
-        if any(m.state is not State.GONE for m in rows)
+        if any(visit.row.state is not State.GONE and visit.is_last for visit in seen)
         else "open"
-        if rows
+        if seen
         else "waiting"
     )
-    offer = (gone or rows)[-1].order["offer"] if rows else None
+    offer = (gone or seen)[-1].row.order["offer"] if seen else None
     return {
         "name": stage.name,
         "kind": stage.kind,
         "state": state,
-        "attempts": len(rows),
+        "attempts": len(seen),
+        "joins": stage.joins,
         "offer": offer
         and {
             k: offer[k]
@@ -92,13 +95,13 @@ def _stage(run: Run, stage: Any) -> dict[str, Any]:
             "hours_high": stage.hours.high,
         },
         "actual": {
-            "hours": sum(m.facts["billed_s"] for m in gone) / 3600 if gone else None,
-            "cost_micros": sum(m.settled_micros for m in gone) if gone else None,
+            "hours": sum(visit.seconds or 0.0 for visit in gone) / 3600 if gone else None,
+            "cost_micros": sum(visit.micros or 0 for visit in gone) if gone else None,
             "peak_gib": max(peaks, default=None),
         },
-        "forecast": rows[-1].facts.get("forecast") if rows else None,
+        "forecast": seen[-1].facts.get("forecast") if seen else None,
         "limited": run.done[stage.name]["result"].get("limited") if stage.name in run.done else None,
-        "ends": [m.reasons[-1] for m in rows if m.reasons],
+        "ends": [visit.row.reasons[-1] for visit in seen if visit.is_last and visit.row.reasons],
     }
 
 

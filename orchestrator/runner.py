@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from orchestrator import spend
-from orchestrator.attempts import Attempt, Candidate, Fate, verdict
+from orchestrator.attempts import UNPREPARED, Attempt, Candidate, Fate, verdict
 from orchestrator.calibration import TOOK, engine_of, took_of
 from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import BudgetExceeded, NotOwner, TeardownUnconfirmed
@@ -44,6 +45,7 @@ from orchestrator.provision import (
     ProvisionError,
     Status,
 )
+from orchestrator.shares import OF_ONE_STAGE, Visit, visits
 from orchestrator.states import FAILED, LOST, LOST_ORDER, SHORT, TWINS, Do, Event, Machine, State, next_action
 from tasks.bucket import Bucket, BucketError, NotFound, read_commit
 from tasks.contract import (
@@ -57,6 +59,7 @@ from tasks.contract import (
     Ended,
     LabelSettings,
     Limit,
+    Link,
     Progress,
     Settings,
     Task,
@@ -65,6 +68,7 @@ from tasks.contract import (
 
 PROVISION_LIMIT_S = 1200.0
 NO_CAPACITY = "no capacity"
+NEXT = "next"  # entry of a machine: it goes on with another stage
 MIN_WORK_S = 5.0  # a machine that could not work longer than this is not worth its minimum charge
 JOB_START_LIMIT_S = 180.0
 WARN_EVERY_S = 20.0
@@ -207,10 +211,12 @@ class Runner:
             absent_s=self._age(row) - float(row.facts.get("absent_age_s") or 0.0),
             gap_s=gap_s(row, latencies),
             copies=int(row.facts.get("copies", 1)),
-            short="short" in row.facts,
+            short=row.facts.get("short") is not None,
         )
         if seen is not None and seen.state not in (Status.ABSENT, Status.UNKNOWN):
             self._alive_s[row.name] = machine.age_s
+        if row.state is State.LIVE:
+            row = self._follow(row, seen)
         if row.state is State.LIVE and seen is not None and seen.state in (Status.ABSENT, Status.STOPPING):
             seen = self._with_last_words(row, seen)
         do, why = next_action(machine, seen, stopping=stopping or self._stage_is_done(run, row))
@@ -245,12 +251,12 @@ class Runner:
                 data: dict[str, Any] = {"why": why, **self._ended_at(seen)}
                 data["came_up"] = row.state is not State.CREATING or why == LOST_ORDER
                 if row.state is State.LIVE:
-                    data |= self._work_left(row.stage)
+                    data |= self._work_left(row.serves) | {"begun": self._has_begun(row, row.serves)}
                 if why == "the run stops":
                     data["user_stop"] = True
                 self._move(row, Event.STOP, data=data)
                 if row.state is not State.DRAINING:
-                    self.say("stop", row.stage, f"ending the machine: {why}")
+                    self.say("stop", row.serves, f"ending the machine: {why}")
             case Do.TERMINATE:
                 return self._terminate(row)
             case Do.MARK_ABSENT:
@@ -315,39 +321,25 @@ class Runner:
             self.say("up", row.stage, f"{place(landed)} is up after {human_seconds(self._age(row))}")
 
     def _run_job(self, run: Run, row: MachineRow, offer: Offer, machine: Machine) -> bool:
-        stage = self._stage(row.stage)
-        attempt = int(row.order["attempt"])
+        (first, attempt), *_ = row.chain
         latencies = offer.latencies
         remaining = spend.supervisor_remaining_s(machine.lifetime_s, machine.age_s, latencies)
-        task = Task(
-            run=self.run_id,
-            stage=stage.name,
-            kind=stage.kind,
-            attempt=attempt,
-            fence=self.lease.fence,
-            bucket=self.bucket.url,
-            settings=_with_limit(stage.settings, run.apis.get(stage.name)),
-            code_sha256=self._code_sha256(),
-            watch=Watch(
-                idle_s=self.plan.idle_s,
-                tick_s=latencies.tick_s,
-                flush_s=latencies.flush_s,
-                client_lease_s=LEASE_S if offer.infra == "local" else None,
-            ),
-            gate=offer.infra != "local",
-        )
+        stages = [self._stage(name) for name in row.stages]
         try:
             self.lease.confirm()
-            self.bucket.put(f"{stage.name}/{TASK_FILE}", task.to_json().encode())
+            for stage, (_, number) in zip(stages, row.chain, strict=True):
+                task = self._task(run, stage, number, offer)
+                self.bucket.put(f"{stage.name}/{TASK_FILE}", task.to_json().encode())
             wheel = fetch_code(self.bucket, self._code_sha256(), self.code_folder)
             self.provider.run(
                 row.name,
-                f"{stage.name}-{attempt}",
-                supervisor_argv(self.bucket.url, stage.name, attempt, remaining),
+                f"{first}-{attempt}",
+                supervisor_argv(self.bucket.url, first, attempt, remaining, then=then_of(row)),
                 machine_env(
-                    self.bucket, wheel, stage.settings, kind=stage.kind, infra=offer.infra,
+                    self.bucket, wheel, stages[0].settings, kind=stages[0].kind, infra=offer.infra,
                     seconds=machine.lifetime_s - machine.age_s + latencies.total_s,
                     allow_account_key=bool(run.data.get("allow_account_key")),
+                    then=[(stage.kind, stage.settings) for stage in stages[1:]],
                 ),
             )  # fmt: skip
         except BucketError as error:
@@ -368,26 +360,94 @@ class Runner:
             self._now(),
             stage=row.stage,
             machine=row.name,
-            data={"job": f"{stage.name}-{attempt}", "job_age_s": machine.age_s},
+            data={"job": f"{first}-{attempt}", "job_age_s": machine.age_s},
         )
         return False
+
+    def _task(self, run: Run, stage: StagePlan, attempt: int, offer: Offer) -> Task:
+        return Task(
+            run=self.run_id,
+            stage=stage.name,
+            kind=stage.kind,
+            attempt=attempt,
+            fence=self.lease.fence,
+            bucket=self.bucket.url,
+            settings=_with_limit(stage.settings, run.apis.get(stage.name)),
+            code_sha256=self._code_sha256(),
+            watch=Watch(
+                idle_s=self.plan.idle_s,
+                tick_s=offer.latencies.tick_s,
+                flush_s=offer.latencies.flush_s,
+                client_lease_s=LEASE_S if offer.infra == "local" else None,
+            ),
+            gate=offer.infra != "local",
+        )
+
+    def _follow(self, row: MachineRow, seen: Observation | None) -> MachineRow:
+        """A machine with several stages goes on by itself once a result is committed: the ledger is told of it."""
+        job = Job() if seen is None else seen.job
+        gone = seen is not None and seen.state in (Status.ABSENT, Status.STOPPING, Status.FAILED)
+        over = gone or job.state in (JobState.DONE, JobState.LOST)
+        while (following := row.next_stage) is not None and self._note_result(row.serves):
+            ended = self._last_words(row)
+            if ended is None and not over and not self._has_begun(row, following):
+                break  # they come a moment after the result
+            data = {"serves": following, "passed": self._passed(row, ended), **dict.fromkeys(OF_ONE_STAGE)}
+            self._fact(row, NEXT, data)
+            self.say("start", following, "on the same machine")
+            row = next(m for m in self.ledger.run(self.run_id).machines if m.name == row.name)
+        return row
+
+    def _passed(self, row: MachineRow, ended: Ended | None) -> dict[str, Any]:
+        """What there is to keep of the stages that a machine has done: the age at which each was, its last words."""
+        age, done_s = self._age(row), self._stored_age_s(row, f"{row.serves}/{COMMIT_FILE}")
+        if done_s is not None:  # nobody may have been there to see it
+            age = min(age, done_s)
+        kept = {key: row.facts[key] for key in OF_ONE_STAGE if row.facts.get(key) is not None}
+        mine = {**kept, "until_s": age, "ended": None if ended is None else asdict(ended)}
+        return {**row.facts.get("passed", {}), row.serves: mine}
+
+    def _last_words(self, row: MachineRow) -> Ended | None:
+        """Of the supervisor of the stage that the machine serves."""
+        ended = read_ended(self.bucket, row.serves)
+        return ended if ended is not None and ended.attempt == row.attempt else None
+
+    def _stored_age_s(self, row: MachineRow, key: str) -> float | None:
+        """The machine's age, by the store's clock alone, when an object was put there; None where that is not known."""
+        try:
+            stat = self.bucket.head(key)
+        except BucketError:
+            return None
+        if stat is None or "sent_by_store" not in row.facts:
+            return None
+        return max(0.0, (stat.modified - datetime.fromisoformat(row.facts["sent_by_store"])).total_seconds())
+
+    def _has_begun(self, row: MachineRow, stage: str) -> bool:
+        """Whether a stage was begun on its machine, as far as can be told."""
+        if stage == row.stage:
+            return True
+        progress = read_progress(self.bucket, stage)
+        return progress is not None and progress.attempt == dict(row.chain)[stage]
 
     def _mark_ended(self, row: MachineRow, seen: Observation) -> None:
         data: dict[str, Any] = {
             "rc": seen.job.rc,
-            **self._work_left(row.stage),
+            "begun": self._has_begun(row, row.serves),
+            **self._work_left(row.serves),
             **self._ended_at(seen),
         }
-        ended = read_ended(self.bucket, row.stage)
-        if ended is not None and ended.attempt == int(row.order["attempt"]):
-            data["ended"] = asdict(ended)
+        ended = self._last_words(row)
+        if ended is not None:
+            data |= {"ended": asdict(ended), "ended_age_s": self._stored_age_s(row, f"{row.serves}/{ENDED_FILE}")}
+        elif not data["begun"] and seen.job.rc != UNPREPARED:
+            data["rc"] = None  # it is the stage before that ended so, and that one is done
         self._move(row, Event.JOB_ENDED, data=data)
-        self._note_result(row.stage)
+        self._note_result(row.serves)
 
     def _with_last_words(self, row: MachineRow, seen: Observation) -> Observation:
         """A machine that ended itself after its job left word of it in the bucket: the job is done, not lost."""
-        ended = read_ended(self.bucket, row.stage)
-        if ended is None or ended.attempt != int(row.order["attempt"]):
+        ended = self._last_words(row)
+        if ended is None:
             return seen
         return replace(seen, state=Status.RUNNING, job=Job(str(row.facts.get("job")), JobState.DONE, ended.rc))
 
@@ -398,7 +458,7 @@ class Runner:
         except NotYetGone:
             return False
         except ProvisionError as error:
-            self._warn(row.stage, f"teardown of {row.name} not accepted yet: {error}")
+            self._warn(row.serves, f"teardown of {row.name} not accepted yet: {error}")
             return False
         return self.provider.observe(row.name).state is Status.ABSENT
 
@@ -417,22 +477,21 @@ class Runner:
         )
         self._move(row, Event.GONE, micros=micros, data={"billed_s": seconds})
         cost = shown(micros, self.plan.rate, self.plan.currency)
-        self.say("gone", row.stage, f"its machine is gone; {human_seconds(seconds)}, {cost}")
+        self.say("gone", row.serves, f"its machine is gone; {human_seconds(seconds)}, {cost}")
 
     def _billed_until_s(self, row: MachineRow, latencies: Latencies) -> float:
         """The age at which the machine ended: when it was first missing, or earlier where there is word of it.
 
-        The provider may tell when billing stopped; a supervisor that ended its own machine told how long it ran.
+        The provider may tell when billing stopped; a supervisor that ended its machine left word of it in the store.
         """
         seconds = float(row.facts.get("absent_age_s") or self._age(row))
         if row.facts.get("ended_at"):
             sent = mark_from_dict(row.facts["sent"])
             told = (datetime.fromisoformat(row.facts["ended_at"]) - sent.wall).total_seconds()
             seconds = min(seconds, max(0.0, told))
-        ended = row.facts.get("ended")
-        if ended and "job_age_s" in row.facts:
+        if row.facts.get("ended_age_s") is not None:
             delays = latencies.handover_s + latencies.tick_s + latencies.api_s + latencies.provision_s
-            seconds = min(seconds, float(row.facts["job_age_s"]) + float(ended["seconds"]) + delays)
+            seconds = min(seconds, float(row.facts["ended_age_s"]) + delays)
         return seconds
 
     def _unconfirmed(self, open_: list[MachineRow]) -> Outcome | None:
@@ -445,7 +504,7 @@ class Runner:
                     "unconfirmed",
                     f"the teardown of {row.name} is not confirmed: it may still cost money",
                     f"repeat `kdcloud down {self.run_id}` until it says so, or end it in the provider's console",
-                    row.stage,
+                    row.serves,
                 )
         return None
 
@@ -458,22 +517,23 @@ class Runner:
         if offer.infra == "local" or (judged is not None and age_s(judged, mark) < GATE_EVERY_S):
             return False
         self._judged[row.name] = mark
-        stage, progress = self._stage(row.stage), read_progress(self.bucket, row.stage)
-        if progress is None or progress.attempt != int(row.order["attempt"]):
+        stage, progress = self._stage(row.serves), read_progress(self.bucket, row.serves)
+        if progress is None or progress.attempt != row.attempt:
             return False
         allowed_s, bound = self._allowed_s(run, row, offer, machine)
         known = planned_of(stage, plain_batches=engine_of(stage.settings, offer) == "transformers")
-        size = max((float(m.facts.get("size", 0.0)) for m in run.machines if m.stage == row.stage), default=0.0)
+        seen = [visit for one in run.machines for visit in visits(one) if visit.stage == stage.name]
+        size = max((float(visit.facts.get("size") or 0.0) for visit in seen), default=0.0)
         found = forecast(stage.kind, progress, allowed_s=allowed_s, planned=known, size=size or None)
         if found is None:
             return False
-        whole_s = machine.age_s + found.left_s
-        if "forecast" not in row.facts and found.whole:  # else there is nothing to set beside the plan
+        whole_s = machine.age_s - began_s(row) + found.left_s
+        if row.facts.get("forecast") is None and found.whole:  # else there is nothing to set beside the plan
             micros = spend.cost_micros(offer, whole_s)
             self._fact(row, "gate", {"forecast": {"hours": whole_s / 3600, "cost_micros": micros}})
             cost = shown(micros, self.plan.rate, self.plan.currency)
             planned = human_seconds(stage.hours.expected * 3600)
-            self.say("gate", row.stage, f"at its speed it takes {human_seconds(whole_s)}, {cost}; planned {planned}")
+            self.say("gate", stage.name, f"at its speed it takes {human_seconds(whole_s)}, {cost}; planned {planned}")
         if isinstance(found, Shortfall):
             return self._fall_short(row, stage, found, offer, bound, progress)
         return False
@@ -484,7 +544,7 @@ class Runner:
         At the price that is billed: a spot machine's reservation, at the price that it may reach, ends it sooner, but
         what is left of it is there for the next one.
         """
-        index = self.plan.stages.index(self._stage(row.stage))
+        index = self.plan.stages.index(self._stage(row.serves))
         later = self.plan.stages[index + 1 :]
         costs = [*(stage.cost_micros for stage in later), *(item.cost_micros for item in self.plan.overhead)]
         floor = later_floor_micros(self.plan, index, run.apis) + sum(cost.expected - cost.low for cost in costs)
@@ -513,7 +573,7 @@ class Runner:
         if shrinks(stage.settings, self.plan.on_shortfall) and found.share >= LEAST_SHARE and found.total > 0:
             if limit is not None and found.total >= limit and progress.total != limit:
                 return False  # told, and not heard yet
-            told = Limit(found.total, int(row.order["attempt"]), self.lease.fence)
+            told = Limit(found.total, row.attempt, self.lease.fence)
             try:
                 self.lease.confirm()
                 self.bucket.put(f"{stage.name}/{LIMIT_FILE}", told.to_json().encode())
@@ -541,7 +601,7 @@ class Runner:
         return True
 
     def _fact(self, row: MachineRow, kind: str, data: dict[str, Any]) -> None:
-        self.ledger.note(self.run_id, kind, self._now(), stage=row.stage, machine=row.name, data=data)
+        self.ledger.note(self.run_id, kind, self._now(), stage=row.serves, machine=row.name, data=data)
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -561,15 +621,11 @@ class Runner:
                 f"go on with `kdcloud run --resume {self.run_id}`",
                 stage.name,
             ), True
-        rows = [m for m in run.machines if m.stage == stage.name]
-        attempts = [attempt_of(row) for row in rows if row.state is State.GONE and "sent" in row.facts]
+        rows = [m for m in run.machines if m.serves == stage.name]
         resumed_at = max((e.seq for e in run.entries if e.kind == "resumed"), default=0)
         fresh = {e.machine for e in run.entries if e.seq > resumed_at and e.kind == "reserve"}
-        attempts = [
-            a
-            for a, row in zip(attempts, [r for r in rows if r.state is State.GONE and "sent" in r.facts], strict=True)
-            if row.name in fresh
-        ]
+        tried = [row for row in rows if row.state is State.GONE and "sent" in row.facts and row.name in fresh]
+        attempts = [attempt_of(row) for row in tried]
         fate = verdict(attempts, candidates_of(stage))
         if fate.fate is not Fate.TRY:
             return Outcome(str(fate.fate), f"stage {stage.name}: {fate.message}", fate.hint, stage.name), True
@@ -578,7 +634,7 @@ class Runner:
         if not self.mirror.flush():
             return self._bucket_away(stage.name), False
         self._bucket_since = None
-        return self._reserve(run, stage, rows, fate.offer_index)
+        return self._reserve(run, stage, fate.offer_index)
 
     def _bucket_away(self, stage: str) -> Outcome | None:
         """Nothing is running and nothing can be started: waits for the bucket, but not for ever."""
@@ -593,12 +649,11 @@ class Runner:
             stage,
         )
 
-    def _reserve(
-        self, run: Run, stage: StagePlan, rows: list[MachineRow], offer_index: int
-    ) -> tuple[Outcome | None, bool]:
+    def _reserve(self, run: Run, stage: StagePlan, offer_index: int) -> tuple[Outcome | None, bool]:
+        """Money for one machine, and for every stage that goes on on it."""
         offer = stage.candidates[offer_index]
-        index = self.plan.stages.index(stage)
-        floor = later_floor_micros(self.plan, index, run.apis)
+        then = [one for one in joined_after(self.plan, stage, offer) if one.name not in run.done]
+        floor = later_floor_micros(self.plan, self.plan.stages.index(then[-1] if then else stage), run.apis)
         try:
             if self._book_api(run, stage, floor):
                 return None, True
@@ -621,7 +676,8 @@ class Runner:
                 lifetime, bound = left, "deadline"
         if run.spent_micros + run.open_micros + floor > run.cap_micros:  # a machine of no price would not notice
             lifetime, bound = -1.0, "cap"
-        if lifetime < MIN_WORK_S + stage.startup_hours.expected * 3600:
+        kept_s = [least_s(one, offer) for one in then]
+        if lifetime < MIN_WORK_S + stage.startup_hours.expected * 3600 + sum(kept_s):
             if bound == "deadline":
                 return Outcome(
                     "deadline",
@@ -650,15 +706,19 @@ class Runner:
         while self.ledger.machine_known(name):
             deadline_at -= timedelta(seconds=1)
             name = machine_name(self.owner, self.run_id, stage.name, deadline_at)
-        order = {
+        attempt = attempts_at(run, stage.name) + 1
+        order: dict[str, Any] = {
             "offer": offer_to_dict(offer),
             "offer_index": offer_index,
-            "attempt": len(rows) + 1,
+            "attempt": attempt,
             "lifetime_s": lifetime,
             "bound": bound,
             "deadline_at": deadline_at,
             "fence": self.lease.fence,
         }
+        if then:
+            numbers = [attempts_at(run, one.name) + 1 for one in then]
+            order["then"] = [[one.name, n, kept] for one, n, kept in zip(then, numbers, kept_s, strict=True)]
         try:
             self.ledger.reserve(
                 self.run_id, stage.name, name, micros, self._now(),
@@ -666,8 +726,9 @@ class Runner:
             )  # fmt: skip
         except BudgetExceeded as error:
             return Outcome("cap", error.message, error.hint, stage.name), True
-        again = f"attempt {len(rows) + 1} " if rows else ""
-        self.say("start", stage.name, f"{again}on {place(offer)}")
+        again = f"attempt {attempt} " if attempt > 1 else ""
+        more = f", and {', '.join(one.name for one in then)} after it" if then else ""
+        self.say("start", stage.name, f"{again}on {place(offer)}{more}")
         return None, True
 
     def _book_api(self, run: Run, stage: StagePlan, floor: int) -> bool:
@@ -754,7 +815,7 @@ class Runner:
         for stage in self.plan.stages:
             if stage.name not in run.done or stage.name in told:
                 continue
-            machines = [_worked(row) for row in run.machines if row.stage == stage.name]
+            machines = [_worked(visit) for row in run.machines for visit in visits(row) if visit.stage == stage.name]
             result, smoke = run.done[stage.name]["result"], bool(run.data.get("smoke"))
             parts = [took.to_dict() for took in took_of(stage, machines, result, smoke=smoke)]
             if parts:
@@ -926,10 +987,15 @@ def worst_case_micros(row: MachineRow, clock: Clock) -> int:
     return spend.worst_case_micros(offer, reserved=row.reserved_micros, age_s=machine_age_s(row, clock))
 
 
-def _worked(row: MachineRow) -> dict[str, Any]:
-    """A machine as `calibration.took_of` weighs it."""
+def _worked(visit: Visit) -> dict[str, Any]:
+    """A stage on a machine as `calibration.took_of` weighs it."""
+    row = visit.row
     offer = offer_from_dict(row.facts.get("landed") or row.order["offer"])
-    return {**row.facts, "offer": offer, "offer_index": int(row.order["offer_index"])}
+    facts = {**visit.facts, "offer": offer, "offer_index": int(row.order["offer_index"])}
+    if visit.stage == row.stage:
+        return facts
+    facts.pop("job_age_s", None)
+    return facts | ({"job_age_s": 0.0} if visit.facts.get("begun", True) else {})
 
 
 def _open(run: Run) -> list[MachineRow]:
@@ -990,9 +1056,42 @@ def attempt_of(row: MachineRow) -> Attempt:
         checkpoint=row.facts.get("checkpoint"),
         user_stop=bool(row.facts.get("user_stop")),
         lost=LOST in row.reasons,
-        billed_s=float(row.facts.get("billed_s", 0.0)),
+        billed_s=visits(row)[-1].seconds or 0.0,
         share=row.facts.get("share"),
     )
+
+
+def began_s(row: MachineRow) -> float:
+    """The age of a machine when the stage that it serves began."""
+    return max((float(one["until_s"]) for one in row.facts.get("passed", {}).values()), default=0.0)
+
+
+def joined_after(plan: Plan, stage: StagePlan, offer: Offer) -> tuple[StagePlan, ...]:
+    """The stages that go on on the machine of `stage`, in turn: those planned so that can work on `offer`."""
+    if not _may_be_joined(stage, offer):
+        return ()
+    later = plan.stages[plan.stages.index(stage) + 1 :]
+    return tuple(takewhile(lambda one: one.joins and _may_be_joined(one, offer), later))
+
+
+def _may_be_joined(stage: StagePlan, offer: Offer) -> bool:
+    """On your own machine each stage is a machine of its own; what asks an API has money of its own."""
+    return offer.infra != "local" and api_micros(stage) is None and offer in stage.candidates
+
+
+def least_s(stage: StagePlan, offer: Offer) -> float:
+    """What the stages before it on a machine must leave to a stage, so that they cannot eat it."""
+    return stage.candidate_hours[stage.candidates.index(offer)].low * 3600
+
+
+def attempts_at(run: Run, stage: str) -> int:
+    """How many machines were ordered for the stage, whether they came to it or not: a newer one's number is higher."""
+    return sum(stage in row.stages for row in run.machines)
+
+
+def then_of(row: MachineRow) -> list[Link]:
+    """What follows on the machine, for its supervisor."""
+    return [Link(str(name), int(attempt), float(kept_s)) for name, attempt, kept_s in row.then]
 
 
 def candidates_of(stage: StagePlan) -> list[Candidate]:

@@ -201,9 +201,7 @@ def _rentable(plan: Plan, say: Say) -> Plan:
     return left
 
 
-def ready_bucket(
-    plan: Plan, run_id: str, clock: Clock, *, allow_account_key: bool
-) -> tuple[Bucket, tuple[str, ...]]:
+def ready_bucket(plan: Plan, run_id: str, clock: Clock, *, allow_account_key: bool) -> tuple[Bucket, tuple[str, ...]]:
     """The run's place in the bucket, tried out, and reachable for the machines; what it cannot do, in words.
 
     Raises UsageError, BucketError.
@@ -449,7 +447,8 @@ def live_machines(run: Run, provider: Provisioner | None, clock: Clock | None = 
         found.append(
             {
                 "name": row.name,
-                "stage": row.stage,
+                "stage": row.serves,
+                "stages": list(row.stages),
                 "state": str(row.state),
                 "provider": status,
                 "reserved_micros": row.reserved_micros,

@@ -28,7 +28,7 @@ from orchestrator.provision import (
     Status,
 )
 from tasks.bucket import Bucket, Moved, NotFound, PreconditionFailed, Stat
-from tasks.contract import LIMIT_FILE, PROGRESS_FILE, Ended, Exit, Limit, Progress
+from tasks.contract import LIMIT_FILE, PROGRESS_FILE, Ended, Exit, Limit, Link, Progress, kept_s, links_of
 
 _REASONS = {int(code): code.name.lower() for code in Exit}
 ENDS_ITSELF_AFTER_S = 30.0  # a client that is there has seen the job's end by then
@@ -56,7 +56,10 @@ class VirtualClock:
 
     def true_now(self) -> datetime:
         """The time a provider bills by, whatever the client's wall clock shows."""
-        return self._start + timedelta(seconds=self._elapsed)
+        return self.true_at(self._elapsed)
+
+    def true_at(self, elapsed_s: float) -> datetime:
+        return self._start + timedelta(seconds=elapsed_s)
 
     def sleep(self, seconds: float) -> None:
         self._elapsed += seconds
@@ -88,6 +91,10 @@ class FakeBucket:
             raise PreconditionFailed(f"{key} was changed by somebody else")
         self._store[self._prefix + key] = (data, self._clock.true_now())
         return _etag(data)
+
+    def put_at(self, key: str, data: bytes, elapsed_s: float) -> None:
+        """As whoever put it `elapsed_s` after the clock's start."""
+        self._store[self._prefix + key] = (data, self._clock.true_at(elapsed_s))
 
     def get(self, key: str) -> tuple[bytes, Stat]:
         stat = self.head(key)
@@ -135,6 +142,7 @@ class Faults:
     hang_after_s: float | None = None  # the job stops moving; its supervisor ends it as stalled after `stall_s`
     stall_s: float = 300.0
     rc: int | None = None  # the job ends at once with this status
+    strikes: str | None = None  # the stage in which job and supervisor have this trouble; None: in any
     terminate_errors: int = 0  # this many calls are refused
     gone_delay_s: float = 2.0  # the provider takes so long after it accepted a teardown
     refuses_teardown: bool = False
@@ -152,8 +160,10 @@ class _Machine:
     refusals: int = 0
     job: str | None = None
     job_started: float = 0.0
-    remaining_s: float = 0.0
+    remaining_s: float = 0.0  # for the stage at hand
     stage: str = ""
+    attempt: int = 0
+    then: tuple[Link, ...] = ()
     worked_before: float = 0.0
     rc: int | None = None
     rc_at: float = 0.0
@@ -215,8 +225,13 @@ class FakeProvisioner:
         if machine.job == job_id:
             return
         words = dict(pairwise(argv))
-        machine.job, machine.job_started, machine.stage = job_id, self.clock.elapsed_s, words["--stage"]
-        machine.remaining_s = float(words["--remaining-s"])
+        machine.job, machine.then = job_id, links_of(words.get("--then", ""))
+        machine.job_started, machine.attempt, machine.stage = (
+            self.clock.elapsed_s,
+            int(words["--attempt"]),
+            words["--stage"],
+        )
+        machine.remaining_s = float(words["--remaining-s"]) - kept_s(machine.then)
         machine.worked_before = self._saved(machine.stage)
 
     def logs(self, name: str, job_id: str) -> Iterator[str]:
@@ -278,14 +293,21 @@ class FakeProvisioner:
                 self._dead.append(self._machines.pop(name))
 
     def _work(self, machine: _Machine) -> None:
-        """Moves the job to the present: result, deadline, stall, or checkpoints on the way."""
-        if machine.job is None or machine.rc is not None:
-            return
+        """Moves the job to the present: result, deadline, stall, or checkpoints on the way; stage after stage."""
+        while machine.job is not None and machine.rc is None:
+            stage = machine.stage
+            self._work_on(machine)
+            if machine.stage == stage:
+                return
+
+    def _work_on(self, machine: _Machine) -> None:
         until = min(self.clock.elapsed_s, machine.ended if machine.ended is not None else math.inf)
         faults = machine.faults
         if faults.lost_after_s is not None:
             until = min(until, machine.created + faults.lost_after_s)
         age = until - machine.job_started
+        if faults.strikes not in (None, machine.stage):
+            faults = replace(faults, rc=None, hang_after_s=None, supervisor_dead=False)
         if faults.rc is not None:
             self._end(machine, faults.rc, machine.job_started)
             return
@@ -297,7 +319,7 @@ class FakeProvisioner:
         limit = machine.remaining_s - latencies.flush_s - latencies.tick_s
         moving = math.inf if faults.hang_after_s is None else faults.hang_after_s
         if age >= need and need <= min(limit, moving):
-            self._commit(machine.stage)
+            self._commit(machine.stage, machine.job_started + need)
             self._end(machine, Exit.DONE, machine.job_started + need)
         elif not faults.supervisor_dead and age >= limit:
             self._save(machine, at=min(limit, moving))
@@ -316,7 +338,7 @@ class FakeProvisioner:
             limit = Limit.from_json(self.bucket.get(f"{machine.stage}/{LIMIT_FILE}")[0].decode())
         except NotFound:
             return 1.0
-        mine = machine.stage in self.steps and limit.attempt == _attempt_of(machine)
+        mine = machine.stage in self.steps and limit.attempt == machine.attempt
         return min(1.0, limit.total / self.steps[machine.stage]) if mine else 1.0
 
     def _report(self, machine: _Machine, worked_s: float, share: float) -> None:
@@ -325,16 +347,25 @@ class FakeProvisioner:
         done = math.floor((machine.worked_before + worked_s) / step_s)
         progress = Progress(
             "rehearse", done, done, share * self.steps[machine.stage], step_s=step_s, phase_from=before,
-            phase_s=(done - before) * step_s, attempt=_attempt_of(machine),
+            phase_s=(done - before) * step_s, attempt=machine.attempt,
         )  # fmt: skip
         self.bucket.put(f"{machine.stage}/{PROGRESS_FILE}", progress.to_json().encode())
 
     def _end(self, machine: _Machine, rc: int, at: float) -> None:
-        machine.rc, machine.rc_at = int(rc), at
-        attempt = _attempt_of(machine)
+        seconds = at - machine.job_started
         message = "" if rc == 0 else f"ended with {rc}"
-        ended = Ended(_REASONS.get(int(rc), "bug"), int(rc), message, seconds=at - machine.job_started, attempt=attempt)
-        self.bucket.put(f"{machine.stage}/ended.json", ended.to_json().encode())
+        ended = Ended(_REASONS.get(int(rc), "bug"), int(rc), message, seconds=seconds, attempt=machine.attempt)
+        self._put(f"{machine.stage}/ended.json", ended.to_json().encode(), at)
+        if rc != Exit.DONE or not machine.then:
+            machine.rc, machine.rc_at = int(rc), at
+            return
+        link, *then = machine.then
+        left_s = machine.remaining_s + kept_s(machine.then) - seconds
+        machine.stage, machine.attempt, machine.then = link.stage, link.attempt, tuple(then)
+        machine.job_started, machine.remaining_s = at, left_s - kept_s(then)
+        machine.worked_before = self._saved(link.stage)
+        if link.stage not in self.steps:
+            self.bucket.put(f"{link.stage}/{PROGRESS_FILE}", Progress(attempt=link.attempt).to_json().encode())
 
     def _job(self, machine: _Machine) -> Job:
         if machine.job is None:
@@ -343,10 +374,18 @@ class FakeProvisioner:
             return Job(machine.job, JobState.DONE, machine.rc)
         return Job(machine.job, JobState.RUNNING)
 
-    def _commit(self, stage: str) -> None:
+    def _commit(self, stage: str, at: float | None = None) -> None:
+        at = self.clock.elapsed_s if at is None else at
         result = json.dumps({"stage": stage}).encode()
-        self.bucket.put(f"{stage}/result.json", result)
-        self.bucket.put(f"{stage}/COMMIT", _manifest({"result.json": result}))
+        self._put(f"{stage}/result.json", result, at)
+        self._put(f"{stage}/COMMIT", _manifest({"result.json": result}), at)
+
+    def _put(self, key: str, data: bytes, at: float) -> None:
+        """What happened while nobody looked has its own time in the store."""
+        if isinstance(self.bucket, FakeBucket):
+            self.bucket.put_at(key, data, at)
+        else:
+            self.bucket.put(key, data)
 
     def _save(self, machine: _Machine, at: float | None = None) -> None:
         worked = machine.worked_before + (self.clock.elapsed_s - machine.job_started if at is None else at)
@@ -359,10 +398,6 @@ class FakeProvisioner:
     def _saved(self, stage: str) -> float:
         steps = [s.key.split("/")[2] for s in self.bucket.list(f"{stage}/checkpoints/") if s.key.endswith("/COMMIT")]
         return max((float(step.removeprefix("step-")) for step in steps), default=0.0)
-
-
-def _attempt_of(machine: _Machine) -> int:
-    return int(str(machine.job).rsplit("-", 1)[1]) if "-" in str(machine.job) else 0
 
 
 def fake_offer(

@@ -6,6 +6,9 @@ Standard library only. It makes sure that a job starts once, that the code is th
 the packages it needs, and that all of this is taken off the time the supervisor is given. When the job is over it says
 so on the last line, and asks the provider to end the machine soon, should no client come and do it.
 
+A job may be several stages, one after another (`--then` among the supervisor's words): each gets the environment that
+it needs and a supervisor of its own, as long as the one before it is done.
+
 Packages: a Python that has them is used as it is, be it in the image or in ~/.kdcloud/env. Else the environment that
 the stage asked for is made from the locked file that came with the code, whole and by hash, in a folder named by what
 is in it: two kinds of stages do not meet, a later one finds it ready, and half of one is never taken for whole.
@@ -43,6 +46,7 @@ CODE_URL = "KDCLOUD_CODE_URL"  # a link that fetches the wheel without credentia
 PACKAGES = "KDCLOUD_PACKAGES"  # JSON: {module: requirement}
 CONSTRAINTS = "KDCLOUD_CONSTRAINTS"  # JSON: lines of a constraints file, versions of what the packages need in turn
 ENVIRONMENTS = "KDCLOUD_ENVIRONMENTS"  # names of locked environments, the one wanted most first; none: PACKAGES alone
+THEN = "KDCLOUD_THEN"  # JSON: [{PACKAGES: ..., ENVIRONMENTS: [...]}, ...], of the stages after the first
 SETUP = "KDCLOUD_SETUP"  # for the stage, JSON: which environment it got, in how many seconds, and why not the first
 LOCKS = "environments"  # folder in the code's zip
 OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that tasks are written for and the locks hold for
@@ -62,7 +66,7 @@ SECRET = re.compile(r"AWS_|HF_|KDCLOUD_|.*(KEY|TOKEN|SECRET|PASSW|CREDENTIAL)", 
 
 
 def main() -> NoReturn:
-    began_s = time.monotonic()
+    began_s = clock_s()
     parser = argparse.ArgumentParser(prog="bootstrap")
     parser.add_argument("--job", required=True)
     parser.add_argument("--end", default="", help="who can end this machine: slurm, or nobody")
@@ -86,14 +90,19 @@ def main() -> NoReturn:
             wheel = fetch(args.code, env.pop(CODE_URL, ""), args.sha256, own / "code")
             env["PYTHONPATH"] = str(wheel)
         rc = NO_PACKAGES
-        names = env.pop(ENVIRONMENTS, "").split()
-        wanted = Wanted(
-            json.loads(env.pop(PACKAGES, "{}")), json.loads(env.pop(CONSTRAINTS, "[]")),
-            names, locks_in(wheel) if names else {}, args.gpu,
-        )  # fmt: skip
-        python = make_ready(own, wanted, env, began_s + limit_s(args.argv))
-        argv = [python if args.argv[0] == "python" else args.argv[0], *args.argv[1:]]
-        rc = run(less_time(argv, time.monotonic() - began_s), env, work)
+        heard: list[int] = []
+        each = wanted_by_each(args.argv, env, wheel, args.gpu)
+        for index, argv in enumerate(orders(args.argv)):
+            if heard:  # it was to end while the stage before was ending by itself
+                rc = 128 + heard[0]
+                break
+            rc, own_env = NO_PACKAGES, dict(env)
+            left_s = limit_s(argv) - (clock_s() - began_s)
+            python = make_ready(own, each[index], own_env, time.monotonic() + left_s)
+            argv = [python if argv[0] == "python" else argv[0], *argv[1:]]
+            rc = run(less_time(argv, clock_s() - began_s), own_env, work, heard)
+            if rc:
+                break
     except (OSError, ValueError, subprocess.SubprocessError, zipfile.BadZipFile) as error:
         say(str(error))
     (mark / "rc.part").write_text(str(rc))
@@ -137,6 +146,44 @@ def fetch(path: str, url: str, sha256: str, folder: Path) -> Path:
     part.write_bytes(data)
     part.replace(wheel)
     return wheel
+
+
+# --- one stage after another
+
+
+def orders(argv: list[str]) -> list[list[str]]:
+    """The command of each stage: with its own name, attempt and time, what later ones are to have left out of it."""
+    if "--then" not in argv:
+        return [argv]
+    at = argv.index("--then")
+    links = [part.split(":") for part in argv[at + 1].split(",")]
+    first = argv[:at] + argv[at + 2 :]
+    made = []
+    for index in range(len(links) + 1):
+        kept_s = sum(float(link[2]) for link in links[index:])
+        words = with_value(first, "--remaining-s", f"{limit_s(argv) - kept_s:.3f}")
+        if index:
+            stage, attempt, _ = links[index - 1]
+            words = with_value(with_value(words, "--stage", stage), "--attempt", attempt)
+        made.append(words)
+    return made
+
+
+def with_value(argv: list[str], option: str, value: str) -> list[str]:
+    if option not in argv:
+        return argv
+    at = argv.index(option) + 1
+    return [*argv[:at], value, *argv[at + 1 :]]
+
+
+def wanted_by_each(argv: list[str], env: dict[str, str], wheel: Path | None, gpu: bool) -> list[Wanted]:
+    """What each stage was sent with; takes it out of `env`."""
+    names, constraints = env.pop(ENVIRONMENTS, "").split(), json.loads(env.pop(CONSTRAINTS, "[]"))
+    each = [(json.loads(env.pop(PACKAGES, "{}")), names)]
+    each += [(one[PACKAGES], one[ENVIRONMENTS]) for one in json.loads(env.pop(THEN, "[]"))]
+    each += each[:1] * (len(orders(argv)) - len(each))  # whoever sent no list wants the same for all
+    locks = locks_in(wheel) if any(wanted for _, wanted in each) else {}
+    return [Wanted(packages, constraints, wanted, locks, gpu) for packages, wanted in each]
 
 
 # --- which environment: values in, a choice out
@@ -478,13 +525,24 @@ def less_time(argv: list[str], spent_s: float) -> list[str]:
     return [*argv[:at], f"{float(argv[at]) - spent_s:.3f}", *argv[at + 1 :]]
 
 
-def run(argv: list[str], env: dict[str, str], work: Path) -> int:
-    """Exit status of the command, which hears the signals that were meant for it."""
+def run(argv: list[str], env: dict[str, str], work: Path, heard: list[int]) -> int:
+    """Exit status of the command, which hears the signals that were meant for it; they are added to `heard`, too."""
     child = subprocess.Popen(argv, env=env, cwd=work, stdin=subprocess.DEVNULL)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: child.send_signal(number))
+
+    def pass_on(number: int, frame: object) -> None:
+        heard.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     rc = child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return rc if rc >= 0 else 128 - rc
+
+
+def clock_s() -> float:
+    """Seconds on a clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def end_soon(who: str) -> None:

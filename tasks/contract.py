@@ -7,6 +7,7 @@ different versions never guess what the other meant.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import IntEnum
 from typing import Any, TypeVar
@@ -295,6 +296,34 @@ class Task:
         raw["settings"] = build(SETTINGS[kind], raw["settings"])
         raw["watch"] = build(Watch, raw["watch"])
         return build(Task, raw)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A stage that goes on on the machine of the one before it: `stage:attempt:seconds` in the supervisor's orders."""
+
+    stage: str
+    attempt: int
+    kept_s: float  # of the machine's time, what stages before it must leave to it
+
+    def __str__(self) -> str:
+        return f"{self.stage}:{self.attempt}:{self.kept_s:.3f}"
+
+    @staticmethod
+    def parse(text: str) -> Link:
+        """Raises ValueError."""
+        stage, attempt, kept_s = text.split(":")
+        return Link(stage, int(attempt), float(kept_s))
+
+
+def links_of(text: str) -> tuple[Link, ...]:
+    """What `--then` says, in turn. Raises ValueError."""
+    return tuple(Link.parse(part) for part in text.split(",") if part)
+
+
+def kept_s(links: Sequence[Link]) -> float:
+    """Seconds that a stage must leave to those after it on its machine."""
+    return sum(link.kept_s for link in links)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
     python -m tasks.supervisor --bucket file:/runs/r1 --stage train --attempt 1 --remaining-s 3600
 
+With `--then evaluate:1:60,export:1:30` the machine goes on with these stages, in turn, each with a watch and a clock of
+its own, until one is not done: no client has to be there for that.
+
 Its own loop never waits for the bucket: a thread beside it talks to the store, so that a deadline holds while the store
 hangs. Whatever the stage started ends with it: by descent, by session, and by a mark in the environment. Should the
 supervisor itself be killed, a guard process ends the rest.
@@ -24,7 +27,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, NoReturn, TypeVar
@@ -43,9 +46,12 @@ from tasks.contract import (
     Ended,
     Exit,
     Limit,
+    Link,
     Progress,
     Task,
     TaskError,
+    kept_s,
+    links_of,
 )
 from tasks.gpu import Watcher
 from tasks.peers import stage_argv
@@ -93,21 +99,49 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--remaining-s", type=float, required=True, help="seconds until this machine must be gone")
     parser.add_argument("--work", type=Path, help="default: work/<stage>")
+    parser.add_argument("--then", type=links_of, default=(), help="stage:attempt:seconds to leave to it, with commas")
     args = parser.parse_args(argv)
     sys.excepthook = end_with_traceback
-    left_s = args.remaining_s - (boottime_s() - began_s)
-    end_process(supervise(args.bucket, args.stage, args.attempt, left_s, args.work or Path("work", args.stage)))
+    links = (Link(args.stage, args.attempt, 0.0), *args.then)
+    work = args.work or Path("work", args.stage)
+    end_process(supervise_all(args.bucket, links, began_s + args.remaining_s, work))
+
+
+def supervise_all(
+    url: str, links: Sequence[Link], until_s: float, work: Path, *, child_argv: Sequence[str] | None = None
+) -> Exit:
+    """Runs stage after stage until one is not done; says why the last one ended.
+
+    `until_s`: on the clock of boottime_s, when this machine must be gone. `work`: of the first stage, the others'
+    folders lie beside it.
+    """
+    code = Exit.DONE
+    with _signals() as signals:  # a stop that comes between two stages is the next one's
+        for index, link in enumerate(links):
+            left_s = until_s - boottime_s() - kept_s(links[index + 1 :])
+            place = work.with_name(link.stage) if index else work
+            code = supervise(url, link.stage, link.attempt, left_s, place, child_argv=child_argv, signals=signals)
+            if code is not Exit.DONE:
+                break
+    return code
 
 
 def supervise(
-    url: str, stage: str, attempt: int, remaining_s: float, work: Path, *, child_argv: Sequence[str] | None = None
+    url: str,
+    stage: str,
+    attempt: int,
+    remaining_s: float,
+    work: Path,
+    *,
+    child_argv: Sequence[str] | None = None,
+    signals: _Signals | None = None,
 ) -> Exit:
     """Runs the stage to its end and says why it ended. Owns the process: every child of it is ended.
 
     `child_argv` replaces the stage's process, for tests.
     """
     given_at_s, work = boottime_s(), work.absolute()
-    with _signals() as signals:
+    with _signals() if signals is None else nullcontext(signals) as signals:
         try:
             _make(work)
             with _only_one(work, remaining_s):

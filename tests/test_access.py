@@ -51,6 +51,7 @@ from orchestrator.handover import (
     LOCKED,
     MIRROR,
     PACKAGES,
+    THEN,
     code_wheel,
     environments,
     fetch_code,
@@ -66,7 +67,15 @@ from orchestrator.session import start_run
 from orchestrator.testing import fake_offer
 from tasks.bucket import Bucket, BucketError, NotFound, commit_folder, fetch_folder, open_bucket, probe, read_commit
 from tasks.bucket_s3 import S3Bucket
-from tasks.contract import ApiTeacher, DataSource, EvaluateSettings, LabelSettings, ModelSource
+from tasks.contract import (
+    ApiTeacher,
+    DataSource,
+    EvaluateSettings,
+    LabelSettings,
+    ModelSource,
+    RehearseSettings,
+    TrainSettings,
+)
 from tests.plans import make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -430,6 +439,31 @@ def test_a_rented_machine_gets_code_by_a_link_packages_by_version_and_no_key_of_
     assert env[MIRROR] == "https://mirror.example.com/simple"
     assert not any("\n" in value for value in env.values())
     assert "planted-account-secret" not in "".join(env.values()) and "AKIDPLANTED" not in "".join(env.values())
+
+
+def test_a_job_of_several_stages_brings_the_packages_of_each_and_the_hub_where_one_of_them_needs_it(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hub-secret")
+    monkeypatch.setenv("KD_API_KEY", "api-secret")
+    data, sha256 = code_wheel()
+    put_code(bucket, data, sha256)
+    wheel, rehearsal = fetch_code(bucket, sha256, tmp_path), RehearseSettings(1, 1.0)
+    train = TrainSettings(student=ModelSource(path="org/model"), labels="label")
+
+    def env(*then: tuple[str, object]) -> dict[str, str]:
+        return machine_env(
+            bucket, wheel, rehearsal, kind="rehearse", infra="azure", seconds=5000.0, allow_account_key=False, then=then
+        )
+
+    alone, both = env(), env(("rehearse", rehearsal), ("train", train))
+    assert THEN not in alone and "HF_TOKEN" not in alone
+    assert both["HF_TOKEN"] == "hub-secret" and "api-secret" not in "".join(both.values())
+    assert both[PACKAGES] == alone[PACKAGES]
+    later = json.loads(both[THEN])
+    assert [set(one[PACKAGES]) >= {"torch"} for one in later] == [False, True]
+    assert [one[ENVIRONMENTS] for one in later] == [[], ["train"]]
+    assert "secret" not in both[THEN] and "\n" not in both[THEN]
 
 
 def test_this_machine_needs_none_of_that(bucket: Bucket, tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ class Api(FakeProvisioner):
     def _tell(self, micros: int, granted: int) -> None:
         self.bucket.put(f"label/{API_SPENT_FILE}", json.dumps({"micros": micros, "granted": granted}).encode())
 
-    def _commit(self, stage: str) -> None:
-        super()._commit(stage)
+    def _commit(self, stage: str, at: float | None = None) -> None:
+        super()._commit(stage, at)
         if stage == "label":
             told = self._told()["micros"]
             self._tell(told, told)

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from orchestrator import provision_sky
+from orchestrator import handover, provision_sky
 from orchestrator.handover import LOCK_FOLDER, LOCKED
 from tasks import bootstrap
 from tasks.bootstrap import LOCKS, Choice, Seen, Wanted, choose, look, without_torch
@@ -125,10 +126,14 @@ def test_an_older_python_can_read_it() -> None:
 
 
 def test_both_ends_mean_the_same_by_the_locks() -> None:
+    assert all(getattr(handover, name) == getattr(bootstrap, name) for name in ("PACKAGES", "ENVIRONMENTS", "THEN"))
     assert LOCK_FOLDER == LOCKS and set(LOCKED) == {"label", "train"} and set(bootstrap.EXTRA_MODULES) < set(LOCKED)
 
 
 # -- whole jobs
+
+
+SHOW = "import os, sys; print('STAGE', sys.executable, os.environ['KDCLOUD_SETUP'], sorted(os.environ))"
 
 
 @dataclass
@@ -138,16 +143,19 @@ class Machine:
     home: Path
     bin: Path
 
-    def run(self, names: str, locks: dict[str, str], *words: str, seconds: float = 60.0, **env: str) -> Job:
+    def run(
+        self, names: str, locks: dict[str, str], *words: str, seconds: float = 60.0, script: str = SHOW,
+        after: Sequence[str] = (), **env: str,
+    ) -> Job:
+        """`words` are the bootstrap's, `after` the supervisor's."""
         code = self.home / "code.whl"
         with zipfile.ZipFile(code, "w") as wheel:
             for name, text in locks.items():
                 wheel.writestr(zipfile.ZipInfo(f"{LOCKS}/{name}.txt"), text)
         sha256 = hashlib.sha256(code.read_bytes()).hexdigest()
         job = f"job-{time.monotonic_ns()}"
-        script = "import os, sys; print('STAGE', sys.executable, os.environ['KDCLOUD_SETUP'], sorted(os.environ))"
         command = [sys.executable, "-c", provision_sky.bootstrap_text(), "--job", job, "--code", str(code), *words]
-        command += ["--sha256", sha256, "--", "python", "-c", script, "--remaining-s", f"{seconds}"]
+        command += ["--sha256", sha256, "--", "python", "-c", script, "--remaining-s", f"{seconds}", *after]
         env = {
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "HOME": str(self.home),
             "KDCLOUD_PACKAGES": '{"kd_tiny": "kd-tiny==1.0"}', "KDCLOUD_ENVIRONMENTS": names, **env,
@@ -411,3 +419,65 @@ def test_a_package_without_a_hash_is_not_installed(machine: Machine, from_folder
 def test_a_lock_that_lacks_what_the_stage_imports_is_found_out(machine: Machine, from_folder: dict[str, str]) -> None:
     job = machine.run("train", {"train": wheel_of(machine.home / "wheels", "other", "1.0")}, **from_folder).end()
     assert job.rc == bootstrap.NO_PACKAGES and "lacks one of kd_tiny" in job.text and not machine.ready
+
+
+# -- several stages
+
+
+CHAIN = """
+import json, os, sys, time
+from pathlib import Path
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+told = [words["--stage"], words["--attempt"], words["--remaining-s"], os.environ["KDCLOUD_SETUP"]]
+print("STAGE", *told, "THEN" in str(os.environ))
+stop = Path.home() / words["--stage"]
+if stop.exists(): exec(stop.read_text())
+"""
+
+
+def chain(machine: Machine, then: str = "train:2:20,evaluate:1:10", seconds: float = 100.0) -> Job:
+    locks = {"train": "kd-tiny==1.0\n", "label": "vllm==0.24.0\n"}
+    own = {"KDCLOUD_PACKAGES": {"kd_tiny": "kd-tiny==1.0"}}
+    more = [{**own, "KDCLOUD_ENVIRONMENTS": [name]} for name in ("train", "label")]
+    words = ["--stage", "label", "--attempt", "1", "--then", then]
+    return machine.run("label", locks, seconds=seconds, script=CHAIN, after=words, KDCLOUD_THEN=json.dumps(more)).end()
+
+
+def stages(job: Job) -> list[tuple[str, str, float, str]]:
+    """(name, attempt, seconds left, environment) of each stage that was started."""
+    found = re.findall(r"^STAGE (\S+) (\S+) (\S+) (\{.*?\}) False$", job.text, re.MULTILINE)
+    return [(name, number, float(left), json.loads(setup)["environment"]) for name, number, left, setup in found]
+
+
+def test_each_stage_of_a_job_gets_its_environment_and_the_time_that_later_ones_leave(machine: Machine) -> None:
+    told = fake_uv(machine)
+    job = chain(machine)
+    assert job.rc == 0, job.text
+    (label, train, evaluate) = stages(job)
+    assert [one[:2] + one[3:] for one in (label, train, evaluate)] == [
+        ("label", "1", "label"), ("train", "2", "train"), ("evaluate", "1", "label"),
+    ]  # fmt: skip
+    assert 60 < label[2] <= 70 and label[2] + 10 < train[2] <= 90 and train[2] < evaluate[2] <= 100
+    assert venvs(told) == 2  # the third finds the first one's
+    assert job.text.rstrip().endswith("ended with 0")
+
+
+def test_a_stage_that_is_not_done_ends_the_job_with_its_status(machine: Machine) -> None:
+    fake_uv(machine)
+    (machine.home / "train").write_text("sys.exit(11)")
+    job = chain(machine)
+    assert job.rc == 11 and [one[0] for one in stages(job)] == ["label", "train"], job.text
+
+
+def test_a_stop_that_comes_while_a_stage_ends_by_itself_starts_no_other(machine: Machine) -> None:
+    fake_uv(machine)
+    stop = "import signal; signal.signal(15, signal.SIG_IGN); os.kill(os.getppid(), 15); time.sleep(0.3)"
+    (machine.home / "label").write_text(stop)
+    job = chain(machine)
+    assert job.rc == 128 + 15 and [one[0] for one in stages(job)] == ["label"], job.text
+
+
+def test_an_environment_of_a_later_stage_that_cannot_be_made_ends_the_job(machine: Machine) -> None:
+    fake_uv(machine, sync='case "$*" in *train*) exit 1;; esac')
+    job = chain(machine)
+    assert job.rc == bootstrap.NO_PACKAGES and [one[0] for one in stages(job)] == ["label"], job.text

@@ -65,6 +65,20 @@ def test_ten_thousand_schedules_have_three_faults_or_more_on_average_and_every_k
     assert min(counted.values()) >= 300
 
 
+def test_half_of_the_schedules_have_machines_with_several_stages_and_trouble_comes_in_each_of_them():
+    reached: Counter[tuple[int, str]] = Counter()
+    worlds = [World(seed) for seed in seeds_of(1, 400)]
+    assert 0.4 < sum(bool(world.joins) for world in worlds) / len(worlds) < 0.7
+    for world in [world for world in worlds if world.joins][:120]:
+        world.play()
+        jobs = [(made, made.job) for made in world.cloud.machines if made.job is not None]
+        reached.update((job.number, job.phase) for _, job in jobs)
+        reached.update((job.number, "trouble") for made, job in jobs if made.by != "itself" or job.rc)
+    assert sum(count for (number, phase), count in reached.items() if number and phase == "over") >= 30
+    assert all(reached[number, "trouble"] >= 3 for number in (0, 1, 2)), reached
+    assert reached[0, "dead"] and reached[1, "work"]
+
+
 def test_the_same_seed_plays_the_same_schedule_to_the_same_end():
     for seed in seeds_of(5, 40):
         assert play(seed) == play(seed)

@@ -26,6 +26,7 @@ from orchestrator.lease import LEASE_S, RENEW_S, Lease
 from orchestrator.ledger import LOST, Ledger
 from orchestrator.mirror import FOLLOW_S, HEAD, Follower, Mirror, adopt, catch_up, compare, identity, key_of, read_pages
 from orchestrator.runner import BUCKET_PATIENCE_S, Runner, mark_to_dict
+from orchestrator.shares import visits
 from orchestrator.testing import START, FakeBucket, Faults, VirtualClock, fake_offer
 from tasks.bucket import BucketError, Probe, Unsupported
 from tests.plans import make_plan
@@ -445,6 +446,31 @@ def test_whatever_a_machine_writes_among_the_entries_the_ledger_can_be_read(fiel
     adopt(ledger, bucket)
     run = ledger.run(RUN)
     assert run.spent_micros + run.open_micros >= 0 and run.cap_micros >= 0
+
+
+@settings(max_examples=150)
+@given(then=JSON, serves=JSON, passed=JSON | st.dictionaries(st.sampled_from("ab"), JSON), until=JSON | st.floats())
+def test_whatever_it_writes_of_the_stages_of_a_machine_they_can_be_told(then, serves, passed, until):
+    bucket, ledger = FakeBucket(VirtualClock()).at(RUN), Ledger.in_memory()
+    head = {"schema": 1, "id": RUN, "name": "t", "created_at": START.isoformat(), "data": {"owner": "owner1"}}
+    bucket.put(HEAD, json.dumps(head).encode())
+    order = {"offer": {}, "attempt": 1, "lifetime_s": 1.0, "then": [["b", 1, 1.0]]}
+    entries = [
+        ("reserve", order | ({"then": then} if then else {})),
+        ("next", {"serves": serves, "passed": passed}),
+        ("launched", {"passed": {"a": {"until_s": until}}}),
+        *([("next", {"serves": "b"})] if serves is None else []),
+        ("sent", {}), ("up", {}), ("stop", {}), ("gone", {"billed_s": 10.0}),
+    ]  # fmt: skip
+    for number, (kind, data) in enumerate(entries, 1):
+        entry = {"schema": 1, "run": RUN, "n": number, "fence": 1, "stage": "a", "machine": "kd-1", "kind": kind}
+        entry |= {"micros": 5, "at": START.isoformat(), "data": data}
+        bucket.put(key_of(number), json.dumps(entry).encode())
+    adopt(ledger, bucket)
+    for row in ledger.run(RUN).machines:
+        assert row.serves in row.stages and row.attempt == dict(row.chain)[row.serves]
+        told = [one.micros for one in visits(row)]
+        assert told[0] is None or sum(told) == row.settled_micros
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 9, "id": "x"}'])

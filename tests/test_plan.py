@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from orchestrator.plan import Plan, plan_from_dict, plan_to_dict, plan_to_json, render_plan
+from orchestrator.plan import Plan, digest_of, plan_from_dict, plan_to_dict, plan_to_json, render_plan
 from tests.recipes import RENTED, SMALL
 from tests.test_planner import CARDS, LOCAL, plan
 
@@ -150,3 +150,18 @@ def test_planning_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_stage_that_joins_the_machine_before_it_says_so_everywhere_and_changes_what_is_approved() -> None:
+    made = plan(RENTED, *CARDS)
+    made = replace(made, stages=tuple(replace(stage, joins=False) for stage in made.stages))
+    first, second, *rest = made.stages
+    joined = replace(made, stages=(first, replace(second, joins=True), *rest))
+    assert plan_from_dict(json.loads(json.dumps(plan_to_dict(joined)))) == joined
+    assert [stage["joins"] for stage in plan_to_json(joined)["stages"][:2]] == [False, True]
+    assert "same machine" in table(joined, 120) and "same machine" not in table(made, 120)
+
+    def digest(one: Plan) -> str:
+        return digest_of("recipe", one.stages, one.cap_micros, one.deadline_s, one.rate)
+
+    assert digest(joined) != digest(made)

@@ -18,10 +18,11 @@ from orchestrator.config import Home as KdHome
 from orchestrator.config import load_config
 from orchestrator.lease import Lease
 from orchestrator.ledger import Ledger
+from orchestrator.mirror import Mirror
 from orchestrator.names import machine_name
 from orchestrator.provision import Job, JobState, NotYetGone, Observation, Order, Partly, ProvisionError, Status
 from orchestrator.provision_local import LocalProvisioner, local_offer
-from orchestrator.reap import END_LIMIT_S, Reaped, reap
+from orchestrator.reap import END_LIMIT_S, Reaped, is_through, reap
 from orchestrator.reap_watch import News, document, watch
 from orchestrator.reaper import Action
 from orchestrator.runner import mark_to_dict, offer_to_dict
@@ -173,6 +174,28 @@ def test_a_stage_whose_name_was_cut_counts_as_done_only_when_all_it_may_be_are()
     assert action_of(world.reap(buckets=["fake:"], do_end=False), name) is Action.ASK
     run.put("train-a-student-once-more/COMMIT", b"{}")
     assert action_of(world.reap(buckets=["fake:"], do_end=False), name) is Action.END
+
+
+def test_a_machine_with_several_stages_is_done_when_the_last_one_is():
+    world = World()
+    name = world.machine("other-run-abc123", HOUR, stage="label")
+    run = world.bucket.at("other-run-abc123")
+    lease = Lease.acquire(run, "another", world.clock)
+    made = Ledger.in_memory()
+    open_run(made, world.clock, "other-run-abc123")
+    order = {"offer": offer_to_dict(fake_offer()), "lifetime_s": 9.0, "attempt": 1, "then": [["train", 2, 60.0]]}
+    made.reserve("other-run-abc123", "label", name, 1000, START, later_floor=0, order=order)
+    assert Mirror(made, run, "other-run-abc123", lease, world.clock).flush()
+    lease.release()
+    for stage in ("label", "train"):
+        run.put(f"{stage}/task.json", b"{}")
+    run.put("label/COMMIT", b"{}")
+    assert action_of(world.reap(buckets=["fake:"], do_end=False), name) is Action.ASK
+    (row,) = made.run("other-run-abc123").machines
+    assert not is_through(row, replace(made.run("other-run-abc123"), done={"label": {}}))
+    run.put("train/COMMIT", b"{}")
+    assert action_of(world.reap(buckets=["fake:"], do_end=False), name) is Action.END
+    assert is_through(row, replace(made.run("other-run-abc123"), done={"label": {}, "train": {}}))
 
 
 def test_where_runs_of_this_computer_are_those_of_another_are_looked_for():

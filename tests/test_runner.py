@@ -23,7 +23,7 @@ from orchestrator.provision import NoCapacity, ProvisionError
 from orchestrator.runner import Outcome, Runner, mark_to_dict
 from orchestrator.states import State
 from orchestrator.testing import FakeBucket, FakeProvisioner, Faults, VirtualClock, fake_offer
-from tasks.contract import DataSource, EvaluateSettings, Exit, ModelSource, Progress, Task
+from tasks.contract import DataSource, Ended, EvaluateSettings, Exit, ModelSource, Progress, Task
 from tests.plans import make_plan
 
 WORK = {"label": 300.0, "train": 600.0, "evaluate": 60.0}
@@ -514,6 +514,24 @@ def test_a_laptop_that_sleeps_finds_its_result_and_pays_for_no_more_than_the_mac
     world.clock.sleep(8 * 3600)
     assert world.client(take_over=True).state == "done"
     assert [m.stage for m in world.run.machines] == list(WORK)  # labels were not made twice
+    world.check_money()
+
+
+def test_what_a_machine_took_to_install_packages_is_paid_although_no_supervisor_counted_it(tmp_path):
+    world = World(tmp_path, make_plan({"label": 300.0}), work_s={"label": 300.0})
+    put = world.provider._put
+
+    def hasty(key, data, at):
+        if key.endswith("/ended.json"):
+            ended = Ended.from_json(data.decode())
+            data = replace(ended, seconds=ended.seconds - 250.0).to_json().encode()
+        put(key, data, at)
+
+    world.provider._put = hasty
+    world.client(turns=12)
+    assert world.run.machines[0].state is State.LIVE
+    world.clock.sleep(8 * 3600)
+    assert world.client(take_over=True).state == "done"
     world.check_money()
 
 

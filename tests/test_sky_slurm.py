@@ -23,6 +23,7 @@ from orchestrator.provision import JobState, Need, Observation, Offer, Provision
 from orchestrator.provision_sky import CAN_KEEP_KEYS, NO_AUTODOWN, SkyProvisioner
 from tests.slurm.scenes import (
     ENDLESS,
+    JOINED,
     PROVIDER,
     REHEARSAL,
     SHORT,
@@ -181,6 +182,29 @@ def test_a_machine_whose_stage_is_done_and_whose_client_is_dead_does_not_stay_id
     assert home.call("run", "--resume", "last", timeout_s=120).returncode == 0
     assert is_over(home)["state"] == "done"
     assert machines(home) == [name]  # the result counts, whoever saw it
+
+
+def test_two_stages_share_a_machine_that_goes_on_and_ends_without_its_client(tmp_path, note):
+    home = make_home(tmp_path, JOINED)
+    planned = home.json("plan", "recipe.yaml")["stages"]
+    assert [stage["joins"] for stage in planned] == [False, True]
+    start_killed(home, "job", "run", "recipe.yaml", "--yes")
+    results = {stage: f"bucket/*/{stage}/COMMIT" for stage in ("first", "second")}
+    between = wait_for(lambda: list((tmp_path / "home").glob(results["first"])), 120, "no result of the first stage")
+    (name,) = machines(home)
+    assert allocations(home) == [name]  # not ended between the two
+    wait_for(lambda: list((tmp_path / "home").glob(results["second"])), 120, "no result of the second stage")
+    seconds = wait_for(lambda: not allocations(home), 150, "the machine stays idle")
+    note(f"first result after {between:.0f} s; gone {seconds:.0f} s after the last, by {ended_by(home, job_of(name))}")
+    assert home.call("run", "--resume", "last", timeout_s=120).returncode == 0
+    report = is_over(home)
+    assert report["state"] == "done" and machines(home) == [name]
+    costs = [stage["actual"]["cost_micros"] for stage in report["stages"]]
+    assert all(costs) and sum(costs) == report["spend_micros"]
+    for stage, steps in (("first", 20), ("second", 40)):
+        result = json.loads((home.bucket / stage / "result.json").read_text())
+        assert (result["steps"], result["digest"]) == (steps, digest_after(steps))
+        assert one_by_one(home, stage) and f"of stage {stage}" in (home.bucket / stage / "log.txt").read_text()
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------

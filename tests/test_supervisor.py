@@ -75,24 +75,25 @@ class Bench:
         self.started: list[subprocess.Popen[str]] = []
 
     def task(
-        self, *, attempt: int = 1, watch: Watch = WATCH, steps: int = 10, step_s: float = 0.05, every: int = 3
+        self, *, attempt: int = 1, watch: Watch = WATCH, steps: int = 10, step_s: float = 0.05, every: int = 3,
+        stage: str = STAGE,
     ) -> Task:
         task = Task(
-            run="run1", stage=STAGE, kind="rehearse", attempt=attempt, fence=attempt, bucket=self.bucket.url,
+            run="run1", stage=stage, kind="rehearse", attempt=attempt, fence=attempt, bucket=self.bucket.url,
             watch=watch, settings=RehearseSettings(steps, step_s, every, 1000),
         )
-        self.bucket.put(f"{STAGE}/task.json", task.to_json().encode())
+        self.bucket.put(f"{stage}/task.json", task.to_json().encode())
         return task
 
     def start(
         self, body: str | None = None, *, attempt: int = 1, remaining_s: float = 60.0, before: str = "",
-        code: Path = ROOT,
+        code: Path = ROOT, then: str = "",
     ) -> subprocess.Popen[str]:
         """The supervisor; the stage is `body`, or the rehearsal through the real command line."""
         if body is None:
             args = [
                 "-m", "tasks.supervisor", "--bucket", self.bucket.url, "--stage", STAGE, "--attempt", str(attempt),
-                "--remaining-s", str(remaining_s), "--work", str(self.work),
+                "--remaining-s", str(remaining_s), "--work", str(self.work), "--then", then,
             ]
         else:
             child = CHILD.format(body=textwrap.indent(body, "    "), work=str(self.work))
@@ -111,8 +112,8 @@ class Bench:
         output, _ = process.communicate(timeout=30)
         return process.returncode, output
 
-    def ended(self) -> Ended:
-        return Ended.from_json(self.bucket.get(f"{STAGE}/ended.json")[0].decode())
+    def ended(self, stage: str = STAGE) -> Ended:
+        return Ended.from_json(self.bucket.get(f"{stage}/ended.json")[0].decode())
 
     def progress(self) -> Progress:
         return Progress.from_json((self.work / "progress.json").read_text())
@@ -529,3 +530,63 @@ def test_a_task_of_another_version_is_refused_and_the_client_is_told(bench: Benc
     rc, output = bench.run()
     assert rc == Exit.BAD_INPUT and bench.ended().rc == rc, output
     assert "schema 99" in bench.ended().message and "version" in bench.ended().hint
+
+
+# -- several stages on one machine
+
+
+def test_it_goes_on_with_the_next_stage_without_a_client_each_with_a_folder_and_an_attempt_of_its_own(
+    bench: Bench,
+) -> None:
+    bench.task()
+    bench.task(stage="second", attempt=3)
+    bench.task(stage="third", attempt=1)
+    rc, output = bench.run(then="second:3:5,third:1:5")
+    assert rc == Exit.DONE, output
+    ended = {stage: bench.ended(stage) for stage in (STAGE, "second", "third")}
+    assert [(one.reason, one.attempt) for one in ended.values()] == [("done", 1), ("done", 3), ("done", 1)]
+    for stage in ended:
+        assert read_commit(bench.bucket, stage) is not None
+        assert f"of stage {stage}" in bench.bucket.get(f"{stage}/log.txt")[0].decode()
+    assert sum(one.seconds for one in ended.values()) < 30
+    assert (bench.work.with_name("third") / "supervisor.json").exists()
+
+
+def test_a_stage_that_is_not_done_ends_what_was_to_come_after_it(bench: Bench) -> None:
+    bench.task()
+    bench.task(stage="second", attempt=2)  # a newer attempt has it
+    bench.task(stage="third")
+    rc, output = bench.run(then="second:1:5,third:1:5")
+    assert rc == Exit.FENCED, output
+    assert bench.ended().reason == "done"
+    assert bench.bucket.head("second/ended.json") is None and bench.bucket.head("third/ended.json") is None
+
+
+def test_a_stage_may_not_use_the_time_of_those_after_it(bench: Bench) -> None:
+    bench.task(steps=10_000)
+    bench.task(stage="second")
+    began = time.monotonic()
+    rc, _ = bench.run(remaining_s=105.0, then="second:1:100")
+    assert rc == Exit.DEADLINE and time.monotonic() - began < 20
+    assert bench.ended().last_checkpoint is not None
+    assert bench.bucket.head("second/ended.json") is None
+
+
+def test_time_is_counted_over_all_stages_of_a_machine(bench: Bench) -> None:
+    bench.task(steps=20)
+    bench.task(stage="second", steps=10_000)
+    began = time.monotonic()
+    rc, _ = bench.run(remaining_s=20.0, then="second:1:5")
+    assert rc == Exit.DEADLINE and bench.ended().reason == "done" and bench.ended("second").reason == "deadline"
+    assert time.monotonic() - began < 20.0
+
+
+def test_a_machine_that_is_told_to_end_goes_on_with_nothing(bench: Bench) -> None:
+    bench.task(steps=10_000)
+    bench.task(stage="second")
+    process = bench.start(then="second:1:5")
+    until(lambda: (bench.work / "progress.json").exists() and bench.progress().done > 3)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == Exit.TERMINATED
+    assert bench.bucket.head("second/ended.json") is None

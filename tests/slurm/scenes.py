@@ -25,6 +25,7 @@ stages:
   - {name: first, kind: rehearse, steps: 20, seconds_per_step: 0.2, checkpoint_every_steps: 4}
 """
 ENDLESS = REHEARSAL.replace("steps: 20", "steps: 5000")
+JOINED = REHEARSAL + "  - {name: second, kind: rehearse, steps: 40, seconds_per_step: 0.2, checkpoint_every_steps: 4}\n"
 SHORT = "deadline: 10min\n"  # of which the latencies of Slurm take five: five minutes of life
 SUPERVISOR, SLURM, TIMER = "the supervisor on the node", "Slurm's own time limit", "SkyPilot's timer"
 
@@ -104,13 +105,13 @@ def one_by_one(home: Home, stage: str = "first") -> bool:
 
 
 def absences(home: Home) -> list[float]:
-    """For each stage with a result, seconds from its COMMIT until its machine had left squeue."""
+    """For each result that was its machine's last, seconds from its COMMIT until the machine had left squeue."""
     time.sleep(4 * EVERY_S)  # somebody looked since
     lines = [line.split() for line in samples().read_text().splitlines()]
     looks = [(float(words[0]), words[1:]) for words in lines if words]
-    found = []
+    found, ended_with = [], _ended_with(home)
     for commit in home.bucket.glob("*/COMMIT"):
-        names = [name for name in machines(home) if _stage(home, name) == commit.parent.name]
+        names = [name for name in machines(home) if ended_with.get(name) == commit.parent.name]
         listed = [at for at, jobs in looks if any(is_named(job, name) for job in jobs for name in names)]
         after = [at for at, _ in looks if listed and at > listed[-1]]
         if listed and after:
@@ -118,9 +119,13 @@ def absences(home: Home) -> list[float]:
     return found
 
 
-def _stage(home: Home, name: str) -> str:
-    note = json.loads((home.folder / "home" / "sky" / f"{name}.json").read_text())
-    return str(note["order"]["stage"]) if note["order"] else ""
+def _ended_with(home: Home) -> dict[str, str]:
+    """The last stage that each machine served."""
+    ledger = Ledger(home.folder / "home" / "ledger.sqlite")
+    try:
+        return {row.name: row.serves for run in ledger.runs() for row in ledger.run(run).machines}
+    finally:
+        ledger.close()
 
 
 def start_killed(home: Home, kind: str, *words: str) -> None:
