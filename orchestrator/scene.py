@@ -16,6 +16,7 @@ from orchestrator.money import Rate
 from orchestrator.plan import Micros, Plan, Range, StagePlan
 from orchestrator.provision import Offer
 from orchestrator.runner import Snapshot, offer_from_dict
+from orchestrator.shares import visits
 from orchestrator.states import State
 from tasks.contract import Progress
 
@@ -93,7 +94,7 @@ def scene_of(
     run, open_rows = snapshot.run, [row for row in snapshot.run.machines if row.state is not State.GONE]
     lefts = {stage.name: _left(stage, snapshot, since_s, told) for stage in plan.stages}
     machines = [_machine_micros(row, snapshot, since_s, lefts) for row in open_rows if row.state is not State.INTENT]
-    covered = {row.stage for row in open_rows if row.state is not State.INTENT} | set(run.done)
+    covered = {name for row in open_rows if row.state is not State.INTENT for name in row.stages} | set(run.done)
     waiting = [stage for stage in plan.stages if stage.name not in covered]
     forecast = outlook.total_micros(
         plan, spent=run.spent_micros, open_machines=machines, waiting=waiting, apis=run.apis
@@ -149,7 +150,9 @@ def _offer(row: MachineRow) -> Offer:
 def _machine_micros(row: MachineRow, snapshot: Snapshot, since_s: float, lefts: Mapping[str, Range | None]) -> Micros:
     mine = snapshot.machine is not None and row.name == snapshot.machine.name
     if mine and snapshot.stage is not None:
-        age, left = snapshot.machine_age_s + since_s, lefts.get(snapshot.stage)
+        age = snapshot.machine_age_s + since_s
+        still = row.stages[row.stages.index(snapshot.stage) :] if snapshot.stage in row.stages else (snapshot.stage,)
+        left = outlook.together(lefts.get(name) for name in still)
         return outlook.machine_micros(_offer(row), age_s=age, left=left, reserved=row.reserved_micros)
     return Micros(0, row.reserved_micros, row.reserved_micros)
 
@@ -162,16 +165,21 @@ def _left(stage: StagePlan, snapshot: Snapshot, since_s: float, told: Told | Non
     index = int(snapshot.machine.order.get("offer_index", 0))
     hours = stage.candidate_hours[index] if index < len(stage.candidate_hours) else stage.hours
     now = told_by(snapshot, stage) or (told if told is not None and told.machine == snapshot.machine.name else None)
-    age_s = snapshot.machine_age_s + since_s
+    age_s, began_s = snapshot.machine_age_s + since_s, _began_s(snapshot.machine, stage.name)
     if now is None or now.stage != stage.name:
-        return outlook.left_s(stage, hours, age_s, None)
-    found = outlook.left_s(stage, hours, now.age_s, now.progress)
+        return outlook.left_s(stage, hours, age_s - began_s, None)
+    found = outlook.left_s(stage, hours, now.age_s - began_s, now.progress)
     if found is None:
         return None
     passed = age_s - now.age_s
     if passed > found.high > 0:
         return None  # nothing was heard of it since it should have been done
     return Range(*(max(0.0, value - passed) for value in (found.low, found.expected, found.high)))
+
+
+def _began_s(row: MachineRow, stage: str) -> float:
+    """The machine's age when its time for this stage began."""
+    return next((visit.from_s for visit in visits(row) if visit.stage == stage), 0.0)
 
 
 @dataclass(frozen=True)
@@ -197,13 +205,12 @@ def _of_now(snapshot: Snapshot) -> Progress | None:
     progress, row = snapshot.progress, snapshot.machine
     if progress is None or row is None:
         return None
-    attempt = row.order.get("attempt")
-    return progress if row.stage != snapshot.stage or attempt is None or progress.attempt == attempt else None
+    return progress if row.serves != snapshot.stage or progress.attempt == row.attempt else None
 
 
 def _line(stage: StagePlan, snapshot: Snapshot, now: datetime, left: Range | None, since_s: float) -> StageLine:
     run = snapshot.run
-    rows = [row for row in run.machines if row.stage == stage.name]
+    rows = [row for row in run.machines if row.stage == stage.name or stage.name in {v.stage for v in visits(row)}]
     sent = [row for row in rows if "sent_at" in row.facts]
     if stage.name in run.done:
         state = DONE
@@ -212,12 +219,11 @@ def _line(stage: StagePlan, snapshot: Snapshot, now: datetime, left: Range | Non
     else:
         state = STOPPED if sent else WAITING
     current = snapshot.machine if state == RUNNING else None
-    took = [_lived_s(row, current, snapshot.machine_age_s + since_s, now) for row in sent]
+    parts = [_part(row, stage.name, snapshot, since_s, now) for row in sent]
+    took = [seconds for seconds, _ in parts]
     if not sent and state == DONE:
         took = _span_s(run, stage.name)
-    spent = sum(row.settled_micros for row in rows) + run.apis.get(stage.name, spend.ApiLine()).settled_micros
-    if current is not None and current.state is not State.INTENT:
-        spent += min(current.reserved_micros, spend.cost_micros(_offer(current), snapshot.machine_age_s + since_s))
+    spent = sum(micros for _, micros in parts) + run.apis.get(stage.name, spend.ApiLine()).settled_micros
     return StageLine(
         name=stage.name,
         state=state,
@@ -230,10 +236,25 @@ def _line(stage: StagePlan, snapshot: Snapshot, now: datetime, left: Range | Non
     )
 
 
-def _lived_s(row: MachineRow, current: MachineRow | None, age_s: float, now: datetime) -> float:
+def _part(row: MachineRow, stage: str, snapshot: Snapshot, since_s: float, now: datetime) -> tuple[float, int]:
+    """(seconds, micros) of a machine for a stage: its share of what was settled, or of what it took until now."""
+    found = visits(row)
+    at = next((n for n, visit in enumerate(found) if visit.stage == stage), len(found) - 1)
+    visit = found[at]
+    if visit.seconds is not None and visit.micros is not None:
+        return visit.seconds, visit.micros
+    if row.state is State.GONE:
+        return _lived_s(row, now), row.settled_micros
+    current = snapshot.machine is not None and row.name == snapshot.machine.name
+    age_s = snapshot.machine_age_s + since_s if current else _lived_s(row, now)
+    until_s = found[at + 1].from_s if at + 1 < len(found) else age_s
+    offer, most = _offer(row), row.reserved_micros
+    paid, before = (min(most, spend.cost_micros(offer, s)) if s > 0 else 0 for s in (until_s, visit.from_s))
+    return max(0.0, until_s - visit.from_s), paid - before
+
+
+def _lived_s(row: MachineRow, now: datetime) -> float:
     """Seconds of a machine: until it was seen gone, or until now."""
-    if current is not None and row.name == current.name:
-        return age_s
     if "billed_s" in row.facts:
         return float(row.facts["billed_s"])
     end = row.facts.get("gone_at")

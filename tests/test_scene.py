@@ -51,11 +51,14 @@ class World:
             data={},
         )
 
-    def order(self, stage: str, attempt: int = 1, reserved: int = 400_000) -> str:
+    def order(
+        self, stage: str, attempt: int = 1, reserved: int = 400_000, then: list[list[object]] | None = None
+    ) -> str:
         from orchestrator.runner import mark_to_dict, offer_to_dict
 
         name = f"kd-{stage}-{attempt}"
         order = {"offer": offer_to_dict(OFFER), "offer_index": 0, "attempt": attempt, "lifetime_s": 300.0}
+        order |= {"then": then} if then else {}
         now = self.clock.mark()
         self.ledger.reserve("r-abc123", stage, name, reserved, now.wall, later_floor=0, order=order)
         self.ledger.move(name, Event.SENT, now.wall, data={"sent": mark_to_dict(now)})
@@ -292,3 +295,25 @@ def test_text_of_others_loses_what_steers_terminals_and_nothing_else(text, left)
 def test_no_character_survives_that_a_terminal_would_act_on():
     every = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x202E, 0x2066, 0x2028]))
     assert clean(every).strip() == ""
+
+
+def test_a_machine_of_several_stages_gives_each_its_own_time_and_money():
+    """30 s for the first; the second stands at 12 s of its own, and the third waits for the same machine."""
+    world = World()
+    name = world.order("label", then=[["train", 1, 0.0], ["export", 1, 0.0]], reserved=900_000)
+    world.up(name)
+    world.clock.sleep(30)
+    world.done("label")
+    passed = {"label": {"until_s": 30.0}}
+    now = world.clock.mark().wall
+    world.ledger.note("r-abc123", "next", now, stage="label", machine=name, data={"serves": "train", "passed": passed})
+    world.clock.sleep(12)
+    scene = world.scene()
+    label, train, export = scene.stages
+    assert states(scene) == {"label": DONE, "train": RUNNING, "export": WAITING}
+    assert (label.took_s, label.spent_micros) == (30.0, 30_000)
+    assert (train.took_s, train.spent_micros) == (12.0, 12_000)
+    assert train.left is not None and train.left.expected == pytest.approx(188.0)
+    assert export.took_s is None and export.spent_micros == 0
+    assert scene.forecast.expected == 42_000 + 188_000 + 10_000  # the export's seconds are on this machine, too
+    assert scene.spent_micros == 42_000

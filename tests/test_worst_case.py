@@ -16,6 +16,7 @@ from orchestrator.live import money
 from orchestrator.plan import plan_to_dict
 from orchestrator.report import build_report, render_report
 from orchestrator.runner import Snapshot, machine_age_s, mark_to_dict, offer_to_dict, worst_case_micros
+from orchestrator.scene import Curve, scene_of
 from orchestrator.session import live_machines
 from orchestrator.states import Event
 from orchestrator.status import build_status, render_status
@@ -100,13 +101,14 @@ def test_the_live_view_shows_it_once_the_reservation_is_used_up():
     clock = VirtualClock()
     _, run = open_machine(clock)
 
-    def snapshot() -> Snapshot:
+    def told() -> str:
         row = run.machines[0]
-        return Snapshot(run, "train", row, machine_age_s(row, clock), None, 0)
+        seen = Snapshot(run, "train", row, machine_age_s(row, clock), None, 0)
+        return money(scene_of(seen, PLAN, now=clock.mark().wall, curve=Curve()))
 
-    assert "worst case" not in money(snapshot(), PLAN)
+    assert "worst case" not in told()
     clock.sleep(1880)
-    assert money(snapshot(), PLAN).endswith("; kd-1 is not confirmed gone: in the worst case ¥14.20")
+    assert told().endswith("; kd-1 is not confirmed gone: in the worst case ¥14.20")
 
 
 def test_what_is_gone_has_no_worst_case():
