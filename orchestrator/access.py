@@ -260,7 +260,8 @@ def notes(plan: Plan, allowed: bool, env: Mapping[str, str] | None = None) -> It
         if not ending.itself:
             yield f"{infra}: machines there cannot end themselves without {ending.right}: they are not rented"
         elif ending.account:
-            yield f"{infra}: {ending.right}, lies on the machine so that it can end itself: {then}"
+            comma = "," if "," in ending.right else ""
+            yield f"{infra}: {ending.right}{comma} lies on the machine so that it can end itself: {then}"
     if any(True for _ in rented(plan)) and plan.bucket.startswith("s3:"):
         yield from _bucket_notes(plan, then, env)
         if env.get("HF_TOKEN") and any(hub_models(stage.settings) for stage in rented(plan)):

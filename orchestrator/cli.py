@@ -67,7 +67,7 @@ def kdcloud() -> None:
     \b
     kdcloud init                   five questions, and a recipe of your own
     kdcloud plan quickstart        what it needs and costs, before a cent is spent
-    kdcloud run quickstart         does it; on your own CPU, in three minutes
+    kdcloud run quickstart         does it; on your own CPU, in minutes
 
     Exit codes: 0 done, 1 a bug, 2 wrong recipe or usage, 3 the cap (or the plan does not fit it), 4 no machine
     fits or can be had, 5 a stage failed or missed its deadline, 6 a teardown is not confirmed, 7 the run belongs to
@@ -501,7 +501,7 @@ def reap(
 @click.option("--without", metavar="GUARD", help="Take one guard away: the drill must fail ('list' names them).")
 @json_option
 def drill(schedules: int, seed: int | None, without: str | None, as_json: bool) -> None:
-    """Fire drill: does the cap hold whatever breaks? Rents nothing, takes seconds; no machine and no cent is real.
+    """Fire drill: does the cap hold whatever breaks? Rents nothing, takes minutes at most; nothing in it is real.
 
     \b
     kdcloud drill --schedules 10000
@@ -972,7 +972,8 @@ def _too_dear(made: Plan) -> BudgetExceeded:
     return BudgetExceeded(
         f"the plan needs {both(made.needed_micros, made.rate, made.currency)} with its reserves, the cap is "
         f"{both(made.cap_micros, made.rate, made.currency)}; nothing was started",
-        hint="raise --budget, take fewer samples, or choose a smaller student",
+        hint=("allow more time (--deadline; --frontier shows what each costs), or " if made.deadline_s else "")
+        + "raise --budget, take fewer samples, or choose a smaller student",
     )
 
 

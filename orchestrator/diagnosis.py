@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -16,6 +17,8 @@ import yaml
 from orchestrator.findings import TITLES, Answers, Change, Curve, Finding, Seen, Severity, StageSeen, findings
 from orchestrator.ledger import Ledger, MachineRow, Run
 from orchestrator.plan import Plan, StagePlan
+from orchestrator.shares import visits
+from orchestrator.smoke import NOTE
 from tasks.bucket import Bucket, BucketError, open_bucket
 from tasks.contract import ENDED_FILE, METRICS_FILE
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MOST_METRICS = 64 << 20  # bytes of one stage's metrics.jsonl
 MOST_ANSWERS = 16 << 20  # bytes of answers, where a stage has no result that counts them
+OF_A_SMOKE_RUN = ("out_of_memory", "memory_tight", "stage_failed")
 COMPARED = ("hard", "hard_2x", "search")  # arms that are there to be compared with, not to be good
 
 
@@ -33,15 +37,23 @@ def diagnose_command(ledger: Ledger, run_id: str | None, as_json: bool) -> None:
     from orchestrator.session import newest, plan_of
 
     run = ledger.run(newest(ledger, run_id))
-    plan = plan_of(run)
-    seen, looked, missing = read(run, plan)
-    document = to_json(run, seen, findings(seen), looked, missing)
+    document = diagnosed(run, plan_of(run))
     if as_json:
         print(json.dumps(document, indent=1, ensure_ascii=False))
         return
     from rich.console import Console
 
     render(document, Console(highlight=False))
+
+
+def diagnosed(run: Run, plan: Plan) -> dict[str, Any]:
+    """What is wrong with the run, worst first, and what was looked at: the document of `--json`."""
+    seen, looked, missing = read(run, plan)
+    found = findings(seen)
+    if run.data.get("smoke"):  # ten samples teach nothing, and are not meant to
+        found = [one for one in found if one.id in OF_A_SMOKE_RUN]
+        looked = [*looked, NOTE]
+    return to_json(run, seen, found, looked, missing)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -67,7 +79,8 @@ def read(run: Run, plan: Plan) -> tuple[Seen, list[str], list[str]]:
 
 
 def _stage(run: Run, stage: StagePlan, bucket: Bucket | None, missing: list[str]) -> StageSeen:
-    rows = [row for row in run.machines if row.stage == stage.name]
+    visited = [one for row in run.machines for one in visits(row) if one.stage == stage.name]
+    rows = [replace(one.row, facts=one.facts) for one in visited]
     done = run.done.get(stage.name)
     result = dict(done["result"]) if done else {}
     trains = stage.kind in ("train", "pretrain")

@@ -58,7 +58,7 @@ def show(place: str | None, stage: str | None, first: int, limit: int, as_json: 
             render_sample(sample, console)
 
 
-@labels.command("export")
+@labels.command("export", short_help="Labels to lines of JSON.")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.jsonl")
 def export_(folder: Path, file: Path) -> None:
@@ -71,7 +71,7 @@ def export_(folder: Path, file: Path) -> None:
     click.echo(f"{count} samples in {file}", err=True)
 
 
-@labels.command("import")
+@labels.command("import", short_help="Lines of JSON to labels.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE.jsonl")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--tokenizer", required=True, metavar="PATH", help="The teacher's: a folder or hub id.")

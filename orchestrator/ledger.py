@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -190,7 +190,10 @@ class Ledger:
         self._known: dict[str, _Known] = {}
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            # Never opened by hand where it is there: closing any descriptor of a file drops all locks that this process
+            # has on it (POSIX), those of another Ledger on it too, and the next client to leave deletes its WAL.
+            with suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             os.chmod(path, 0o600)
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._db.execute(f"PRAGMA journal_mode={self._journal(say)}")

@@ -861,7 +861,7 @@ def _with_settings(
         way = known[key]
         fits = way if isinstance(way, str) else _first_that_fits([way], lot.first.vram_gib)
         if isinstance(fits, str):
-            refused.append((lot, f"with the settings chosen it {fits}"))
+            refused.append((lot, f"with the settings chosen: {fits}"))
         else:
             fitting[id(lot)] = fits
     return fitting, refused

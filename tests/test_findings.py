@@ -13,7 +13,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from orchestrator.diagnosis import curves_of, diagnose_command, located, read, render, to_json
+from orchestrator import diagnosis
+from orchestrator.diagnosis import curves_of, diagnose_command, located, read, render
 from orchestrator.findings import (
     ORDER,
     RULES,
@@ -71,11 +72,19 @@ def unpacked(name: str, folder: Path) -> Path:
     return folder / "bucket"
 
 
-def diagnosed(bucket: Path, folder: Path) -> dict[str, Any]:
+def diagnosed(bucket: Path, folder: Path, **data: Any) -> dict[str, Any]:
     ledger = Ledger(folder / "ledger.sqlite")
     run = ledger.run(newest(ledger, f"file:{bucket}"))
-    seen, looked, missing = read(run, plan_of(run))
-    return {**to_json(run, seen, findings(seen), looked, missing), "text": run.data["recipe_text"]}
+    document = diagnosis.diagnosed(replace(run, data={**run.data, **data}), plan_of(run))
+    return {**document, "text": run.data["recipe_text"]}
+
+
+def test_a_smoke_run_is_not_asked_whether_it_learned_but_whether_it_went(tmp_path: Path) -> None:
+    document = diagnosed(unpacked("loss-flat", tmp_path), tmp_path, smoke=True)
+    assert document["findings"] == [] and "its quality means nothing" in " ".join(document["looked_at"])
+    (tmp_path / "other").mkdir()
+    (one,) = diagnosed(unpacked("out-of-memory", tmp_path / "other"), tmp_path / "other", smoke=True)["findings"][:1]
+    assert one["id"] == "out_of_memory"
 
 
 def test_every_broken_run_that_is_made_is_kept_and_small() -> None:

@@ -122,9 +122,10 @@ def place(model: Path) -> Iterator[Hub]:
 def load(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Loads the model in a process of its own, since huggingface_hub reads its environment when it is imported."""
     script = (
-        "import torch; from tasks import models; from tasks.contract import ModelSource, TaskError\n"
+        "import torch; from unittest.mock import Mock\n"
+        "from tasks import models; from tasks.contract import ModelSource, TaskError\n"
         f"source = ModelSource(path={NAME!r})\n"
-        "try: loaded = models.load(None, source, dtype=torch.float32)\n"
+        "try: loaded = models.load(Mock(), source, dtype=torch.float32)\n"
         "except TaskError as error: raise SystemExit(f'{error.message} -> {error.hint}')\n"
         "print(sum(p.numel() for p in loaded.model.parameters()), len(loaded.tokenizer))\n"
     )

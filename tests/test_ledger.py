@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -216,3 +219,22 @@ def test_every_entry_is_folded_once_however_often_the_run_is_read(monkeypatch):
         end(made, f"kd-{number}", 5)
         made.run(run)
     assert len(folded) == len(set(folded)) == 30 * 6  # a reservation and five moves each
+
+
+@pytest.mark.parametrize("open_here", [1, 2])
+def test_what_is_written_here_is_seen_by_others_however_many_ledgers_this_process_opened(
+    tmp_path: Path, open_here: int
+) -> None:
+    """Another process that opens the file and leaves may not take the write-ahead log away from us."""
+    path = tmp_path / "ledger.sqlite"
+    mine = [Ledger(path) for _ in range(open_here)]
+    look = (
+        "import sys; from pathlib import Path; from orchestrator.ledger import Ledger\n"
+        "ledger = Ledger(Path(sys.argv[1])); print(len(ledger.runs())); ledger.close()"
+    )
+    for count in (1, 2):
+        make_run(mine[0], f"q-abc12{count}")
+        seen = subprocess.run([sys.executable, "-c", look, str(path)], capture_output=True, text=True, check=True)
+        assert seen.stdout.strip() == str(count)
+    for one in mine:
+        one.close()

@@ -117,11 +117,13 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def close(one: Path, two: Path, learning_rate: float) -> None:
-    """AdamW steps are as long as the learning rate, however small the gradient: so rounding is, too."""
+    """AdamW steps are as long as the learning rate, however small the gradient: so rounding is, too. How much differs
+    with the order in which a CPU's kernels add (0.0018 of the rate was seen); shares that are not added differ by all
+    of it."""
     a, b = weights(one), weights(two)
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-3 * learning_rate)
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=5e-3 * learning_rate)
 
 
 @pytest.mark.parametrize("settings", [EARLY, TIED, LORA], ids=["full", "full-tied", "lora"])
