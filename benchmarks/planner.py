@@ -3,8 +3,8 @@
     python -m benchmarks.planner [--stages 20] [--profile]
 
 Offers differ in machine, region and price; half have one GPU, the others 2, 4 or 8; five infras, spot and on demand.
-Stages are labellings, trainings, evaluations and exports of several sizes, so that none is like another. Each time is CPU time of one plan, the shortest
-of three, nothing known from before.
+Stages are labellings, trainings, evaluations and exports of several sizes, so that none is like another. Each time is
+CPU time of one plan, the shortest of three, nothing known from before.
 """
 
 from __future__ import annotations
