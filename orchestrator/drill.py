@@ -166,7 +166,7 @@ class ReaperClock:
         return Mark(wall, mark.boot_id, mark.boot_s + self._waited)
 
     def sleep(self, seconds: float) -> None:
-        self._waited += 60.0
+        self._waited += seconds
 
 
 class World:

@@ -74,6 +74,7 @@ JOB_START_LIMIT_S = 180.0
 WARN_EVERY_S = 20.0
 SWEEP_S, SWEEP_OFTEN_S, YOUNG_S = 600.0, 45.0, 240.0  # how often to look for machines nobody counts with
 LOST_GAP_S = 30.0  # a list of machines may be wrong for a moment
+UNWATCHED_S = 120.0  # later than due by more than this a second look says nothing of the time since the first
 BUCKET_PATIENCE_S = 600.0  # with nothing running, a bucket that does not answer is waited for that long
 GATE_EVERY_S = 5.0  # how often the speed of a stage is looked at
 TEARDOWN_PATIENCE_S = 60.0  # or three times the provider's own delays, whichever is longer
@@ -483,8 +484,12 @@ class Runner:
         """The age at which the machine ended: when it was first missing, or earlier where there is word of it.
 
         The provider may tell when billing stopped; a supervisor that ended its machine left word of it in the store.
+        Where nobody looked for long after it was first missing it may have come back meanwhile, and ended by itself.
         """
-        seconds = float(row.facts.get("absent_age_s") or self._age(row))
+        age = self._age(row)
+        seconds = float(row.facts.get("absent_age_s") or age)
+        if age - seconds > gap_s(row, latencies) + UNWATCHED_S:
+            seconds = age
         if row.facts.get("ended_at"):
             sent = mark_from_dict(row.facts["sent"])
             told = (datetime.fromisoformat(row.facts["ended_at"]) - sent.wall).total_seconds()

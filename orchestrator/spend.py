@@ -13,6 +13,7 @@ from fractions import Fraction
 from orchestrator.provision import Latencies, Offer
 
 DEARER = 2  # what lands may cost so many times what was ordered, and the cap still holds
+COPIES = 2  # so many machines may come of one order, each as dear as that
 MAX_LIFETIME_S = 7 * 24 * 3600.0  # no machine is ordered for longer; also the lifetime of one that costs nothing
 
 
@@ -64,14 +65,14 @@ def lifetime_s(offer: Offer, reserved_micros: int) -> float:
 
 
 def order_lifetime_s(offer: Offer, reserved_micros: int) -> float:
-    """`lifetime_s` of a machine that does not exist yet: below 0 also where it may land DEARER times as dear."""
-    return lifetime_s(offer, reserved_micros) if create_limit_s(offer, reserved_micros) > 0 else -1.0
+    """`lifetime_s` of a machine that does not exist yet: below 0 also where the worst that may land cannot be ended."""
+    may_land = create_limit_s(offer, reserved_micros) > 0 and _landing_micros(offer) <= reserved_micros
+    return lifetime_s(offer, reserved_micros) if may_land else -1.0
 
 
 def reserve_micros(offer: Offer, work_s: float) -> int:
     """Reservation that lets work go on until the age `work_s`, and holds should the machine land too dear."""
-    landing = cost_micros(_dearer(offer), offer.latencies.ending_s)
-    return max(cost_micros(at_worst(offer), work_s + offer.latencies.total_s), landing)
+    return max(cost_micros(at_worst(offer), work_s + offer.latencies.total_s), _landing_micros(offer))
 
 
 def create_limit_s(offer: Offer, reserved_micros: int) -> float:
@@ -126,6 +127,12 @@ def available_micros(*, cap: int, spent: int, open_: int, later_floor: int) -> i
 def supervisor_remaining_s(lifetime: float, age: float, latencies: Latencies) -> float:
     """Seconds the supervisor has until it must have ended, its last upload included, when its job is sent at `age`."""
     return lifetime + latencies.tick_s + latencies.flush_s - age
+
+
+def _landing_micros(offer: Offer) -> int:
+    """What the worst that may land costs though ended at once: a first billing step, or minimum charge, of each."""
+    at_once = COPIES * cost_micros(_dearer(offer), 1)
+    return max(at_once, cost_micros(_dearer(offer), offer.latencies.ending_s))
 
 
 def _dearer(offer: Offer) -> Offer:

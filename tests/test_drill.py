@@ -245,3 +245,16 @@ Life.TestCase.settings = settings(
     max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestLife = Life.TestCase
+
+
+@pytest.mark.parametrize(
+    ("seed", "why"),
+    [
+        (4358583519590, "missing twice, hours apart, and alive in between"),
+        (4403708927527, "only the reaper is left, and is refused three times"),
+        (6625471659484, "two machines, each at twice its price, billed by the hour"),
+        (3596760456232, "the same with its client asleep later"),
+    ],
+)
+def test_schedules_that_once_passed_the_cap_hold(seed, why):
+    assert play(seed).overspend_micros == 0, why

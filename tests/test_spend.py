@@ -106,6 +106,12 @@ def test_a_machine_that_lands_at_twice_its_price_and_is_ended_by_its_create_limi
         assert spend.create_limit_s(offer, spend.reserve_micros(offer, life)) > 0
 
 
+def test_two_machines_of_one_order_at_twice_its_price_are_paid_for_though_each_is_billed_a_whole_hour():
+    offer = fake_offer(1_000_000, quantum_s=3600)
+    assert spend.order_lifetime_s(offer, 3_999_999) < 0 < spend.order_lifetime_s(offer, 4_000_000)
+    assert spend.reserve_micros(offer, 60) == 4_000_000
+
+
 @pytest.mark.parametrize(("reserved", "expected"), [(500_000, 200_000), (150_000, 150_000), (50_000, 90_000)])
 def test_what_never_came_up_is_settled_as_if_it_had_cost_twice_as_much(reserved, expected):
     offer = fake_offer(3_600_000)
