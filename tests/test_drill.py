@@ -253,7 +253,7 @@ TestLife = Life.TestCase
         (4358583519590, "missing twice, hours apart, and alive in between"),
         (4403708927527, "only the reaper is left, and is refused three times"),
         (6625471659484, "two machines, each at twice its price, billed by the hour"),
-        (3596760456232, "the same with its client asleep later"),
+        (3596760456232, "the same machines in another run"),
     ],
 )
 def test_schedules_that_once_passed_the_cap_hold(seed, why):
