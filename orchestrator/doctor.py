@@ -193,7 +193,8 @@ def extra(name: str, missing: Sequence[str], wants: Wants) -> Check:
     if name == "s3" and not wants.named and not wants.s3:
         state = State.SKIPPED
     found = f"not installed ({', '.join(missing)}): {use}"
-    return Check(id_, COMPUTER, state, found, "" if state is State.SKIPPED else f"pip install 'kdcloud[{name}]'")
+    cure = "" if state is State.SKIPPED else f"in a clone: pip install '.[{name}]'"
+    return Check(id_, COMPUTER, state, found, cure)
 
 
 def home(path: str, trouble: str, *, network: bool, open_to_others: bool) -> Check:
@@ -244,7 +245,7 @@ def skypilot(version: str | None, wants: Wants) -> Check:
     if version is None:
         state = wants.needs(bool(cloudy))
         found = "not installed: without it nothing can be rented" if state is not State.SKIPPED else "not installed"
-        cure = "" if state is State.SKIPPED else f"pip install 'kdcloud[sky]'{_sky_clouds(cloudy)}"
+        cure = "" if state is State.SKIPPED else f"in a clone: pip install '.[sky]'{_sky_clouds(cloudy)}"
         return Check("sky", SKY, state, found, cure)
     if not version.startswith(SKY_WANTED):
         found = f"SkyPilot {version} is installed, kdcloud knows {SKY_WANTED}x"

@@ -92,7 +92,7 @@ def _text() -> Any:
         from tasks import labels_text
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"labels need {error.name}, which is not installed", hint="pip install 'kdcloud[local]'"
+            f"labels need {error.name}, which is not installed", hint="in a clone: pip install '.[local]'"
         ) from error
     return labels_text
 

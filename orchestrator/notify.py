@@ -24,7 +24,7 @@ from orchestrator.words import Word
 Say = Callable[[str, str | None, str], None]
 ENV = "KDCLOUD_NOTIFY"  # addresses with spaces between them; they count instead of those in config.yaml
 LAST_WORDS_S = 10.0  # at the end the client waits so long for what is still on its way
-INSTALL = "pip install 'kdcloud[notify]'"
+INSTALL = "in a clone: pip install '.[notify]'"
 
 
 def addresses(configured: Sequence[str], env: Mapping[str, str]) -> tuple[str, ...]:

@@ -26,7 +26,11 @@ def notify(tries: bool) -> None:
     home = Home.from_env()
     urls = addresses(load_config(home).notify, os.environ)
     if not urls:
-        raise UsageError("nobody is told yet", hint=f"write `notify: [ADDRESS]` into {home.config}; see docs/notify.md")
+        hint = f"write `notify: [ADDRESS]` into {home.config}; see docs/notify.md"
+        if tries:
+            raise UsageError("nobody is told yet", hint=hint)
+        click.echo(f"nobody is told yet: {hint}")
+        return
     sender = Sender(urls, lambda text: None)
     if tries:
         sender.send(trial())

@@ -95,7 +95,7 @@ def _environment(report: Mapping[str, Any], rate: Rate, limit: int) -> Environme
         from markupsafe import Markup, escape
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"a page needs {error.name}, which is not installed", hint="pip install 'kdcloud[page]'"
+            f"a page needs {error.name}, which is not installed", hint="in a clone: pip install '.[page]'"
         ) from error
     forms = _forms(rate, str(report.get("currency") or "USD"))
 

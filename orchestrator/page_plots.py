@@ -72,7 +72,7 @@ def _svg(name: str, width: float, height: float, draw: Callable[[Figure, bool], 
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"a page needs {error.name}, which is not installed", hint="pip install 'kdcloud[page]'"
+            f"a page needs {error.name}, which is not installed", hint="in a clone: pip install '.[page]'"
         ) from error
     with matplotlib.rc_context(
         {**_STYLE, "svg.hashsalt": name}

@@ -867,7 +867,8 @@ class SkyApi:
             import sky
         except ImportError as error:
             raise ProvisionError(
-                "SkyPilot is not installed", hint="pip install 'kdcloud[sky]', or set `infra: local` in the recipe"
+                "SkyPilot is not installed",
+                hint="in a clone: pip install '.[sky]', or set `infra: local` in the recipe",
             ) from error
         from sky import sky_logging
 

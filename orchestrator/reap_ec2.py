@@ -321,7 +321,7 @@ def asking(doing: str) -> Iterator[None]:
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError as error:
         raise ProvisionError(
-            "looking at AWS itself needs boto3, which is not installed", hint="pip install 'kdcloud[s3]'"
+            "looking at AWS itself needs boto3, which is not installed", hint="in a clone: pip install '.[s3]'"
         ) from error
     try:
         yield

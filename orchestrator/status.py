@@ -68,21 +68,23 @@ def render_status(document: Mapping[str, Any], console: Console) -> None:
         ("stages", "right"),
         ("spent", "right"),
         ("cap", "right"),
-        ("machines", "left"),
+        ("machines", "right"),
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=name == "run", overflow="fold")  # type: ignore[arg-type]
     for run in document["runs"]:
         colour = {"done": "green", "running": "cyan"}.get(run["state"], "yellow")
-        live = ", ".join(f"{m['name']} ({m['state']}, provider says {m['provider']})" for m in run["live"])
         table.add_row(
             run["run"],
             f"[{colour}]{run['state']}[/]",
             f"{run['stages_done']}/{run['stages']}",
             usd(run["spend_micros"]),
             usd(run["cap_micros"]),
-            live or "none",
+            str(len(run["live"]) or "none"),
         )
     console.print(table)
+    for machine in (one for run in document["runs"] for one in run["live"]):
+        text = f"{machine['name']}: {machine['state']}, provider says {machine['provider']}"
+        console.print(text, markup=False, soft_wrap=True)
     for run in document["runs"]:
         if run["state"] == "interrupted":
             console.print(

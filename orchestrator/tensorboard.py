@@ -37,7 +37,7 @@ def check_installed() -> None:
     if importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
             "TensorBoard is not installed here",
-            hint="pip install 'kdcloud[local]', or only it: pip install tensorboard",
+            hint="in a clone: pip install '.[local]', or only it: pip install tensorboard",
         )
 
 

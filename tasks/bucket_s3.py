@@ -276,7 +276,8 @@ def _client() -> Any:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
     except ImportError as error:
-        raise BucketError("s3:// needs boto3, which is not installed", hint="pip install 'kdcloud[s3]'") from error
+        hint = "in a clone: pip install '.[s3]'"
+        raise BucketError("s3:// needs boto3, which is not installed", hint=hint) from error
     style = os.environ.get(ADDRESSING)
     config = Config(
         s3={"addressing_style": style} if style else None,

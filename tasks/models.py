@@ -264,7 +264,7 @@ def bits_and_bytes(what: str) -> Any:
     try:
         import bitsandbytes
     except ImportError as error:
-        hint = "pip install 'kdcloud[quantized]', or leave that setting out"
+        hint = "in a clone: pip install '.[quantized]', or leave that setting out"
         raise TaskError(f"{what} needs bitsandbytes, which is not installed here", hint=hint) from error
     return bitsandbytes
 

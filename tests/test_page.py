@@ -204,7 +204,7 @@ def test_without_the_extra_the_page_says_how_to_install_it(tmp_path: Path, monke
             patched.setitem(sys.modules, module, None)
             with pytest.raises(UsageError, match=module) as raised:
                 render_page(made)
-        assert raised.value.hint == "pip install 'kdcloud[page]'"
+        assert raised.value.hint == "in a clone: pip install '.[page]'"
 
 
 def test_curves_are_arms_without_searches_and_count_repeated_steps_once() -> None:

@@ -77,7 +77,7 @@ def test_without_tensorboard_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="not installed") as error:
         check_installed()
-    assert "kdcloud[local]" in error.value.hint
+    assert "pip install '.[local]'" in error.value.hint
 
 
 LISTENS = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(600)"

@@ -263,7 +263,7 @@ def test_without_apprise_it_says_what_to_install(webhook: Webhook, monkeypatch: 
     sender = Sender([webhook.url], said.append)
     sender.send(notify.trial())
     sender.close()
-    assert len(said) == 1 and "pip install 'kdcloud[notify]'" in said[0] and not webhook.heard
+    assert len(said) == 1 and "in a clone: pip install '.[notify]'" in said[0] and not webhook.heard
 
 
 def test_nothing_is_started_where_nobody_is_to_be_told() -> None:
@@ -306,7 +306,9 @@ def test_the_command_says_who_is_told_by_kind_alone_and_tries_it(
     webhook: Webhook, closed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(notify.ENV, raising=False)
-    nobody = CliRunner().invoke(kdcloud, ["notify"])
+    looked = CliRunner().invoke(kdcloud, ["notify"])
+    assert looked.exit_code == 0 and "nobody is told yet" in looked.output and "config.yaml" in looked.output
+    nobody = CliRunner().invoke(kdcloud, ["notify", "--test"])
     assert isinstance(nobody.exception, UsageError) and "config.yaml" in nobody.exception.hint
     monkeypatch.setenv(notify.ENV, webhook.url)
     assert CliRunner().invoke(kdcloud, ["notify"]).output == "json (1 of 1)\n" and not webhook.heard
