@@ -46,7 +46,8 @@ def main() -> None:
     if "local" in extras:
         install_torch_without_cuda()
     say(f"installing the locked versions ({', '.join(sorted(extras))})")
-    pip(["install", "-c", str(LOCK), "hatchling"])
+    # What builds: this package, and those that come as source (a new environment's own setuptools may be too old to).
+    pip(["install", "-c", str(LOCK), "hatchling", "setuptools"])
     pip(["install", "-c", str(LOCK), "--no-build-isolation", "-e", f"{ROOT}[{','.join(sorted(extras | done))}]"])
     STAMP.write_text("\n".join([digest, *sorted(extras | done)]) + "\n")
 
