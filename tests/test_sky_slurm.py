@@ -192,7 +192,7 @@ def test_two_stages_share_a_machine_that_goes_on_and_ends_without_its_client(tmp
     results = {stage: f"bucket/*/{stage}/COMMIT" for stage in ("first", "second")}
     between = wait_for(lambda: list((tmp_path / "home").glob(results["first"])), 120, "no result of the first stage")
     (name,) = machines(home)
-    assert allocations(home) == [name]  # not ended between the two
+    assert len(allocations(home)) == 1  # not ended between the two
     wait_for(lambda: list((tmp_path / "home").glob(results["second"])), 120, "no result of the second stage")
     seconds = wait_for(lambda: not allocations(home), 150, "the machine stays idle")
     note(f"first result after {between:.0f} s; gone {seconds:.0f} s after the last, by {ended_by(home, job_of(name))}")
