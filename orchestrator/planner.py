@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any
 from urllib.parse import urlsplit
@@ -894,10 +894,10 @@ def _fallbacks(stay: _Stay, rows: _Rows) -> tuple[list[tuple[Offer, tuple[_Way, 
         lot = option.lot
         if any(id(lot) not in fits for fits in fitting) or lot.first.gpus > 1 >= stay.offer.gpus:
             continue
-        alone = [fits[id(lot)]() for fits in fitting]
-        key = tuple(map(id, alone))
+        ways_of = [fits[id(lot)] for fits in fitting]
+        key = tuple(map(id, ways_of))
         if key not in together:
-            together[key] = _one_after_another(first, alone, lot, rows)
+            together[key] = _one_after_another(first, [way_of() for way_of in ways_of], lot, rows)
         ways = together[key]
         hours = sum((way.hours.expected for way in ways), 0.0)
         more = egress if _pays_for_traffic(lot.first.infra) else 0
@@ -933,7 +933,7 @@ def _with_settings(
             machine = _machine(lot, stage, world, asked)
             assert isinstance(machine, Machine)
             known[key] = _not_on(settings, machine) or (
-                cache(partial(_way, stage, settings, world, machine, scene.calibration)),
+                partial(_way, stage, settings, world, machine, scene.calibration),
                 needed_memory(stage, settings, world, machine).total_gib.high,
             )
         found = known[key]
