@@ -81,7 +81,7 @@ def seconds(stages: int, count: int, *, hurry: float | None = None, times: int =
     for _ in range(times):
         deadline_s = None if hurry is None else hurry * _planner(made, market).plan().hours.expected * 3600
         planner = _planner(made, market, deadline_s)
-        for known in (duration._step_s, duration._serving_s, duration._score_s):
+        for known in (duration._steps_s, duration._micro_parts, duration._serving_s, duration._score_s):
             known.cache_clear()  # as in a process that has planned nothing yet
         started = time.process_time()
         planner.plan()

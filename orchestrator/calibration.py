@@ -210,4 +210,9 @@ def to_json(parts: Mapping[str, Part]) -> dict[str, Any] | None:
 
 def sum_of(parts: Mapping[str, Part], names: Sequence[str]) -> Range:
     """Seconds of these parts together, calibrated."""
-    return sum((calibrated(parts[name]) for name in names if name in parts), Range(0.0, 0.0, 0.0))
+    low = expected = high = 0.0
+    for name in names:
+        if name in parts:
+            one = calibrated(parts[name])
+            low, expected, high = low + one.low, expected + one.expected, high + one.high
+    return Range(low, expected, high)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator.catalog import GPUS, Gpu, ModelShape
 from orchestrator.duration_kernels import all_reduce_s, memory_s
 from orchestrator.duration_serving import Serving, serving_s
 from orchestrator.duration_serving import step_share as serving_step_share
-from orchestrator.duration_training import SLOW_HOST, Training, forward_parts, step_s
+from orchestrator.duration_training import SLOW_HOST, Training, forward_parts, micro_parts, one_micro_batch, step_s
 from orchestrator.memory import MLP_PARTS
 from orchestrator.plan import Range
 
@@ -112,7 +113,7 @@ def training_s(
         eight_bit=eight_bit, compiled=compiled, gpus=gpus,
     )  # fmt: skip
     steps *= longest_share(gpus, math.ceil(batch_size / gpus))
-    fast, slow = _step_s(speed.card.name, work), _step_s(speed.card.name, replace(work, host=SLOW_HOST))
+    fast, slow = _steps_s(speed.card.name, work)
     return Range(steps * fast / SPREAD["train"], steps * slow, steps * slow * SPREAD["train"])
 
 
@@ -270,9 +271,15 @@ def around(seconds: float, kind: str, host: Range | None = None) -> Range:
 
 
 @functools.lru_cache(4096)
-def _step_s(card: str, work: Training) -> float:
-    """The same for every offer of a card."""
-    return step_s(GPUS[card], work)
+def _steps_s(card: str, work: Training) -> tuple[float, float]:
+    """A step on a usual host and on a slow one: the same for every offer of a card."""
+    micro = _micro_parts(card, one_micro_batch(work))
+    return step_s(GPUS[card], work, micro), step_s(GPUS[card], replace(work, host=SLOW_HOST), micro)
+
+
+@functools.lru_cache(4096)
+def _micro_parts(card: str, work: Training) -> Mapping[str, float]:
+    return micro_parts(GPUS[card], work)
 
 
 @functools.lru_cache(4096)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.catalog import ModelShape
 from orchestrator.duration_kernels import (
@@ -124,14 +124,15 @@ class Training:
         return self.shape.params if self.full else self.shape.lora_params(self.lora_r, self.lora_targets)
 
 
-def step_s(card: Gpu, work: Training) -> float:
+def step_s(card: Gpu, work: Training, micro: Mapping[str, float] | None = None) -> float:
     """Seconds of one optimizer step."""
-    return sum(step_parts(card, work).values())
+    return sum(step_parts(card, work, micro).values())
 
 
-def step_parts(card: Gpu, work: Training) -> dict[str, float]:
-    """Seconds of one optimizer step by what they go to; `host`: what the kernels' start takes beyond their work."""
-    micro = _micro_parts(card, work)
+def step_parts(card: Gpu, work: Training, micro: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Seconds of one optimizer step by what they go to; `host`: what the kernels' start takes beyond their work.
+    `micro`: micro_parts, where they are known."""
+    micro = micro_parts(card, work) if micro is None else micro
     device = sum(micro.values())
     traffic = _traffic_s(card, work, device)
     host = max(0.0, _host_s(work) - device - traffic)
@@ -168,8 +169,13 @@ def forward_parts(card: Gpu, work: Training, *, head_rows: float) -> dict[str, f
     }
 
 
-def _micro_parts(card: Gpu, work: Training) -> Mapping[str, float]:
-    """Seconds of a micro-batch, forward and backward."""
+def one_micro_batch(work: Training) -> Training:
+    """The same for all work whose micro-batches take as long on the device."""
+    return replace(work, accumulation=1, host=1.0, gpus=work.gpus if work.sharded or work.tensor > 1 else 1)
+
+
+def micro_parts(card: Gpu, work: Training) -> Mapping[str, float]:
+    """Seconds of a micro-batch on the device, forward and backward."""
     shape, tokens = work.shape, work.micro_batch * work.length
     forward = forward_parts(card, work, head_rows=tokens)
     again = 1.0 if work.checkpointing else 0.0

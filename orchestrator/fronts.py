@@ -33,15 +33,26 @@ class Point:
 Spans = Sequence[Mapping[int, Sequence[Point]]]  # Spans[i][j]: the front of stages i to j - 1 on one machine
 Path = tuple[Any, ...]  # (path before, point), empty at the start: shared by all that begin alike
 Partial = tuple[int, float, Path]  # micros, hours
+Row = tuple[Any, ...]  # of a point that is not made yet
 _cost_and_time = itemgetter(0, 1)
+_row_order = itemgetter(0, 1, 2, 3)
 
 
 def front_of(points: Iterable[Point]) -> list[Point]:
     """Those that are worth a look, cheapest first; each is faster, or ends sooner, than all before it. Of equal ones
     the first."""
-    found: list[Point] = []
-    for one in sorted(points, key=lambda one: (one.micros, one.hours, one.ending_hours)):
-        if not any(other.hours <= one.hours and other.ending_hours <= one.ending_hours for other in found):
+    rows = [(one.micros, one.hours, one.ending_hours, which, one) for which, one in enumerate(points)]
+    return [row[-1] for row in worth_a_look(rows)]
+
+
+def worth_a_look(rows: Iterable[Row]) -> list[Row]:
+    """The same of rows (micros, hours, ending_hours, which, ...), `which` in their order: before they are points."""
+    found: list[Row] = []
+    soonest: dict[float, float] = {}  # by ending_hours: the fewest hours so far
+    for one in sorted(rows, key=_row_order):
+        hours, ending_hours = one[1], one[2]
+        if all(hours < fewest or ending_hours < ending for ending, fewest in soonest.items()):
+            soonest[ending_hours] = hours
             found.append(one)
     return found
 

@@ -5,6 +5,7 @@ How long a stage takes depends on the kind alone: a market is sorted once, and e
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from orchestrator import spend
 from orchestrator.gpus import Gpu, gpu_named
 from orchestrator.offers import checked, known_price
+from orchestrator.plan import ending_hours
 from orchestrator.provision import Latencies, Offer
 
 PLACES_A_MACHINE = 3  # regions of one machine that a stage may fall back on
@@ -31,7 +33,7 @@ class Lot:
     gpu: Gpu | None
     count: int
 
-    @property
+    @cached_property
     def first(self) -> Offer:
         return self.offers[0]
 
@@ -44,8 +46,32 @@ class Lot:
 
     def least_micros(self, seconds: float) -> tuple[int, int]:
         """(the least of `needed_micros`, which offer it is of: the first of equals)."""
-        work = spend.billed_s(self.first, seconds)
+        quantum, minimum_s = self._billing
+        work = max(minimum_s, math.ceil(seconds / quantum) * quantum) if seconds > 0 else minimum_s
+        if len(self._unbeaten) == 1:
+            price, reserve, which = self._unbeaten[0]
+            return -(-price * work // 3600) + reserve, which
         return min((-(-price * work // 3600) + reserve, which) for price, reserve, which in self._unbeaten)
+
+    @cached_property
+    def _billing(self) -> tuple[int, int]:
+        """For spend.billed_s, which is asked too often to look at an offer each time."""
+        return max(1, self.first.quantum_s), self.first.minimum_s
+
+    @cached_property
+    def card(self) -> str:
+        """Its name, as the project writes it."""
+        return self.gpu.name if self.gpu is not None else self.first.gpu or "no GPU"
+
+    @cached_property
+    def cards(self) -> str:
+        """The same with their number, where a machine has several."""
+        return f"{self.first.gpus}x {self.card}" if self.first.gpus > 1 else self.card
+
+    @cached_property
+    def ending_hours(self) -> float:
+        """How long before the deadline a run ends the work on each of these machines."""
+        return ending_hours(self.first)
 
     @cached_property
     def _unbeaten(self) -> tuple[tuple[int, int, int], ...]:

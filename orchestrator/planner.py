@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +25,7 @@ from orchestrator.catalog import MODELS, ModelShape
 from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
 from orchestrator.forecast import LEAST_SHARE
-from orchestrator.fronts import Point, Spans, cheapest_in_time, fastest, front_of, needed_hours, whole_front
+from orchestrator.fronts import Point, Spans, cheapest_in_time, fastest, needed_hours, whole_front, worth_a_look
 from orchestrator.handover import environments
 from orchestrator.market import MACHINES_AN_INFRA, PLACES_A_MACHINE, Lot, lots_of
 from orchestrator.offers import known_price
@@ -42,6 +42,7 @@ from orchestrator.sizing import (
     left_open,
     measure,
     models_gb,
+    needed_memory,
     uses_all_gpus,
 )
 from orchestrator.stays import Cell, Things, stays
@@ -71,7 +72,11 @@ class _Way:
     measured: Measured
     hours: Range
     startup: Range
-    parts: Mapping[str, Part]
+    parts_of: Callable[[], Mapping[str, Part]]  # few ways are asked for them
+
+    @cached_property
+    def parts(self) -> Mapping[str, Part]:
+        return self.parts_of()
 
     @property
     def needs_gib(self) -> float:
@@ -106,7 +111,7 @@ class _Considered:
 
     @cached_property
     def front(self) -> list[Point]:
-        return front_of(_point(one) for one in self.options)
+        return _front(self.options)
 
 
 @dataclass(frozen=True)
@@ -241,12 +246,12 @@ class Planner:
         considered, taken = self._rows.considered[index], _at(self._taken, index)
         groups: dict[tuple[str, bool], list[_Option]] = {}
         for option in considered.options:
-            groups.setdefault((_card(option.lot), option.offer.spot), []).append(option)
-        groups.pop((_card(taken.lot), taken.offer.spot))
+            groups.setdefault((option.lot.cards, option.offer.spot), []).append(option)
+        groups.pop((taken.lot.cards, taken.offer.spot))
         others = sorted((self._with(index, options) for options in groups.values()), key=lambda one: one[0])
         looked = [_looked(taken, index, ""), *(one for _, one in others)]
         seen = {one.gpu for one in looked}
-        for gpu, why in dict.fromkeys((_card(lot), why) for lot, why in considered.refused):
+        for gpu, why in dict.fromkeys((lot.cards, why) for lot, why in considered.refused):
             if gpu not in seen:
                 looked.append(Looked(gpu, False, why))
         stage = self.recipe.stages[index]
@@ -415,7 +420,7 @@ class _Rows:
             {end: front for end, front in by_end.items() if not first <= index < end}
             for first, by_end in enumerate(self.spans)
         ]
-        spans[index][index + 1] = front_of(_point(one) for one in options)
+        spans[index][index + 1] = _front(options)
         if self.scene.join:
             lots = [self._by_lot[key] for one in options if (key := id(one.lot)) in self._by_lot]
             for (first, end), front in _fronts(lots).items():
@@ -445,7 +450,7 @@ class _Rows:
     def _leaves(self, at: int, way: _Way, lot: Lot) -> tuple[str, dict[str, float]]:
         """What the stage leaves on a machine: its packages, and models with their GB."""
         stage = self.stages[at]
-        environment = setup_time.environment_of(stage.kind, way.settings, lot.gpu)
+        environment = way.measured.environment
         models = {} if lot.first.gpu is None else models_gb(stage, way.settings, self.world)
         return f"packages {environment or ''}", models
 
@@ -481,24 +486,27 @@ class _Rows:
         if (at, id(way)) in known:
             cell: Cell = known[at, id(way)]
             return cell
-        packages, models = self._leaves(at, way, lot)
-        setup_of = things.mask(packages)
+        left = (at, id(way.settings), None if lot.gpu is None else lot.gpu.name, lot.first.gpu)
+        if left not in known:
+            packages, models = self._leaves(at, way, lot)
+            known[left] = packages, models, things.mask(packages), things.mask(packages, *models)
+        packages, models, setup_of, leaves = known[left]
         key = (lot.first.infra, packages)
         if key not in known:
             known[key] = {
                 mask: duration.hours(calibrated(_joined_setup(*key, ready=bool(mask), scene=scene))).expected
                 for mask in (0, setup_of)
             }
-        own = (at, _card(lot), lot.first.gpus, id(way.settings))
+        own = (*left, lot.first.gpus)
         if own not in known:
             there = [frozenset[str]()]
             for name in models:
                 there += [have | {name} for have in there]
             known[own] = {
-                things.mask(*have): _own_hours(_joined_own(way, _missing(models, have), scene)).expected
+                things.mask(*have): _joined_own_hours(way, _missing(models, have), scene).expected
                 for have in there
             }
-        cell = Cell(way.hours.expected, things.mask(packages, *models), setup_of, egress, known[own], known[key])
+        cell = Cell(way.hours.expected, leaves, setup_of, egress, known[own], known[key])
         known[at, id(way)] = cell
         return cell
 
@@ -507,15 +515,16 @@ def _fronts(
     lots: Iterable[tuple[Lot, list[_Option | None], list[Cell | None]]],
 ) -> dict[tuple[int, int], list[Point]]:
     """Of each row of stages on one machine, two or more, what is worth a look."""
-    found: dict[tuple[int, int], list[Point]] = {}
+    found: dict[tuple[int, int], list[tuple[int, float, float, int, Lot]]] = {}
     for lot, _, cells in lots:
-        ending = ending_hours(lot.first)
+        ending = lot.ending_hours
         for first, end, micros, hours in stays(lot, cells):
-            points = found.setdefault((first, end), [])
-            if points and micros >= points[0].micros and hours >= points[0].hours and ending >= points[0].ending_hours:
-                continue
-            points.append(Point(micros, hours, (lot, first, end), ending))
-    return {span: front_of(points) for span, points in found.items()}
+            rows = found.setdefault((first, end), [])
+            rows.append((micros, hours, ending, len(rows), lot))
+    return {
+        span: [Point(micros, hours, (lot, *span), ending) for micros, hours, ending, _, lot in worth_a_look(rows)]
+        for span, rows in found.items()
+    }
 
 
 def _look(world: World, scene: _Scene) -> _Rows:
@@ -558,29 +567,35 @@ def _consider(stage: Stage, world: World, lots: Iterable[Lot], scene: _Scene) ->
     bucket = world.recipe.bucket_url or scene.config.bucket
     egress = _egress_micros(stage, world, bucket)
     options, refused = [], []
-    of_card: dict[tuple[str, bool], list[_Way] | str] = {}
+    of_card: dict[tuple[str, bool], _Ways | str] = {}
     of_infra: dict[tuple[str, str, int], _Way | str] = {}
+    asked, shared = gpu_counts(_gpus_asked(stage, world.recipe)), uses_all_gpus(stage)
+    lots = list(lots)
+    vram_gib: dict[tuple[str, bool], float] = {}  # the most of each card
     for lot in lots:
-        machine = _machine(lot, stage, world)
+        kind = (lot.cards if shared else lot.card, lot.first.infra == "local")
+        vram_gib[kind] = max(vram_gib.get(kind, 0.0), lot.first.vram_gib)
+    for lot in lots:
+        machine = _machine(lot, stage, world, asked)
         if isinstance(machine, str):
             refused.append((lot, machine))
             continue
-        card, infra = _card(lot, counts=uses_all_gpus(stage)), lot.first.infra
-        if (card, infra == "local") not in of_card:
-            of_card[card, infra == "local"] = _ways(stage, world, machine, scene.calibration)
-        way = _first_that_fits(of_card[card, infra == "local"], lot.first.vram_gib)
+        infra = lot.first.infra
+        kind = (lot.cards if shared else lot.card, infra == "local")
+        if kind not in of_card:
+            of_card[kind] = _ways(stage, world, machine, scene.calibration, vram_gib[kind])
+        way = _first_that_fits(of_card[kind], lot.first.vram_gib)
         if isinstance(way, _Way):  # what differs from infra to infra is the start, the same for all settings
-            key = (_card(lot), infra, id(way.settings))
+            key = (lot.cards, infra, id(way.settings))
             if key not in of_infra:
                 of_infra[key] = _measured_option(stage, way.settings, world, machine, scene.calibration)
             way = of_infra[key]
         if isinstance(way, str):
             refused.append((lot, way))
             continue
-        needed = lot.needed_micros(way.hours.expected * 3600)
-        least = min(range(len(needed)), key=needed.__getitem__)
-        more = egress if _pays_for_traffic(lot.first.infra) else 0
-        options.append(_Option(lot, lot.offers[least], way, needed[least] + more))
+        needed, which = lot.least_micros(way.hours.expected * 3600)
+        more = egress if _pays_for_traffic(infra) else 0
+        options.append(_Option(lot, lot.offers[which], way, needed + more))
     return _Considered(sorted(options, key=_order), refused)
 
 
@@ -591,7 +606,15 @@ def _order(option: _Option) -> tuple[Any, ...]:
 
 
 def _point(option: _Option) -> Point:
-    return Point(option.needed_micros, option.way.hours.expected, option, ending_hours(option.offer))
+    return Point(option.needed_micros, option.way.hours.expected, option, option.lot.ending_hours)
+
+
+def _front(options: Iterable[_Option]) -> list[Point]:
+    rows = [
+        (one.needed_micros, one.way.hours.expected, one.lot.ending_hours, which, one)
+        for which, one in enumerate(options)
+    ]
+    return [_point(row[-1]) for row in worth_a_look(rows)]
 
 
 def _hours(seconds: float | None) -> float | None:
@@ -616,12 +639,13 @@ def _gpus_asked(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     return stage.gpus or (() if asks else recipe.gpus) or ()
 
 
-def _machine(lot: Lot, stage: Stage, world: World) -> Machine | str:
-    """An offer of the lot with the speed they share, or why none can be used."""
+def _machine(lot: Lot, stage: Stage, world: World, asked: Mapping[str, frozenset[int]]) -> Machine | str:
+    """An offer of the lot with the speed they share, or why none can be used. `asked`: counts of the cards that the
+    recipe names for the stage."""
     offer = lot.first
     if not known_price(offer):
         return "its price is not known"
-    allowed = gpu_counts(_gpus_asked(stage, world.recipe)).get(offer.gpu or "")
+    allowed = asked.get(offer.gpu or "")
     if allowed and offer.gpus not in allowed:
         return f"the recipe asks for {' or '.join(f'{offer.gpu}:{count}' for count in sorted(allowed))}"
     if offer.gpus > 1 and (why := _not_on_several(offer.gpus, stage)):
@@ -633,7 +657,12 @@ def _machine(lot: Lot, stage: Stage, world: World) -> Machine | str:
         if stage.kind == "rehearse":
             return Machine(offer, duration.Speed(True, 1e12, 1e9), None)
         return "the speed of this card is not known"
-    return Machine(offer, duration.gpu_speed(lot.gpu), lot.gpu)
+    key = ("machine", id(lot))
+    if key not in world.measured:
+        machine = Machine(offer, duration.gpu_speed(lot.gpu), lot.gpu)
+        world.measured[key] = (lot, machine)  # the lot stays, so that its id does
+    known: Machine = world.measured[key][1]
+    return known
 
 
 def _not_on_several(gpus: int, stage: Stage) -> str | None:
@@ -647,40 +676,58 @@ def _not_on_several(gpus: int, stage: Stage) -> str | None:
     return None
 
 
-def _card(lot: Lot, *, counts: bool = True) -> str:
-    name = lot.gpu.name if lot.gpu is not None else lot.first.gpu or "no GPU"
-    return f"{lot.first.gpus}x {name}" if lot.first.gpus > 1 and counts else name
+@dataclass(frozen=True)
+class _Ways:
+    """A stage's ways on a card, the fastest first; of all settings, also those that no machine holds, the least
+    memory that is needed."""
+
+    ways: list[_Way]
+    least_gib: float
 
 
-def _ways(stage: Stage, world: World, machine: Machine, calibration: Calibration) -> list[_Way] | str:
-    """The stage's ways on a card, the fastest first, without those that another beats in both time and memory; or why
-    there is none."""
+def _ways(
+    stage: Stage, world: World, machine: Machine, calibration: Calibration, vram_gib: float
+) -> _Ways | str:
+    """The stage's ways on a card that fit into so much memory, the fastest first, without those that another beats in
+    both time and memory; or why there is none at any size."""
     found: list[_Way] = []
-    why = "no settings fit"
+    least_gib, why = math.inf, "no settings fit"
     for settings in choices(stage, world, machine):
-        result = _measured_option(stage, settings, world, machine, calibration)
-        if isinstance(result, _Way):
-            found.append(result)
-        else:
-            why = result
+        refused = _not_on(settings, machine)
+        if refused is not None:
+            why = refused
+            continue
+        needs_gib = needed_memory(stage, settings, world, machine).total_gib.high
+        least_gib = min(least_gib, needs_gib)
+        if needs_gib <= vram_gib:
+            found.append(_way(stage, settings, world, machine, calibration))
     ways: list[_Way] = []
     for way in sorted(found, key=lambda way: (way.hours.expected, way.needs_gib)):
         if not ways or way.needs_gib < ways[-1].needs_gib:
             ways.append(way)
-    return ways or why
+    return why if least_gib == math.inf else _Ways(ways, least_gib)
 
 
-def _first_that_fits(ways: list[_Way] | str, vram_gib: float) -> _Way | str:
+def _first_that_fits(ways: _Ways | str, vram_gib: float) -> _Way | str:
     if isinstance(ways, str):
         return ways
-    fitting = (way for way in ways if way.needs_gib <= vram_gib)
-    return next(fitting, None) or f"needs {ways[-1].needs_gib:.1f} GiB, has {vram_gib:.1f}"
+    fitting = (way for way in ways.ways if way.needs_gib <= vram_gib)
+    return next(fitting, None) or _too_small(ways.least_gib, vram_gib)
+
+
+def _too_small(needs_gib: float, vram_gib: float) -> str:
+    return f"needs {needs_gib:.1f} GiB, has {vram_gib:.1f}"
 
 
 def _measured_option(
     stage: Stage, settings: Settings, world: World, machine: Machine, calibration: Calibration
 ) -> _Way | str:
     """The stage with these settings on the machine, whether its memory holds them or not; or why it cannot be."""
+    return _not_on(settings, machine) or _way(stage, settings, world, machine, calibration)
+
+
+def _not_on(settings: Settings, machine: Machine) -> str | None:
+    """Why a machine of any memory cannot do these settings."""
     if getattr(settings, "precision", "") == "bf16" and machine.gpu is not None and not machine.gpu.bf16:
         return "it does not compute in bf16"
     if getattr(settings, "engine", "") == "vllm" and machine.offer.infra != "local" and not runs_vllm(machine.gpu):
@@ -688,12 +735,35 @@ def _measured_option(
     together = getattr(settings, "tensor_parallel", 1)
     if machine.gpus % together:
         return f"{together} GPUs are to hold the teacher together"
+    return None
+
+
+def _way(stage: Stage, settings: Settings, world: World, machine: Machine, calibration: Calibration) -> _Way:
     measured = measure(stage, settings, world, machine)
-    store = "/".join((world.recipe.bucket_url or "file:").partition("?")[0].split("/")[:3])  # not where in the bucket
-    parts = _parts(stage, settings, measured, machine, calibration, store)
+
+    def parts_of() -> dict[str, Part]:
+        url = world.recipe.bucket_url or "file:"
+        store = "/".join(url.partition("?")[0].split("/")[:3])  # not where in the bucket
+        return _parts(stage, settings, measured, machine, calibration, store)
+
+    if not calibration:
+        startup_hours = _startup_hours(machine.offer.infra, measured.environment, world)
+        return _Way(settings, measured, startup_hours + measured.own_hours, startup_hours, parts_of)
+    parts = parts_of()
     startup_hours = duration.hours(sum_of(parts, ["create", "setup"]))
-    hours = startup_hours + duration.hours(sum_of(parts, ["around", "download", "bucket", "work"]))
-    return _Way(settings, measured, hours, startup_hours, parts)
+    hours = startup_hours + duration.hours(sum_of(parts, _OWN))
+    return _Way(settings, measured, hours, startup_hours, lambda: parts)
+
+
+def _startup_hours(infra: str, environment: str | None, world: World) -> Range:
+    """As the models have it."""
+    key = ("startup", infra, environment)
+    if key not in world.measured:
+        seconds = _startup_s(infra)
+        whole = seconds if infra == "local" else seconds + setup_time.setup_s(environment)
+        world.measured[key] = duration.hours(whole)
+    known: Range = world.measured[key]
+    return known
 
 
 def _startup_s(infra: str) -> Range:
@@ -708,7 +778,7 @@ def _parts(
     offer = machine.offer
     found = {"create": (offer.infra, _startup_s(offer.infra))}
     if offer.infra != "local":
-        environment = setup_time.environment_of(stage.kind, settings, machine.gpu)
+        environment = measured.environment
         found["setup"] = (f"{environment or 'packages'} on {offer.infra}", setup_time.setup_s(environment))
     found["around"] = (f"{stage.kind} itself on {card_of(offer)}", measured.around_s)
     if measured.download_s.expected:
@@ -727,9 +797,11 @@ def _joined(
     fetched again."""
     setup = _joined_setup(infra, packages, ready=packages in have, scene=scene)
     missing = _missing(models, have)
-    parts = {"setup": setup, **_joined_own(alone, missing, scene)}
-    startup_hours = duration.hours(sum_of(parts, ["setup"]))
-    return _Way(alone.settings, alone.measured, startup_hours + _own_hours(parts), startup_hours, parts)
+    startup_hours = duration.hours(calibrated(setup))
+    return _Way(
+        alone.settings, alone.measured, startup_hours + _joined_own_hours(alone, missing, scene), startup_hours,
+        lambda: {"setup": setup, **_joined_own(alone, missing, scene)},
+    )  # fmt: skip
 
 
 def _missing(models: Mapping[str, float], have: frozenset[str]) -> float:
@@ -754,8 +826,10 @@ def _joined_own(alone: _Way, missing: float, scene: _Scene) -> dict[str, Part]:
     return parts
 
 
-def _own_hours(parts: Mapping[str, Part]) -> Range:
-    return duration.hours(sum_of(parts, _OWN))
+def _joined_own_hours(alone: _Way, missing: float, scene: _Scene) -> Range:
+    if not scene.calibration:
+        return alone.measured.own_hours_with(missing)
+    return duration.hours(sum_of(_joined_own(alone, missing, scene), _OWN))
 
 
 _OWN = ("around", "download", "bucket", "work")  # parts of a stage's time beside those before it begins
@@ -803,7 +877,7 @@ def _fallbacks(stay: _Stay, rows: _Rows) -> tuple[list[tuple[Offer, tuple[_Way, 
     first, scene, world = stay.first, rows.scene, rows.world
     stages = rows.stages[first : first + len(stay.ways)]
     egress = sum(_egress_micros(stage, world, world.recipe.bucket_url or scene.config.bucket) for stage in stages)
-    fitting: list[dict[int, _Way]] = []
+    fitting: list[dict[int, Callable[[], _Way]]] = []
     refused: list[list[tuple[Lot, str]]] = []
     for nth, (stage, way) in enumerate(zip(stages, stay.ways, strict=True)):
         fits, not_ = _with_settings(stage, way.settings, rows.considered[first + nth], world, scene)
@@ -820,10 +894,10 @@ def _fallbacks(stay: _Stay, rows: _Rows) -> tuple[list[tuple[Offer, tuple[_Way, 
         lot = option.lot
         if any(id(lot) not in fits for fits in fitting) or lot.first.gpus > 1 >= stay.offer.gpus:
             continue
-        alone = [fits[id(lot)] for fits in fitting]
-        key = tuple(map(id, alone))
+        ways_of = [fits[id(lot)] for fits in fitting]
+        key = tuple(map(id, ways_of))
         if key not in together:
-            together[key] = _one_after_another(first, alone, lot, rows)
+            together[key] = _one_after_another(first, [way_of() for way_of in ways_of], lot, rows)
         ways = together[key]
         hours = sum((way.hours.expected for way in ways), 0.0)
         more = egress if _pays_for_traffic(lot.first.infra) else 0
@@ -846,24 +920,29 @@ def _fallbacks(stay: _Stay, rows: _Rows) -> tuple[list[tuple[Offer, tuple[_Way, 
 
 def _with_settings(
     stage: Stage, settings: Settings, considered: _Considered, world: World, scene: _Scene
-) -> tuple[dict[int, _Way], list[tuple[Lot, str]]]:
+) -> tuple[dict[int, Callable[[], _Way]], list[tuple[Lot, str]]]:
     """The stage's way with these settings on each lot that they fit, by id, and the lots that they do not fit."""
-    known: dict[tuple[str, str, int], _Way | str] = {}
-    fitting: dict[int, _Way] = {}
+    asked = gpu_counts(_gpus_asked(stage, world.recipe))
+    known: dict[tuple[str, str, int], tuple[Callable[[], _Way], float] | str] = {}  # and the memory it needs
+    fitting: dict[int, Callable[[], _Way]] = {}
     refused: list[tuple[Lot, str]] = []
     for option in considered.options:
         lot = option.lot
-        key = (_card(lot), lot.first.infra, lot.first.gpus)
+        key = (lot.cards, lot.first.infra, lot.first.gpus)
         if key not in known:
-            machine = _machine(lot, stage, world)
+            machine = _machine(lot, stage, world, asked)
             assert isinstance(machine, Machine)
-            known[key] = _measured_option(stage, settings, world, machine, scene.calibration)
-        way = known[key]
-        fits = way if isinstance(way, str) else _first_that_fits([way], lot.first.vram_gib)
-        if isinstance(fits, str):
-            refused.append((lot, f"with the settings chosen: {fits}"))
+            known[key] = _not_on(settings, machine) or (
+                partial(_way, stage, settings, world, machine, scene.calibration),
+                needed_memory(stage, settings, world, machine).total_gib.high,
+            )
+        found = known[key]
+        if isinstance(found, str):
+            refused.append((lot, f"with the settings chosen: {found}"))
+        elif found[1] > lot.first.vram_gib:
+            refused.append((lot, f"with the settings chosen: {_too_small(found[1], lot.first.vram_gib)}"))
         else:
-            fitting[id(lot)] = fits
+            fitting[id(lot)] = found[0]
     return fitting, refused
 
 
@@ -894,7 +973,7 @@ def _looked(stay: _Stay, index: int, why: str) -> Looked:
     way, cost = stay.ways[nth], stay.costs[nth]
     alone = len(stay.ways) == 1
     return Looked(
-        gpu=_card(stay.lot), spot=stay.offer.spot, why=why, offer=stay.offer,
+        gpu=stay.lot.cards, spot=stay.offer.spot, why=why, offer=stay.offer,
         vram_gib=way.measured.memory.total_gib, hours=way.hours, cost_micros=cost,
         needed_micros=stay.needed_micros if alone else cost.expected + (0 if nth else stay.reserve),
         settings=way.settings, taken=not why, joins=nth > 0,
@@ -1139,7 +1218,7 @@ def _nothing_fits(stage: Stage, world: World, considered: _Considered, scene: _S
         where = f" on {', '.join(need.infra)}" if need.infra else ""
         which = f" with {', '.join(need.gpus)}" if need.gpus else ""
         return NothingFits(f"stage {stage.name}: no machine is on offer{where}{which}", hint=hint)
-    reasons = "; ".join(dict.fromkeys(f"{_card(lot)}: {why}" for lot, why in considered.refused))
+    reasons = "; ".join(dict.fromkeys(f"{lot.cards}: {why}" for lot, why in considered.refused))
     return NothingFits(f"stage {stage.name}: no machine fits ({reasons})", hint=hint)
 
 

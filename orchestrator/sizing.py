@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from orchestrator import duration, memory, setup_time, teachers
 from orchestrator.catalog import Gpu, ModelShape
@@ -30,6 +33,7 @@ from orchestrator.workload import (
     architecture,
     label_bytes,
     made_shape,
+    once,
 )
 from tasks.contract import (
     ApiTeacher,
@@ -66,6 +70,19 @@ class Measured:
     around_s: Range  # process start, weights onto the card, an engine's start
     download_s: Range = NOTHING  # weights from the hub
     bucket_s: Range = NOTHING  # inputs from the bucket, results to it
+    environment: str | None = None  # see setup_time.environment_of
+
+    @cached_property
+    def own_hours(self) -> Range:
+        """All of these together, as the models have them."""
+        return self.own_hours_with(1.0)
+
+    def own_hours_with(self, missing: float) -> Range:
+        """The same where only this share of the weights must be fetched."""
+        seconds = NOTHING + self.around_s
+        if missing:
+            seconds += self.download_s.times(missing)
+        return (seconds + self.bucket_s + self.work_s).times(1 / 3600)
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,12 @@ class Machine:
         return max(1, self.offer.gpus)
 
 
+def _once(answer: Callable[[Stage, World], float]) -> Callable[[Stage, World], float]:
+    """Worked out once for each stage of a world."""
+    known = once(lambda world, stage: answer(stage, world))
+    return functools.wraps(answer)(lambda stage, world: known(world, stage))
+
+
 # --- settings: the recipe's, with what it leaves open
 
 
@@ -89,8 +112,25 @@ def choices(stage: Stage, world: World, machine: Machine) -> Iterator[Settings]:
     """Settings to try on a machine: each must be measured, since which is the fastest depends on its card."""
     key = ("choices", id(stage), _card(machine, stage))
     if key not in world.measured:
-        world.measured[key] = (stage, tuple(_choices(stage, world, machine)))  # the stage stays, so that its id does
+        alike = ("choices", id(stage), _chosen_by(stage, world, machine))
+        if alike not in world.measured:
+            found = tuple(world.measured.setdefault(("same", one), one) for one in _choices(stage, world, machine))
+            world.measured[alike] = (stage, found)  # the stage stays, so that its id does
+        world.measured[key] = world.measured[alike]
     yield from world.measured[key][1]
+
+
+def _chosen_by(stage: Stage, world: World, machine: Machine) -> tuple[Any, ...]:
+    """What of a machine the choices depend on: those of cards that have it in common are one and the same."""
+    gpus = machine.gpus if uses_all_gpus(stage) else 1
+    engine = _engine(getattr(stage, "engine", ""), machine)
+    if isinstance(stage, TrainStage):
+        half = _half(machine)
+        alike = ("first", id(stage), machine.speed.gpu, gpus, half)
+        if alike not in world.measured:
+            world.measured[alike] = (stage, _first_training(stage, world, machine))
+        return machine.speed.gpu, gpus, half, _may_compile(stage, world.measured[alike][1], world, machine)
+    return machine.speed.gpu, gpus, engine
 
 
 def _card(machine: Machine, stage: Stage) -> tuple[str | None, int, bool]:
@@ -194,11 +234,15 @@ def _top_k(stage: LabelStage) -> int:
     return stage.soft_labels.top_k if stage.api is None else min(stage.soft_labels.top_k, API_TOP_K)
 
 
-def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterator[TrainSettings]:
+def _half(machine: Machine) -> bool:
+    return machine.speed.gpu and (machine.gpu is None or machine.gpu.bf16)
+
+
+def _first_training(stage: TrainStage, world: World, machine: Machine) -> TrainSettings:
+    """The first to try; the others differ in micro_batch, checkpointing and compile."""
     lengths, folder = world.taught(stage).lengths, world.recipe.labels.get(stage.labels)
-    half = machine.speed.gpu and (machine.gpu is None or machine.gpu.bf16)
-    compare, compared = world.recipe.compare, world.compared(stage)
-    whole = TrainSettings(
+    half, compare, compared = _half(machine), world.recipe.compare, world.compared(stage)
+    return TrainSettings(
         student=world.student(stage),
         labels=stage.labels if folder is None else str(Path(folder.path).absolute()),
         method=stage.method,
@@ -208,14 +252,14 @@ def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterato
         steps=stage.steps,
         epochs=None if stage.steps is not None else stage.epochs or 1.0,
         batch_size=stage.batch_size,
-        micro_batch=stage.batch_size,
+        micro_batch=_micro_batches(stage, machine)[0],
         max_seq_len=stage.max_seq_len or lengths.longest_prompt + lengths.limit,
         learning_rate=stage.learning_rate,
         warmup_share=stage.warmup_share,
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         precision=stage.precision or ("bf16" if half else "fp32"),
-        checkpointing=False,
+        checkpointing=bool(stage.checkpointing),
         checkpoint_every_s=stage.checkpoint_every or _checkpoint_s(machine),
         checkpoint_every_steps=stage.checkpoint_every_steps,
         optimizer=stage.optimizer,
@@ -230,14 +274,21 @@ def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterato
         search_steps=compare.search_steps if compared else None,
         threads=stage.threads,
     )
-    share = math.ceil(stage.batch_size / machine.gpus)  # of a step's rows, on one GPU
-    micro_batches = _divisors(share) if stage.micro_batch is None else [stage.micro_batch]
-    recomputed = (False, True) if stage.checkpointing is None else (stage.checkpointing,)
-    first = replace(whole, checkpointing=recomputed[0], micro_batch=micro_batches[0])
-    for compiled in (False, True) if _may_compile(stage, first, world, machine) else (whole.compile,):
-        for checkpointing in recomputed:
-            for micro in micro_batches:
-                yield replace(whole, checkpointing=checkpointing, micro_batch=micro, compile=compiled)
+
+
+def _train_choices(stage: TrainStage, world: World, machine: Machine) -> Iterator[TrainSettings]:
+    first = _first_training(stage, world, machine)
+    for compiled in (False, True) if _may_compile(stage, first, world, machine) else (first.compile,):
+        for checkpointing in (False, True) if stage.checkpointing is None else (stage.checkpointing,):
+            for micro in _micro_batches(stage, machine):
+                yield replace(first, checkpointing=checkpointing, micro_batch=micro, compile=compiled)
+
+
+def _micro_batches(stage: TrainStage, machine: Machine) -> list[int]:
+    """Sizes to try, largest first: of a step's rows those on one GPU in as many parts as are even."""
+    if stage.micro_batch is not None:
+        return [stage.micro_batch]
+    return _divisors(math.ceil(stage.batch_size / machine.gpus))
 
 
 def _may_compile(stage: TrainStage, settings: TrainSettings, world: World, machine: Machine) -> bool:
@@ -300,14 +351,27 @@ def left_open(stage: Stage) -> tuple[str, ...]:
 
 def measure(stage: Stage, settings: Settings, world: World, machine: Machine) -> Measured:
     """What `stage` needs with `settings`, which are its own kind's."""
-    key = ("needs", id(stage), settings, _card(machine, stage))
+    key = ("needs", id(stage), id(settings), _card(machine, stage))
     if key not in world.measured:
-        world.measured[key] = (stage, _with_traffic(_measure(stage, settings, world, machine), stage, world, machine))
+        measured = _with_traffic(_measure(stage, settings, world, machine), stage, settings, world, machine)
+        world.measured[key] = ((stage, settings), measured)  # they stay, so that their ids do
     found: Measured = world.measured[key][1]
     return found
 
 
-def _with_traffic(found: Measured, stage: Stage, world: World, machine: Machine) -> Measured:
+def needed_memory(stage: Stage, settings: Settings, world: World, machine: Machine) -> Memory:
+    """What of `measure` says whether the machine holds them, without how long they take."""
+    match stage, settings:
+        case LabelStage(), LabelSettings() if settings.api is None:
+            return _label_memory(stage, settings, world, machine)
+        case TrainStage(), TrainSettings():
+            return _training_memory(stage, settings, world, gpu=machine.speed.gpu, gpus=machine.gpus)
+        case EvaluateStage(), EvaluateSettings():
+            return _evaluate_memory(stage, settings, world, machine)
+    return measure(stage, settings, world, machine).memory
+
+
+def _with_traffic(found: Measured, stage: Stage, settings: Settings, world: World, machine: Machine) -> Measured:
     """What depends on networks apart from what depends on the machine."""
     download_s = duration.fetch_s(machine.speed, _downloads_gb(stage, world))
     bucket_gb = fetched_gb(stage, world)
@@ -319,9 +383,11 @@ def _with_traffic(found: Measured, stage: Stage, world: World, machine: Machine)
         download_s=download_s,
         bucket_s=duration.bucket_s(machine.speed, bucket_gb),
         uses={**found.uses, "bucket_gb": bucket_gb},
+        environment=setup_time.environment_of(stage.kind, settings, machine.gpu),
     )
 
 
+@_once
 def _downloads_gb(stage: Stage, world: World) -> float:
     """Weights from the hub, as they are in the stage's own estimate."""
     match stage:
@@ -389,21 +455,8 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
     engine = _engine(settings.engine, machine)
     answers, kept = stage.samples * stage.samples_per_prompt, world.kept(stage)
     cards = settings.tensor_parallel
-    small = engine and machine.gpu is not None and teachers.in_8_bits(shape, machine.gpu)
+    small = _small_weights(settings, shape, machine)
     share = _longest_share(stage, settings, machine.gpus // cards)
-    need = memory.generation_memory(
-        shape,
-        sequences=min(settings.batch_size, answers, ENGINE_LEAST) if engine else min(settings.batch_size, answers),
-        seq_len=lengths.longest_prompt + lengths.limit,
-        half=speed.gpu,
-        gpu=speed.gpu,
-        prompt_len=lengths.longest_prompt,
-        engine=engine,
-        gpus=cards,
-        weights="fp8" if small else None,
-    )
-    if settings.top_k and (cards > 1 or small):  # scored by transformers, in 16 bits
-        need = memory.largest([need, memory.scoring_memory(shape, gpus=machine.gpus if cards > 1 else 1)])
     writing = duration.generation_s(
         speed,
         shape,
@@ -423,7 +476,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
         speed, shape, tokens=scored, mean_len=lengths.prompt + lengths.answer, sharded=machine.gpus if cards > 1 else 1
     )
     return Measured(
-        need,
+        _label_memory(stage, settings, world, machine),
         writing + scoring,
         {
             "params": shape.params,
@@ -445,6 +498,37 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
     )
 
 
+def _small_weights(settings: LabelSettings, shape: ModelShape, machine: Machine) -> bool:
+    """Whether the engine has the teacher in 8 bits."""
+    return machine.gpu is not None and teachers.in_8_bits(shape, machine.gpu) and _engine(settings.engine, machine)
+
+
+def _label_memory(stage: LabelStage, settings: LabelSettings, world: World, machine: Machine) -> Memory:
+    """The same on every card that holds the teacher in the same way."""
+    shape, engine, gpu = world.shape(stage.teacher), _engine(settings.engine, machine), machine.speed.gpu
+    cards, small = settings.tensor_parallel, _small_weights(settings, shape, machine)
+    key = ("memory", id(stage), id(settings), gpu, engine, small, machine.gpus if cards > 1 else 1)
+    if key in world.measured:
+        known: Memory = world.measured[key][1]
+        return known
+    lengths, answers = world.label_lengths(stage), stage.samples * stage.samples_per_prompt
+    need = memory.generation_memory(
+        shape,
+        sequences=min(settings.batch_size, answers, ENGINE_LEAST) if engine else min(settings.batch_size, answers),
+        seq_len=lengths.longest_prompt + lengths.limit,
+        half=gpu,
+        gpu=gpu,
+        prompt_len=lengths.longest_prompt,
+        engine=engine,
+        gpus=cards,
+        weights="fp8" if small else None,
+    )
+    if settings.top_k and (cards > 1 or small):  # scored by transformers, in 16 bits
+        need = memory.largest([need, memory.scoring_memory(shape, gpus=machine.gpus if cards > 1 else 1)])
+    world.measured[key] = ((stage, settings), need)
+    return need
+
+
 def _longest_share(stage: LabelStage, settings: LabelSettings, parts: int) -> float:
     """The share of the prompts that falls to the engine which has most: whole shards (tasks/label.py)."""
     shards = math.ceil(stage.samples / settings.shard_size)
@@ -458,6 +542,7 @@ def label_gib(stage: LabelStage, world: World) -> float:
     return world.kept(stage) * world.label_lengths(stage).answer * each / 2**30
 
 
+@_once
 def left_gb(stage: Stage, world: World) -> float:
     """GB (1e9) that the stage leaves in the bucket. Weights of a full training and adapters are fp32; an exported
     student that was trained by adapters is bf16 (tasks/export.py)."""
@@ -477,6 +562,7 @@ def left_gb(stage: Stage, world: World) -> float:
     return 0.0
 
 
+@_once
 def fetched_gb(stage: Stage, world: World) -> float:
     """GB (1e9) that a machine of the stage reads from the bucket: what stages before it left, labels of a folder."""
     before = [one for one in world.recipe.stages if one.name in world.after(stage)]
@@ -546,7 +632,7 @@ def _accumulation(settings: TrainSettings, gpus: int) -> int:
 
 def _training_memory(stage: TrainStage, settings: TrainSettings, world: World, *, gpu: bool, gpus: int) -> Memory:
     """The same on every card."""
-    key = ("memory", id(stage), settings, gpu, gpus)
+    key = ("memory", id(stage), id(settings), gpu, gpus)
     if key in world.measured:
         known: Memory = world.measured[key][1]
         return known
@@ -568,7 +654,7 @@ def _training_memory(stage: TrainStage, settings: TrainSettings, world: World, *
         gpus=gpus,
         lora=None if full else (settings.lora.r, settings.lora.targets),
     )
-    world.measured[key] = (stage, need)
+    world.measured[key] = ((stage, settings), need)
     return need
 
 
@@ -619,27 +705,12 @@ def _steps_in_all(settings: TrainSettings, steps: int) -> float:
 def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: World, machine: Machine) -> Measured:
     train, speed = world.train(stage.student), machine.speed
     lengths = world.evaluate_lengths(stage)
-    held_out = stage.held_out or world.recipe.data.held_out
-    rows = min(world.rows(held_out), stage.limit or world.rows(held_out))
+    rows = _problems(stage, world)
     compare = world.recipe.compare
     students = 1 + (compare.seeds * (ARMS if compare.hard_labels else 1) if world.compared(train) else 1)
     shapes = [(world.student_shape(train), students), *([(world.shape(stage.teacher), 1)] if stage.teacher else [])]
     engine = _engine(settings.engine, machine)
     share = _written_share(rows, rows if engine else settings.batch_size, machine.gpus, cut=engine)
-    need = memory.largest(
-        [
-            memory.generation_memory(
-                shape,
-                sequences=min(settings.batch_size, rows, ENGINE_LEAST) if engine else min(settings.batch_size, rows),
-                seq_len=lengths.longest_prompt + lengths.limit,
-                half=speed.gpu,
-                gpu=speed.gpu,
-                prompt_len=lengths.longest_prompt,
-                engine=engine,
-            )
-            for shape, _ in shapes
-        ]
-    )
     seconds = Range(0.0, 0.0, 0.0)
     around = duration.stage_s(
         speed,
@@ -675,7 +746,39 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
         "params": max(shape.params for shape, _ in shapes),
         **({"teacher_share": own.expected / max(seconds.expected, 1e-9)} if stage.teacher else {}),  # it is the last
     }
-    return Measured(need, seconds, uses, around)
+    return Measured(_evaluate_memory(stage, settings, world, machine), seconds, uses, around)
+
+
+def _problems(stage: EvaluateStage, world: World) -> int:
+    rows = world.rows(stage.held_out or world.recipe.data.held_out)
+    return min(rows, stage.limit or rows)
+
+
+def _evaluate_memory(stage: EvaluateStage, settings: EvaluateSettings, world: World, machine: Machine) -> Memory:
+    """The same on every card, with an engine and without."""
+    engine, gpu = _engine(settings.engine, machine), machine.speed.gpu
+    key = ("memory", id(stage), id(settings), gpu, engine)
+    if key in world.measured:
+        known: Memory = world.measured[key][1]
+        return known
+    lengths, rows = world.evaluate_lengths(stage), _problems(stage, world)
+    student = world.student_shape(world.train(stage.student))
+    need = memory.largest(
+        [
+            memory.generation_memory(
+                shape,
+                sequences=min(settings.batch_size, rows, ENGINE_LEAST) if engine else min(settings.batch_size, rows),
+                seq_len=lengths.longest_prompt + lengths.limit,
+                half=gpu,
+                gpu=gpu,
+                prompt_len=lengths.longest_prompt,
+                engine=engine,
+            )
+            for shape in (student, *([world.shape(stage.teacher)] if stage.teacher else []))
+        ]
+    )
+    world.measured[key] = ((stage, settings), need)
+    return need
 
 
 def _written_share(rows: int, batch: int, gpus: int, *, cut: bool) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.catalog import ModelShape
 from orchestrator.money import Rate, price_micros
@@ -63,6 +64,24 @@ class Taught:
     vocab: int | None  # None: that of the teacher's shape
 
 
+S = TypeVar("S", bound=Stage)
+T = TypeVar("T")
+
+
+def once(answer: Callable[[World, S], T]) -> Callable[[World, S], T]:
+    """Worked out once for each stage of a world."""
+
+    @functools.wraps(answer)
+    def known(world: World, stage: S) -> T:
+        key = (answer, id(stage))
+        if key not in world.measured:
+            world.measured[key] = (stage, answer(world, stage))  # the stage stays, so that its id does
+        found: T = world.measured[key][1]
+        return found
+
+    return known
+
+
 class World:
     """The recipe with its references followed."""
 
@@ -72,7 +91,7 @@ class World:
         self._stages = {stage.name: stage for stage in recipe.stages}
         trains = [stage for stage in recipe.stages if isinstance(stage, TrainStage)]
         self._compared = trains[-1].name if trains else None
-        self.measured: dict[Hashable, Any] = {}  # by sizing: every offer of a card needs the same
+        self.measured: dict[Hashable, Any] = {}  # every offer of a card needs the same
 
     def label(self, name: str) -> LabelStage:
         stage = self._stages[name]
@@ -98,6 +117,7 @@ class World:
         path = self.recipe.folders.get(word, word)
         return ModelSource(path=path, revision=revision, trust_remote_code=self.recipe.trust_remote_code)
 
+    @once
     def student(self, stage: TrainStage) -> ModelSource:
         if isinstance(stage.student, ArchitecturePart):
             return ModelSource(architecture=architecture(stage.student))
@@ -114,6 +134,7 @@ class World:
             return self.student_shape(stage)
         return self.recipe.models[word]
 
+    @once
     def student_shape(self, stage: TrainStage) -> ModelShape:
         if isinstance(stage.student, ArchitecturePart):
             vocab = self.taught(stage).vocab or self.shape(self.label(stage.labels).teacher).vocab
@@ -125,6 +146,7 @@ class World:
         file = self.recipe.files.get(word)
         return DataSource(word if file is None else file.path)
 
+    @once
     def api(self, stage: LabelStage) -> ApiTeacher | None:
         """The API with the most that the stage may cost there: every answer as long as it may get, to the longest
         prompt. One that fails on its way may be billed and is asked again: it draws on the same sum."""
@@ -167,10 +189,12 @@ class World:
             )
         return Lengths(PROMPT_TOKENS, LONGEST_PROMPT_TOKENS, min(PLAIN_ANSWER_TOKENS, 0.8 * top), top, 0.02)
 
+    @once
     def label_lengths(self, stage: LabelStage) -> Lengths:
         model = stage.teacher if stage.api is None else stage.api.model
         return self.lengths(stage.prompts or self.recipe.data.prompts, model, stage.max_new_tokens)
 
+    @once
     def taught(self, stage: TrainStage) -> Taught:
         """Of a label stage as it is expected to be; of a folder as it is."""
         folder = self.recipe.labels.get(stage.labels)
@@ -181,6 +205,7 @@ class World:
         lengths = Lengths(folder.prompt, folder.longest_prompt, folder.answer, rest, 0.0)
         return Taught(lengths, folder.samples, folder.temperature, folder.vocabulary)
 
+    @once
     def evaluate_lengths(self, stage: EvaluateStage) -> Lengths:
         """Answers at evaluation are as long as those the student learned from."""
         train = self.train(stage.student)
@@ -192,6 +217,7 @@ class World:
         model = label.teacher if label.api is None else label.api.model
         return self.lengths(held_out, model, stage.max_new_tokens or self.label_lengths(label).limit)
 
+    @once
     def kept_share(self, stage: LabelStage) -> float:
         """Share of the answers that become labels."""
         lengths = self.label_lengths(stage)
@@ -207,6 +233,7 @@ class World:
     def kept(self, stage: LabelStage) -> float:
         return stage.samples * stage.samples_per_prompt * self.kept_share(stage)
 
+    @once
     def after(self, stage: Stage) -> tuple[str, ...]:
         """Stages whose results this one needs, by name."""
         words: list[str | None] = []
@@ -221,6 +248,7 @@ class World:
                 words = [stage.student]
         return tuple(dict.fromkeys(word for word in words if word in self._stages))
 
+    @once
     def label_temperature(self, stage: LabelStage) -> float:
         """The recipe's, else that of the first training that uses the labels. An API tells log-probabilities at 1."""
         if stage.api is not None:

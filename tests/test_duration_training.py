@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from orchestrator.catalog import MODELS
 from orchestrator.duration_kernels import bytes_s
-from orchestrator.duration_training import SLOW_HOST, Training, layer_bytes, optimizer_s, step_parts, step_s
+from orchestrator.duration_training import (
+    SLOW_HOST,
+    Training,
+    layer_bytes,
+    micro_parts,
+    one_micro_batch,
+    optimizer_s,
+    step_parts,
+    step_s,
+)
 from orchestrator.gpus import GPUS, Gpu
 
 QWEN, LLAMA = MODELS["Qwen/Qwen2.5-1.5B"], MODELS["meta-llama/Llama-2-7b-hf"]
@@ -171,3 +180,14 @@ def test_the_host_starts_an_mlps_parts_and_unpacks_4_bit_weights_one_by_one() ->
 def test_adamw_in_8_bits_goes_tensor_by_tensor() -> None:
     small = Training(QWEN, 1, 16, full=False, lora_r=1, lora_targets=QKV, optimizer="8bit")
     assert step_parts(H200, small)["optimizer"] == pytest.approx(28 * 6 * 0.04e-3)
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("sharded", [None, "fsdp"])
+@pytest.mark.parametrize("full", [True, False])
+def test_micro_batches_that_count_as_one_take_as_long(gpus: int, sharded: str | None, full: bool) -> None:
+    work = Training(
+        QWEN, 2, 512, accumulation=4, full=full, lora_r=0 if full else 8, lora_targets=() if full else QKV,
+        weight_bytes=4, gpus=gpus, sharded=sharded, host=SLOW_HOST,
+    )  # fmt: skip
+    assert step_parts(A100, work, micro_parts(A100, one_micro_batch(work))) == step_parts(A100, work)

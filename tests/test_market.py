@@ -34,6 +34,17 @@ def test_the_cheapest_offer_of_a_lot_is_the_cheapest_of_all(
     assert lot.count == len(offers) and set(lot.offers) <= set(offers)
 
 
+@given(
+    st.lists(prices, min_size=1, max_size=9), st.floats(0, 20_000), st.sampled_from([1, 60, 3600]), st.integers(0, 600)
+)
+def test_the_least_that_a_lot_costs_is_billed_as_each_offer_is(
+    found: list[tuple[int, int, str, str | None]], seconds: float, quantum_s: int, minimum_s: int
+) -> None:
+    (lot,) = lots_of(replace(one, quantum_s=quantum_s, minimum_s=minimum_s) for one in priced(found))
+    costs = [spend.cost_micros(one, seconds) + spend.latency_reserve_micros(one) for one in lot.offers]
+    assert lot.least_micros(seconds) == (min(costs), costs.index(min(costs)))
+
+
 @given(st.lists(prices, min_size=1, max_size=30), st.sampled_from([1, 60, 3600]), st.sampled_from([0, 60, 7200]))
 def test_a_lot_counts_as_spending_counts(
     found: list[tuple[int, int, str, str | None]], quantum_s: int, minimum_s: int
