@@ -35,7 +35,7 @@ def test_without_bitsandbytes_the_stage_ends_in_words(
     (name, value), *_ = change.items()
     with pytest.raises(TaskError, match=f"{name}: {value} needs bitsandbytes") as raised:
         run_stage(labelled, "refused", "train", replace(TRAIN, student=ModelSource(stage="pretrain"), **change))
-    assert "kdcloud[quantized]" in raised.value.hint
+    assert "'.[quantized]'" in raised.value.hint
 
 
 def test_a_rented_machine_gets_bitsandbytes_for_such_a_stage_only() -> None:
