@@ -329,11 +329,14 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def fetch_folder(bucket: Bucket, prefix: str, dest: Path, *, moved: Moved | None = None) -> Path:
+def fetch_folder(
+    bucket: Bucket, prefix: str, dest: Path, *, moved: Moved | None = None,
+    only: Callable[[str], bool] = lambda rel: True,
+) -> Path:  # fmt: skip
     """`dest`, holding every file of the committed folder, each checked against its size and hash.
 
-    What is there already is not fetched again; files the manifest does not name are left alone. Raises NotFound when
-    nothing is committed at `prefix`, Corrupt when bytes do not match.
+    What is there already is not fetched again; files the manifest does not name are left alone. `only`: those of the
+    manifest that are wanted. Raises NotFound when nothing is committed at `prefix`, Corrupt when bytes do not match.
     """
     source = bucket.at(prefix)
     manifest = read_commit(bucket, prefix)
@@ -342,7 +345,8 @@ def fetch_folder(bucket: Bucket, prefix: str, dest: Path, *, moved: Moved | None
     try:
         dest.mkdir(parents=True, exist_ok=True)
         for rel, entry in manifest.files.items():
-            _fetch(source, rel, entry, dest, moved)
+            if only(rel):
+                _fetch(source, rel, entry, dest, moved)
     except OSError as error:
         raise os_trouble(error, dest) from error
     return dest
