@@ -20,6 +20,7 @@ from orchestrator.errors import BudgetExceeded, DrillFailed, KdcloudError, Teard
 from orchestrator.labels_cli import labels
 from orchestrator.notify_cli import notify
 from orchestrator.offers_cli import offers
+from orchestrator.try_cli import try_
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +46,7 @@ SECTIONS = {
     "Begin": ["init", "doctor"],
     "Plan": ["plan", "estimate", "offers", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down", "adopt"],
-    "Look": ["report", "compare", "artifacts", "labels", "tensorboard"],
+    "Look": ["report", "compare", "try", "artifacts", "labels", "tensorboard"],
     "Safety": ["budget", "notify", "reap", "drill"],
 }
 
@@ -78,6 +79,7 @@ def kdcloud() -> None:
 kdcloud.add_command(labels)
 kdcloud.add_command(offers)
 kdcloud.add_command(notify)
+kdcloud.add_command(try_)
 
 
 def json_option(function: F) -> F:

@@ -58,9 +58,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Found:
-    """The models of a run that there are, student first; `missing` says why another one is not among them.
+    """The models of a run that there are, in the order of Role; `missing` says why one is not among them.
 
-    `parts`: what has to be here for them, folders of stages. `files` and `sizes` are those of the parts.
+    `parts`: folders of stages that have to be here for them.
     """
 
     run: str
@@ -68,10 +68,6 @@ class Found:
     missing: Mapping[Role, str]
     parts: Mapping[str, frozenset[str]]
     manifests: Mapping[str, Manifest] = field(repr=False)
-
-    @property
-    def student(self) -> Model:
-        return self.models[0]
 
     @property
     def size(self) -> int:
@@ -106,13 +102,13 @@ def student_folder(
     bucket = open_bucket(run.bucket)
     found = find(run, bucket, stage=stage, roles=(Role.STUDENT,))
     root = fetch(found, bucket, home, moved=moved)
-    student = found.student
+    (student,) = found.models
     assert student.stage is not None
     return Student(root / student.stage / student.part, student.stage, student.adapter)
 
 
 def find(run: Run, bucket: Bucket, *, stage: str | None = None, roles: Sequence[Role] = tuple(Role)) -> Found:
-    """The models of a run in these roles; the student is always among them. Raises UsageError when it is not there yet.
+    """The models of a run in these roles. Raises UsageError while there is no student.
 
     `stage`: the export or train stage whose student is meant; by default the last one that is done.
     """
@@ -133,15 +129,14 @@ def choose(
     house = _House(run, {one.name: one for one in stages}, manifests)
     taker = _pick(house, state, done, stage)
     train = _trained_by(house, taker)
-    found, missing = [_student(house, taker, train)], {}
-    makers = {Role.BEFORE: _before, Role.TEACHER: _teacher}
-    for role, make in makers.items():
-        if role in roles:
-            made = make(house, train)
-            if isinstance(made, Model):
-                found.append(made)
-            else:
-                missing[role] = made
+    found: list[Model] = []
+    missing: dict[Role, str] = {}
+    for role in (role for role in Role if role in roles):
+        made = _student(house, taker, train) if role is Role.STUDENT else _OTHERS[role](house, train)
+        if isinstance(made, Model):
+            found.append(made)
+        else:
+            missing[role] = made
     parts: dict[str, set[str]] = {}
     for model in found:
         _need(house, model, parts)
@@ -262,6 +257,9 @@ def _teacher(house: _House, train: StagePlan) -> Model | str:
     if not house.has(source.stage, TRAINED):
         return f"stage {source.stage} left no model"
     return replace(_of_stage(house, source.stage), role=Role.TEACHER)
+
+
+_OTHERS = {Role.BEFORE: _before, Role.TEACHER: _teacher}
 
 
 def _of_stage(house: _House, stage: str) -> Model:

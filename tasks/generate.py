@@ -119,10 +119,11 @@ class TransformersGenerator:
 
     def __init__(
         self, model: Any, tokenizer: Any, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
-        moved: Moved | None = None,
+        moved: Moved | None = None, seen: Callable[[Tensor], None] | None = None,
     ) -> None:  # fmt: skip
+        """`seen` gets the ids written so far, [B, C], after every token; it may raise."""
         self._model = model
-        self._moved = moved or still
+        self._moved, self._seen = moved or still, seen
         self._pad = tokenizer.pad_token_id
         self._ends = {tokenizer.eos_token_id}
         from transformers import GenerationConfig
@@ -144,6 +145,8 @@ class TransformersGenerator:
 
         def token(written: Tensor, *_: Any, **__: Any) -> Tensor:
             self._moved((written.shape[1] - longest) / self._config.max_new_tokens)
+            if self._seen is not None:
+                self._seen(written[:, longest:])
             return going_on
 
         with torch.inference_mode():
