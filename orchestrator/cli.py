@@ -442,27 +442,40 @@ def compare(run_ids: tuple[str, ...], html: str | None, opens: bool, as_json: bo
     default="checkpoints",
     help="With --prune: checkpoints and broken uploads; labels, too; or everything but the ledger.",
 )
-@click.option("--yes", "-y", is_flag=True, help="With --prune: really delete.")
+@click.option("--push-to-hub", "repo", metavar="USER/NAME", help="Upload the exported student to the Hugging Face hub.")
+@click.option("--public", is_flag=True, help="With --push-to-hub: for everybody to see; private without it.")
+@click.option("--yes", "-y", is_flag=True, help="With --prune: really delete; with --push-to-hub: do not ask.")
 @json_option
 def artifacts(
-    run_id: str | None, stage: str | None, dest: str | None, prune: bool, older_than: str, what: str, yes: bool,
-    as_json: bool,
+    run_id: str | None, stage: str | None, dest: str | None, prune: bool, older_than: str, what: str, repo: str | None,
+    public: bool, yes: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """What a run left in its bucket: list it, fetch it, or delete what old runs left.
+    """What a run left in its bucket: list it, fetch it, publish its student, or delete what old runs left.
 
     \b
     kdcloud artifacts
     kdcloud artifacts last --fetch student --stage export
+    kdcloud artifacts last --push-to-hub you/addition-student
     kdcloud artifacts --prune --older-than 60d
     """
     from orchestrator.session import newest
 
-    if prune and (dest or stage):
-        raise UsageError("--prune goes with neither --fetch nor --stage", hint="fetch first, then prune")
+    if prune and (dest or stage or repo):
+        raise UsageError(
+            "--prune goes with neither --fetch nor --push-to-hub nor --stage", hint="fetch first, then prune"
+        )
+    if public and not repo:
+        raise UsageError("--public says how --push-to-hub is to publish", hint="add --push-to-hub USER/NAME")
+    if repo and dest:
+        raise UsageError("--push-to-hub and --fetch are two things", hint="do one after the other")
     with _ledger() as ledger:
         if prune:
             runs = [newest(ledger, run_id)] if run_id else ledger.runs()
             _prune(ledger, runs, run_id is not None, _duration(older_than, "--older-than"), what, yes, as_json)
+        elif repo:
+            from orchestrator.hub_push import push_command
+
+            push_command(ledger.run(newest(ledger, run_id)), _home()[0], repo, stage, public, yes, as_json)
         else:
             _artifacts(ledger, newest(ledger, run_id), stage, dest, as_json)
 

@@ -149,15 +149,22 @@ def fetch(found: Found, bucket: Bucket, home: Home, *, moved: Callable[[int], No
     A bucket that is a folder of this machine is used as it is; another one's files come into `KDCLOUD_HOME/models/RUN`,
     and are not fetched twice. Raises BucketError.
     """
+    return bring({stage: found.files(stage) for stage in found.parts}, found.run, bucket, home, moved=moved)
+
+
+def bring(
+    files: Mapping[str, Mapping[str, FileEntry]], run: str, bucket: Bucket, home: Home, *,
+    moved: Callable[[int], None] = lambda size: None,
+) -> Path:  # fmt: skip
+    """As `fetch`, for any committed files of stages."""
     if bucket.url.startswith("file:"):
         root = Path(bucket.url.removeprefix("file:"))
-        for stage in found.parts:
-            _check(root / stage, found.files(stage), moved)
+        for stage, wanted in files.items():
+            _check(root / stage, wanted, moved)
         return root
     home.make()
-    root = home.root / CACHE / found.run
-    for stage in found.parts:
-        wanted = found.files(stage)
+    root = home.root / CACHE / run
+    for stage, wanted in files.items():
         fetch_folder(bucket, stage, root / stage, moved=moved, only=wanted.__contains__)
     return root
 

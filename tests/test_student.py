@@ -10,9 +10,7 @@ import pytest
 
 from orchestrator.config import Home
 from orchestrator.errors import UsageError
-from orchestrator.ledger import Ledger
-from orchestrator.plan import StagePlan, plan_to_dict
-from orchestrator.runner import mark_to_dict
+from orchestrator.plan import StagePlan
 from orchestrator.student import Role, choose, fetch, find, student_folder
 from orchestrator.testing import FakeBucket, VirtualClock
 from tasks.bucket import Corrupt, FileEntry, Manifest, commit_folder, open_bucket
@@ -24,10 +22,9 @@ from tasks.contract import (
     LabelSettings,
     ModelSource,
     PretrainSettings,
-    Settings,
     TrainSettings,
 )
-from tests.plans import make_plan
+from tests.recorded_runs import recorded, stages
 
 HUB = ModelSource(path="some/base")
 TINY = ModelSource(architecture=Architecture())
@@ -35,12 +32,6 @@ TINY = ModelSource(architecture=Architecture())
 
 def label(teacher: ModelSource, api: ApiTeacher | None = None) -> LabelSettings:
     return LabelSettings(teacher=teacher, prompts=DataSource("p"), verify="exact", samples=1, api=api)
-
-
-def stages(**settings: Settings) -> list[StagePlan]:
-    kinds = {PretrainSettings: "pretrain", LabelSettings: "label", TrainSettings: "train", ExportSettings: "export"}
-    plan = make_plan(dict.fromkeys(settings, 1.0))
-    return [replace(s, kind=kinds[type(settings[s.name])], settings=settings[s.name]) for s in plan.stages]
 
 
 def committed(*files: str) -> Manifest:
@@ -164,14 +155,7 @@ def manifest_of(bucket: FakeBucket, stage: str) -> Manifest:
 def test_a_run_on_this_machine_is_used_where_it_lies_and_checked(tmp_path: Path):
     bucket, home = open_bucket(f"file:{tmp_path}/bucket/r-abc123"), Home(tmp_path / "home")
     commit_folder(bucket, put(tmp_path / "e", "hf/w", "hf/README.md"), "export", fence=1)
-    plan = replace(make_plan({"export": 1.0}), stages=tuple(QUICK))
-    ledger, clock = Ledger(tmp_path / "ledger.sqlite"), VirtualClock()
-    mark = clock.mark()
-    ledger.create_run(
-        "r-abc123", name="r", bucket=bucket.url, cap_micros=1, deadline_s=None, mark=mark_to_dict(mark), at=mark.wall,
-        data={"schema": 1, "plan": plan_to_dict(plan), "owner": "o"},
-    )  # fmt: skip
-    run = ledger.run("r-abc123")
+    run = recorded(home, "r-abc123", bucket.url, QUICK)
     student = student_folder(run, home)
     assert student.folder == tmp_path / "bucket/r-abc123/export/hf" and not student.adapter
     assert student.card() == "bytes of hf/README.md"
@@ -181,4 +165,3 @@ def test_a_run_on_this_machine_is_used_where_it_lies_and_checked(tmp_path: Path)
     (student.folder / "w").write_text("other bytes")
     with pytest.raises(Corrupt, match="is not what was committed"):
         student_folder(run, home)
-    ledger.close()
