@@ -11,16 +11,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from orchestrator.config import Home
 from orchestrator.errors import StageFailed, UsageError
+from orchestrator.ledger import Run
 from orchestrator.plan import StagePlan
-from orchestrator.student import Found, Role
+from orchestrator.student import CACHE, Found, Role, fetch, find, student_folder
+from tasks.bucket import files_sha256, open_bucket
 from tasks.contract import EvaluateSettings, LabelSettings
 
 NEEDS = ("torch", "transformers", "peft", "safetensors")
@@ -96,16 +99,44 @@ def usual_tokens(stages: Sequence[StagePlan]) -> int:
     return USUAL_TOKENS
 
 
+def whole_student(
+    run: Run, home: Home, *, stage: str | None = None, moved: Callable[[int], None] = lambda size: None
+) -> Path:
+    """`student_folder` for whoever serves it: an adapter is merged into its base, and kept below KDCLOUD_HOME/models.
+
+    Raises UsageError, StageFailed, BucketError.
+    """
+    student = student_folder(run, home, stage=stage, moved=moved)
+    if not student.adapter:
+        return student.folder
+    check_installed()
+    bucket = open_bucket(run.bucket)
+    found = find(run, bucket, stage=stage, roles=(Role.STUDENT,))
+    known = files_sha256(found.files(student.stage))[:12]
+    whole = home.root / CACHE / run.id / f"{student.stage}-merged-{known}"
+    if not whole.exists():
+        home.make()
+        making = whole.with_name(f".{whole.name}.{os.getpid()}")
+        with Asking(found, fetch(found, bucket, home), merge_into=making) as process:
+            process.merge()
+        making.replace(whole)
+    return whole
+
+
 class Asking:
     """Models in a process of their own. Use as a context; `load` first, then `ask`."""
 
-    def __init__(self, found: Found, root: Path, *, max_new_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, found: Found, root: Path, *, max_new_tokens: int = 1, temperature: float = 0.0,
+        merge_into: Path | None = None,
+    ) -> None:  # fmt: skip
+        """`merge_into`: only for `merge`."""
         models = sorted(found.models, key=lambda one: ORDER.index(one.role))
         self.loaded: dict[Role, Loaded] = {}
         self._names = {one.role: one.name for one in models}
         self._setup: dict[str, Any] = {
             "root": str(root), "models": [one.to_dict() for one in models], "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
+            "temperature": temperature, "merge_into": merge_into and str(merge_into),
         }  # fmt: skip
 
     def __enter__(self) -> Asking:
@@ -153,6 +184,12 @@ class Asking:
                     )  # fmt: skip
                     self.loaded[role] = one
                     yield role, loaded_words(one)
+
+    def merge(self) -> None:
+        """Writes the only model as a whole one. Raises as `load`."""
+        self._tell(self._setup)
+        for _ in self._heard(until="merged"):
+            pass
 
     def ask(self, question: str, *, seed: int) -> Iterator[Answer]:
         """What each model has said so far, again and again, in the order of ORDER; a whole answer has its tokens."""

@@ -29,6 +29,8 @@ from tasks.generate import TransformersGenerator
 from tasks.labels import TOKENIZER_FOLDER
 from tasks.stage import Context
 
+SMALL = 5_000_000  # parameters: below, threads wait for each other longer than they compute
+THREADS = torch.get_num_threads()  # as torch would have it
 STUDENT = "student"  # the role without which nothing is asked
 FIRST = (STUDENT, "teacher", "before")  # where not all of them fit
 WORK_BYTES = 256 << 20  # of memory beside weights and cache: activations, logits, tokenizer
@@ -157,6 +159,15 @@ class _Ready:
     dtype: torch.dtype
     opens_thinking: bool
 
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.loaded.model.parameters())
+
+    def generator(self, tokens: int, **how: Any) -> TransformersGenerator:
+        """What writes an evaluation's answers; alone on its thread where the model is a small one."""
+        torch.set_num_threads(1 if self.parameters < SMALL else THREADS)
+        return TransformersGenerator(self.loaded.model, self.loaded.tokenizer, tokens, **how)
+
 
 def _load(asked: Asked, setup: Setup, device: torch.device) -> _Ready | str:
     """The model on its device, or why it is not used. Raises TaskError."""
@@ -237,7 +248,7 @@ class Answers:
             if self._unwanted.is_set():
                 raise Interrupted
 
-        generator = TransformersGenerator(model, tokenizer, room, temperature=self._setup.temperature, seen=seen)
+        generator = self._ready.generator(room, temperature=self._setup.temperature, seen=seen)
         try:
             (written,) = generator.generate([prompt], seed=seed)
             ids, finish = written.ids, written.finish_reason
@@ -338,12 +349,13 @@ def _all(setup: Setup, device: torch.device, tell: Any) -> Iterator[_Ready]:
                 )
             tell({"type": "absent", "role": asked.role, "why": found})
             continue
-        warm = TransformersGenerator(found.loaded.model, found.loaded.tokenizer, 1)
-        warm.generate([models.prompt_ids(found.loaded.tokenizer, "1")], seed=0)  # the first call is a slow one
+        found.generator(1).generate(
+            [models.prompt_ids(found.loaded.tokenizer, "1")], seed=0
+        )  # the first call is a slow one
         tell({
             "type": "ready", "role": asked.role, "dtype": str(found.dtype).removeprefix("torch."),
             "smaller": found.dtype != models.working_dtype(device), "opens_thinking": found.opens_thinking,
-            "parameters": sum(p.numel() for p in found.loaded.model.parameters()),
+            "parameters": found.parameters,
         })  # fmt: skip
         yield found
 
