@@ -162,6 +162,6 @@ def test_a_run_on_this_machine_is_used_where_it_lies_and_checked(tmp_path: Path)
     assert find(run, bucket).missing == {
         Role.BEFORE: "stage train left nothing of its start", Role.TEACHER: "stage pretrain left no model",
     }  # fmt: skip
-    (student.folder / "w").write_text("other bytes")
+    (student.folder / "w").write_text("BYTES of hf/w")
     with pytest.raises(Corrupt, match="is not what was committed"):
         student_folder(run, home)
