@@ -234,7 +234,8 @@ def infras_of(plan: Plan) -> list[str]:
 
 def longest_s(plan: Plan) -> float:
     """How long a rented machine of this plan may live at most, in seconds: by the cap, and by the deadline."""
-    offers = [offer for stage in rented(plan) for offer in stage.candidates if offer.price_micros_per_hour]
+    known = {id(offer): offer for stage in rented(plan) for offer in stage.candidates}  # stages share candidates
+    offers = [offer for offer in known.values() if offer.price_micros_per_hour]
     longest = max((spend.lifetime_s(offer, plan.cap_micros) + offer.latencies.total_s for offer in offers), default=0.0)
     return max(0.0, longest if plan.deadline_s is None else min(longest, plan.deadline_s))
 
@@ -276,9 +277,10 @@ def _bucket_notes(plan: Plan, then: str, env: Mapping[str, str]) -> Iterator[str
     if store == "other":
         yield f"your store is asked for a key that reaches this run only before anything is rented; has it none, {then}"
     limit = FEDERATION_S if store == "aws" else STORE_S
-    if longest_s(plan) > limit:
+    longest = longest_s(plan)
+    if longest > limit:
         yield (
-            f"a machine may live {longest_s(plan) / HOUR_S:.0f} h under this cap, a key for this run only "
+            f"a machine may live {longest / HOUR_S:.0f} h under this cap, a key for this run only "
             f"{limit / HOUR_S:.0f} h: give it --deadline {limit / HOUR_S:.0f}h"
         )
 

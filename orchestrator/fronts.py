@@ -51,6 +51,8 @@ def worth_a_look(rows: Iterable[Row]) -> list[Row]:
     soonest: dict[float, float] = {}  # by ending_hours: the fewest hours so far
     for one in sorted(rows, key=_row_order):
         hours, ending_hours = one[1], one[2]
+        if hours >= soonest.get(ending_hours, math.inf):
+            continue
         if all(hours < fewest or ending_hours < ending for ending, fewest in soonest.items()):
             soonest[ending_hours] = hours
             found.append(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -325,8 +326,13 @@ def gpu_named(name: str, instance: str = "") -> Gpu | None:
 
     `instance` tells the two forms of an A100-80GB and an H100 apart where it names one (SXM, PCIe).
     """
+    return _gpu_named(name, "SXM" in instance.upper())
+
+
+@lru_cache(1024)
+def _gpu_named(name: str, sxm: bool) -> Gpu | None:
     plain = name.strip().upper().removeprefix("NVIDIA").strip(" -_").replace(" ", "-").replace("_", "-")
     found = GPUS.get(_OTHER_NAMES.get(plain, plain))
-    if found is not None and "SXM" in instance.upper():
+    if found is not None and sxm:
         return GPUS.get(f"{found.name}-SXM", found)
     return found

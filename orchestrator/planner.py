@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from orchestrator import access, duration, money, setup_time, spend, teachers
@@ -83,8 +83,7 @@ class _Way:
         return self.measured.memory.total_gib.high
 
 
-@dataclass(frozen=True)
-class _Option:
+class _Option(NamedTuple):
     """A stage on the cheapest offer of a lot, in the fastest way that fits there. `needed_micros`: what it costs with
     its reserve for latencies and its traffic out of the bucket."""
 
@@ -569,6 +568,7 @@ def _consider(stage: Stage, world: World, lots: Iterable[Lot], scene: _Scene) ->
     options, refused = [], []
     of_card: dict[tuple[str, bool], _Ways | str] = {}
     of_infra: dict[tuple[str, str, int], _Way | str] = {}
+    of_kind: dict[tuple[Any, ...], _Way | str] = {}
     asked, shared = gpu_counts(_gpus_asked(stage, world.recipe)), uses_all_gpus(stage)
     lots = list(lots)
     vram_gib: dict[tuple[str, bool], float] = {}  # the most of each card
@@ -584,12 +584,16 @@ def _consider(stage: Stage, world: World, lots: Iterable[Lot], scene: _Scene) ->
         kind = (lot.cards if shared else lot.card, infra == "local")
         if kind not in of_card:
             of_card[kind] = _ways(stage, world, machine, scene.calibration, vram_gib[kind])
-        way = _first_that_fits(of_card[kind], lot.first.vram_gib)
-        if isinstance(way, _Way):  # what differs from infra to infra is the start, the same for all settings
-            key = (lot.cards, infra, id(way.settings))
-            if key not in of_infra:
-                of_infra[key] = _measured_option(stage, way.settings, world, machine, scene.calibration)
-            way = of_infra[key]
+        alike = (kind, lot.cards, infra, lot.first.vram_gib)
+        if alike not in of_kind:
+            way = _first_that_fits(of_card[kind], lot.first.vram_gib)
+            if isinstance(way, _Way):  # what differs from infra to infra is the start, the same for all settings
+                key = (lot.cards, infra, id(way.settings))
+                if key not in of_infra:
+                    of_infra[key] = _measured_option(stage, way.settings, world, machine, scene.calibration)
+                way = of_infra[key]
+            of_kind[alike] = way
+        way = of_kind[alike]
         if isinstance(way, str):
             refused.append((lot, way))
             continue
@@ -883,16 +887,18 @@ def _fallbacks(stay: _Stay, rows: _Rows) -> tuple[list[tuple[Offer, tuple[_Way, 
         fits, not_ = _with_settings(stage, way.settings, rows.considered[first + nth], world, scene)
         fitting.append(fits)
         refused.append(not_)
+    everywhere = set(fitting[0]).intersection(*fitting[1:])
     for nth in range(len(stages)):
         for option in rows.considered[first + nth].options:
-            away = [one.name for one, fits in zip(stages, fitting, strict=True) if id(option.lot) not in fits]
-            if away and id(option.lot) in fitting[nth]:
-                refused[nth].append((option.lot, f"it does not hold {away[0]}, which shares the machine"))
+            if id(option.lot) in everywhere or id(option.lot) not in fitting[nth]:
+                continue
+            away = next(one.name for one, fits in zip(stages, fitting, strict=True) if id(option.lot) not in fits)
+            refused[nth].append((option.lot, f"it does not hold {away}, which shares the machine"))
     together: dict[tuple[int, ...], tuple[_Way, ...]] = {}
     found: list[tuple[Any, ...]] = []
     for option in rows.considered[first].options:
         lot = option.lot
-        if any(id(lot) not in fits for fits in fitting) or lot.first.gpus > 1 >= stay.offer.gpus:
+        if id(lot) not in everywhere or lot.first.gpus > 1 >= stay.offer.gpus:
             continue
         ways_of = [fits[id(lot)] for fits in fitting]
         key = tuple(map(id, ways_of))

@@ -66,11 +66,15 @@ class Measured:
 
     memory: Memory
     work_s: Range
-    uses: Mapping[str, float]
+    uses_of: Callable[[], Mapping[str, float]]  # what the estimate rests on; few are asked for it
     around_s: Range  # process start, weights onto the card, an engine's start
     download_s: Range = NOTHING  # weights from the hub
     bucket_s: Range = NOTHING  # inputs from the bucket, results to it
     environment: str | None = None  # see setup_time.environment_of
+
+    @cached_property
+    def uses(self) -> Mapping[str, float]:
+        return self.uses_of()
 
     @cached_property
     def own_hours(self) -> Range:
@@ -79,10 +83,12 @@ class Measured:
 
     def own_hours_with(self, missing: float) -> Range:
         """The same where only this share of the weights must be fetched."""
-        seconds = NOTHING + self.around_s
-        if missing:
-            seconds += self.download_s.times(missing)
-        return (seconds + self.bucket_s + self.work_s).times(1 / 3600)
+        around, download, bucket, work = self.around_s, self.download_s, self.bucket_s, self.work_s
+        return Range(
+            (around.low + download.low * missing + bucket.low + work.low) * (1 / 3600),
+            (around.expected + download.expected * missing + bucket.expected + work.expected) * (1 / 3600),
+            (around.high + download.high * missing + bucket.high + work.high) * (1 / 3600),
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Machine:
     speed: duration.Speed
     gpu: Gpu | None
 
-    @property
+    @cached_property
     def gpus(self) -> int:
         """Processes of a stage that can be shared out: one a GPU; without any there is one as well."""
         return max(1, self.offer.gpus)
@@ -377,13 +383,14 @@ def _with_traffic(found: Measured, stage: Stage, settings: Settings, world: Worl
     bucket_gb = fetched_gb(stage, world)
     if not isinstance(stage, ExportStage):  # sending its files is its work
         bucket_gb += left_gb(stage, world)
-    return replace(
-        found,
-        around_s=found.around_s - download_s,
-        download_s=download_s,
-        bucket_s=duration.bucket_s(machine.speed, bucket_gb),
-        uses={**found.uses, "bucket_gb": bucket_gb},
-        environment=setup_time.environment_of(stage.kind, settings, machine.gpu),
+    return Measured(
+        found.memory,
+        found.work_s,
+        lambda: {**found.uses, "bucket_gb": bucket_gb},
+        found.around_s - download_s,
+        download_s,
+        duration.bucket_s(machine.speed, bucket_gb),
+        setup_time.environment_of(stage.kind, settings, machine.gpu),
     )
 
 
@@ -445,7 +452,7 @@ def _measure_pretrain(settings: PretrainSettings, machine: Machine) -> Measured:
         half=False,
     )
     around = duration.stage_s(machine.speed, downloads_gb=0.0)
-    return Measured(need, work, {"params": shape.params, "row_tokens": length}, around)
+    return Measured(need, work, lambda: {"params": shape.params, "row_tokens": length}, around)
 
 
 def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, machine: Machine) -> Measured:
@@ -478,7 +485,7 @@ def _measure_label(stage: LabelStage, settings: LabelSettings, world: World, mac
     return Measured(
         _label_memory(stage, settings, world, machine),
         writing + scoring,
-        {
+        lambda: {
             "params": shape.params,
             "answers": answers,
             "expected_answer_tokens": lengths.answer,
@@ -587,7 +594,7 @@ def _measure_api(stage: LabelStage, settings: LabelSettings, api: ApiTeacher, wo
     return Measured(
         memory.process_memory(),
         waiting,
-        {
+        lambda: {
             "answers": answers,
             "expected_answer_tokens": lengths.answer,
             "cut_share": lengths.cut_share,
@@ -612,7 +619,7 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
     return Measured(
         _training_memory(stage, settings, world, gpu=speed.gpu, gpus=machine.gpus),
         _training_s(stage, settings, world, machine),
-        {
+        lambda: {
             "params": shape.params,
             "trainable": trainable,
             "steps": steps,
@@ -711,7 +718,7 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
     shapes = [(world.student_shape(train), students), *([(world.shape(stage.teacher), 1)] if stage.teacher else [])]
     engine = _engine(settings.engine, machine)
     share = _written_share(rows, rows if engine else settings.batch_size, machine.gpus, cut=engine)
-    seconds = Range(0.0, 0.0, 0.0)
+    seconds = teacher_s = NOTHING
     around = duration.stage_s(
         speed,
         downloads_gb=sum(
@@ -738,15 +745,20 @@ def _measure_evaluate(stage: EvaluateStage, settings: EvaluateSettings, world: W
             mean_len = lengths.prompt + lengths.answer
             own += duration.scoring_s(speed, shape, tokens=tokens, mean_len=mean_len).times(times)
         seconds += own
-    uses = {
-        **_step_share(shapes[0][0], lengths, speed, rows, engine=engine),
-        "prompts": rows,
-        "models": students + len(shapes) - 1,
-        "expected_answer_tokens": lengths.answer,
-        "params": max(shape.params for shape, _ in shapes),
-        **({"teacher_share": own.expected / max(seconds.expected, 1e-9)} if stage.teacher else {}),  # it is the last
-    }
-    return Measured(_evaluate_memory(stage, settings, world, machine), seconds, uses, around)
+        teacher_s = own  # it is the last
+    return Measured(
+        _evaluate_memory(stage, settings, world, machine),
+        seconds,
+        lambda: {
+            **_step_share(shapes[0][0], lengths, speed, rows, engine=engine),
+            "prompts": rows,
+            "models": students + len(shapes) - 1,
+            "expected_answer_tokens": lengths.answer,
+            "params": max(shape.params for shape, _ in shapes),
+            **({"teacher_share": teacher_s.expected / max(seconds.expected, 1e-9)} if stage.teacher else {}),
+        },
+        around,
+    )
 
 
 def _problems(stage: EvaluateStage, world: World) -> int:
@@ -807,13 +819,13 @@ def _measure_export(settings: ExportSettings, world: World, machine: Machine) ->
     need = memory.loading_memory(shape, half=machine.speed.gpu, gpu=machine.speed.gpu)
     writing = shape.params * 2 / 1e9 * len(settings.formats) * 10  # 100 MB/s to disk and bucket, a form
     around = duration.stage_s(machine.speed, downloads_gb=_download_gb(world.student(stage), shape))
-    return Measured(need, Range(writing / 3, writing, writing * 3), {"params": shape.params}, around)
+    return Measured(need, Range(writing / 3, writing, writing * 3), lambda: {"params": shape.params}, around)
 
 
 def _measure_rehearse(settings: RehearseSettings, machine: Machine) -> Measured:
     own = settings.steps * settings.seconds_per_step
     around = duration.stage_s(machine.speed, downloads_gb=0.0, bare=True)
-    return Measured(memory.bare_memory(), Range(own, own * 1.02, own * 1.2), {"steps": settings.steps}, around)
+    return Measured(memory.bare_memory(), Range(own, own * 1.02, own * 1.2), lambda: {"steps": settings.steps}, around)
 
 
 def models_gb(stage: Stage, settings: Settings, world: World) -> dict[str, float]:
