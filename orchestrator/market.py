@@ -53,6 +53,13 @@ class Lot:
             return -(-price * work // 3600) + reserve, which
         return min((-(-price * work // 3600) + reserve, which) for price, reserve, which in self._unbeaten)
 
+    def never_cheaper_than(self, other: Lot) -> bool:
+        """Whether `other` costs no more for any time, by `least_micros`."""
+        return self._billing == other._billing and all(
+            any(less[0] <= price and less[1] <= reserve for less in other._unbeaten)
+            for price, reserve, _ in self._unbeaten
+        )
+
     @cached_property
     def _billing(self) -> tuple[int, int]:
         """For spend.billed_s, which is asked too often to look at an offer each time."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from orchestrator import access, duration, money, setup_time, spend, teachers
@@ -490,13 +490,14 @@ class _Rows:
             packages, models = self._leaves(at, way, lot)
             known[left] = packages, models, things.mask(packages), things.mask(packages, *models)
         packages, models, setup_of, leaves = known[left]
-        key = (lot.first.infra, packages)
+        infra = lot.first.infra if scene.calibration else ""  # nothing else of a joined stage depends on it
+        key = (infra, packages)
         if key not in known:
             known[key] = {
                 mask: duration.hours(calibrated(_joined_setup(*key, ready=bool(mask), scene=scene))).expected
                 for mask in (0, setup_of)
             }
-        own = (*left, lot.first.gpus)
+        own = (*left, lot.first.gpus, infra)
         if own not in known:
             there = [frozenset[str]()]
             for name in models:
@@ -506,8 +507,8 @@ class _Rows:
                 for have in there
             }
         cell = Cell(way.hours.expected, leaves, setup_of, egress, known[own], known[key])
-        known[at, id(way)] = cell
-        return cell
+        known[at, id(way)] = known.setdefault((at, cell.alone_hours, egress, own, key), cell)
+        return cast(Cell, known[at, id(way)])
 
 
 def _fronts(
@@ -515,8 +516,13 @@ def _fronts(
 ) -> dict[tuple[int, int], list[Point]]:
     """Of each row of stages on one machine, two or more, what is worth a look."""
     found: dict[tuple[int, int], list[tuple[int, float, float, int, Lot]]] = {}
+    alike: dict[tuple[Any, ...], list[Lot]] = {}  # lots on which all stages take the same time
     for lot, _, cells in lots:
         ending = lot.ending_hours
+        others = alike.setdefault((ending, *map(id, cells)), [])
+        if any(lot.never_cheaper_than(other) for other in others):
+            continue
+        others.append(lot)
         for first, end, micros, hours in stays(lot, cells):
             rows = found.setdefault((first, end), [])
             rows.append((micros, hours, ending, len(rows), lot))
