@@ -243,13 +243,21 @@ def stage_s(speed: Speed, *, downloads_gb: float, bare: bool = False, engine: bo
         return _spread(LOCAL_BARE_S if bare else LOCAL_STAGE_S)
     if bare:
         return Range(2.0, 5.0, 15.0)
-    return GPU_STAGE + fetch_s(speed, downloads_gb) + (ENGINE_START_S if engine else Range(0.0, 0.0, 0.0))
+    return _gpu_stage_s(downloads_gb, engine)
+
+
+@functools.lru_cache(4096)
+def _gpu_stage_s(downloads_gb: float, engine: bool) -> Range:
+    return GPU_STAGE + _fetch_s(downloads_gb) + (ENGINE_START_S if engine else Range(0.0, 0.0, 0.0))
 
 
 def fetch_s(speed: Speed, gb: float) -> Range:
     """Seconds to fetch weights from the hub, of what stage_s holds."""
-    if not speed.gpu:
-        return Range(0.0, 0.0, 0.0)
+    return _fetch_s(gb) if speed.gpu else Range(0.0, 0.0, 0.0)
+
+
+@functools.lru_cache(4096)
+def _fetch_s(gb: float) -> Range:
     return Range(gb / DOWNLOAD_GB_S.high, gb / DOWNLOAD_GB_S.expected, gb / DOWNLOAD_GB_S.low)
 
 

@@ -100,15 +100,17 @@ class Lot:
 
 def lots_of(offers: Iterable[Offer]) -> list[Lot]:
     """The offers by kind. Those without a known price have lots of their own."""
-    cards: dict[tuple[str | None, str], Gpu | None] = {}
+    cards: dict[str | None, tuple[Gpu | None, Gpu | None]] = {None: (None, None)}  # by name: its form and the SXM one
     alike: dict[int, tuple[Latencies, int]] = {}  # by id: to hash one for each offer takes long
     numbers: dict[Latencies, int] = {}
     kinds: dict[tuple[Any, ...], tuple[Gpu | None, list[_Priced]]] = {}
     for one in offers:
-        machine = (one.gpu, one.instance)
-        if machine not in cards:
-            cards[machine] = None if one.gpu is None else gpu_named(one.gpu, one.instance)
-        card, latencies = cards[machine], one.latencies
+        if one.gpu is not None and one.gpu not in cards:
+            cards[one.gpu] = gpu_named(one.gpu), gpu_named(one.gpu, "SXM")
+        card, other_form = cards[one.gpu]
+        if other_form is not card and one.gpu is not None:
+            card = gpu_named(one.gpu, one.instance)
+        latencies = one.latencies
         if id(latencies) not in alike:
             alike[id(latencies)] = (latencies, numbers.setdefault(latencies, len(numbers)))
         price = one.price_micros_per_hour

@@ -592,13 +592,14 @@ def _consider(stage: Stage, world: World, lots: Iterable[Lot], scene: _Scene) ->
             of_card[kind] = _ways(stage, world, machine, scene.calibration, vram_gib[kind])
         alike = (kind, lot.cards, infra, lot.first.vram_gib)
         if alike not in of_kind:
-            way = _first_that_fits(of_card[kind], lot.first.vram_gib)
-            if isinstance(way, _Way):  # what differs from infra to infra is the start, the same for all settings
-                key = (lot.cards, infra, id(way.settings))
+            settings = _first_that_fits(of_card[kind], lot.first.vram_gib)
+            if isinstance(settings, str):
+                of_kind[alike] = settings
+            else:  # what differs from infra to infra is the start, the same for all settings
+                key = (lot.cards, infra, id(settings))
                 if key not in of_infra:
-                    of_infra[key] = _measured_option(stage, way.settings, world, machine, scene.calibration)
-                way = of_infra[key]
-            of_kind[alike] = way
+                    of_infra[key] = _measured_option(stage, settings, world, machine, scene.calibration)
+                of_kind[alike] = of_infra[key]
         way = of_kind[alike]
         if isinstance(way, str):
             refused.append((lot, way))
@@ -688,19 +689,19 @@ def _not_on_several(gpus: int, stage: Stage) -> str | None:
 
 @dataclass(frozen=True)
 class _Ways:
-    """A stage's ways on a card, the fastest first; of all settings, also those that no machine holds, the least
-    memory that is needed."""
+    """A stage's settings on a card with the memory that they need, the fastest first; of all settings, also those that
+    no machine holds, the least memory that is needed."""
 
-    ways: list[_Way]
+    ways: list[tuple[Settings, float]]
     least_gib: float
 
 
 def _ways(
     stage: Stage, world: World, machine: Machine, calibration: Calibration, vram_gib: float
 ) -> _Ways | str:
-    """The stage's ways on a card that fit into so much memory, the fastest first, without those that another beats in
-    both time and memory; or why there is none at any size."""
-    found: list[_Way] = []
+    """The stage's settings on a card that fit into so much memory, the fastest first, without those that another beats
+    in both time and memory; or why there is none at any size."""
+    found: list[tuple[float, float, int, Settings]] = []
     least_gib, why = math.inf, "no settings fit"
     for settings in choices(stage, world, machine):
         refused = _not_on(settings, machine)
@@ -710,18 +711,19 @@ def _ways(
         needs_gib = needed_memory(stage, settings, world, machine).total_gib.high
         least_gib = min(least_gib, needs_gib)
         if needs_gib <= vram_gib:
-            found.append(_way(stage, settings, world, machine, calibration))
-    ways: list[_Way] = []
-    for way in sorted(found, key=lambda way: (way.hours.expected, way.needs_gib)):
-        if not ways or way.needs_gib < ways[-1].needs_gib:
-            ways.append(way)
+            hours = _expected_hours(stage, settings, world, machine, calibration)
+            found.append((hours, needs_gib, len(found), settings))
+    ways: list[tuple[Settings, float]] = []
+    for _, needs_gib, _, settings in sorted(found):
+        if not ways or needs_gib < ways[-1][1]:
+            ways.append((settings, needs_gib))
     return why if least_gib == math.inf else _Ways(ways, least_gib)
 
 
-def _first_that_fits(ways: _Ways | str, vram_gib: float) -> _Way | str:
+def _first_that_fits(ways: _Ways | str, vram_gib: float) -> Settings | str:
     if isinstance(ways, str):
         return ways
-    fitting = (way for way in ways.ways if way.needs_gib <= vram_gib)
+    fitting = (settings for settings, needs_gib in ways.ways if needs_gib <= vram_gib)
     return next(fitting, None) or _too_small(ways.least_gib, vram_gib)
 
 
@@ -763,6 +765,17 @@ def _way(stage: Stage, settings: Settings, world: World, machine: Machine, calib
     startup_hours = duration.hours(sum_of(parts, ["create", "setup"]))
     hours = startup_hours + duration.hours(sum_of(parts, _OWN))
     return _Way(settings, measured, hours, startup_hours, lambda: parts)
+
+
+def _expected_hours(
+    stage: Stage, settings: Settings, world: World, machine: Machine, calibration: Calibration
+) -> float:
+    """Of `_way`, without the rest of it."""
+    if calibration:
+        return _way(stage, settings, world, machine, calibration).hours.expected
+    measured = measure(stage, settings, world, machine)
+    startup_hours = _startup_hours(machine.offer.infra, measured.environment, world)
+    return startup_hours.expected + measured.own_hours.expected
 
 
 def _startup_hours(infra: str, environment: str | None, world: World) -> Range:
