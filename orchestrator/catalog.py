@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from orchestrator.errors import UsageError
@@ -72,7 +73,7 @@ class ModelShape:
     layer_extra: int = 0
     model_extra: int = 0
 
-    @property
+    @cached_property
     def params(self) -> int:
         """Parameters, exactly: embedding, layers, norms, and the head where it is not tied."""
         if self.fixed_params is not None:
@@ -80,7 +81,7 @@ class ModelShape:
         head = 0 if self.tied else self.vocab * self.hidden
         return self.vocab * self.hidden + self._all_layers(every_expert=True) + self.hidden + head + self.model_extra
 
-    @property
+    @cached_property
     def active_params(self) -> int:
         """Parameters of the matrix products a token goes through, the head once, the embedding look-up not."""
         if self.fixed_active_params is not None:
@@ -97,12 +98,16 @@ class ModelShape:
 
     def lora_params(self, r: int, targets: tuple[str, ...]) -> int:
         """Parameters of LoRA adapters on `targets`: r * (in + out) for each matrix. Unknown names count nothing."""
-        sides = {name: sum(pair) for name, pair in self.matrices().items()}
-        layers = self.layers * r * sum(sides.get(target, 0) for target in targets)
+        sides = self._matrices
+        layers = self.layers * r * sum(sum(sides[target]) for target in targets if target in sides)
         return layers + (r * (self.hidden + self.vocab) if "lm_head" in targets else 0)
 
-    def matrices(self) -> dict[str, tuple[int, int]]:
+    def matrices(self) -> Mapping[str, tuple[int, int]]:
         """(in, out) of the matrices of a plain layer, by the names that LoRA targets use."""
+        return self._matrices
+
+    @cached_property
+    def _matrices(self) -> dict[str, tuple[int, int]]:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         found = {
             "q_proj": (self.hidden, q),

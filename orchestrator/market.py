@@ -46,24 +46,24 @@ class Lot:
 
     def least_micros(self, seconds: float) -> tuple[int, int]:
         """(the least of `needed_micros`, which offer it is of: the first of equals)."""
-        quantum, minimum_s = self._billing
+        quantum, minimum_s, unbeaten = self._terms
         work = max(minimum_s, math.ceil(seconds / quantum) * quantum) if seconds > 0 else minimum_s
-        if len(self._unbeaten) == 1:
-            price, reserve, which = self._unbeaten[0]
+        if len(unbeaten) == 1:
+            price, reserve, which = unbeaten[0]
             return -(-price * work // 3600) + reserve, which
-        return min((-(-price * work // 3600) + reserve, which) for price, reserve, which in self._unbeaten)
+        return min((-(-price * work // 3600) + reserve, which) for price, reserve, which in unbeaten)
 
     def never_cheaper_than(self, other: Lot) -> bool:
         """Whether `other` costs no more for any time, by `least_micros`."""
-        return self._billing == other._billing and all(
+        return self._terms[:2] == other._terms[:2] and all(
             any(less[0] <= price and less[1] <= reserve for less in other._unbeaten)
             for price, reserve, _ in self._unbeaten
         )
 
     @cached_property
-    def _billing(self) -> tuple[int, int]:
-        """For spend.billed_s, which is asked too often to look at an offer each time."""
-        return max(1, self.first.quantum_s), self.first.minimum_s
+    def _terms(self) -> tuple[int, int, tuple[tuple[int, int, int], ...]]:
+        """What spend.billed_s needs, and the prices: asked too often to look at an offer each time."""
+        return max(1, self.first.quantum_s), self.first.minimum_s, self._unbeaten
 
     @cached_property
     def card(self) -> str:

@@ -8,9 +8,11 @@ order for failover.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -205,11 +207,12 @@ class Planner:
 
         Raises NothingFits when a stage fits no machine at any price, with the smallest change that would help.
         """
-        plan = _assemble(self._rows, self._taken)
-        if plan.fits and plan.in_time:
-            return plan
-        advice = _what_would_fit(plan, self._rows, self._taken)
-        return replace(plan, notes=(*advice, *plan.notes))
+        with _collector_paused():
+            plan = _assemble(self._rows, self._taken)
+            if plan.fits and plan.in_time:
+                return plan
+            advice = _what_would_fit(plan, self._rows, self._taken)
+            return replace(plan, notes=(*advice, *plan.notes))
 
     def of(self, recipe: Recipe, allowed: Allowed) -> Planner:
         """The same for another recipe, whose stages look at allowed lots only."""
@@ -294,6 +297,19 @@ class Planner:
     @cached_property
     def _taken(self) -> list[_Stay]:
         return _take(self._rows)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Planning makes no cycles worth a collection, and each would walk through all offers: a fifth of the time."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def make_plan(recipe: Recipe, **given: Any) -> Plan:
