@@ -49,7 +49,7 @@ from orchestrator.sizing import (
 )
 from orchestrator.stays import Cell, Things, stays
 from orchestrator.workload import LONGEST_PROMPT_TOKENS, ROWS_UNKNOWN, World
-from tasks.contract import Settings, TrainSettings
+from tasks.contract import LabelSettings, Settings, TrainSettings
 
 OffersFor = Callable[[Need], list[Offer]]
 LotsFor = Callable[[Need], list[Lot]]
@@ -400,7 +400,7 @@ def _assemble(rows: _Rows, taken: list[_Stay]) -> Plan:
     meaning = recipe.model_dump(mode="json", exclude=beside)
     hashes = sorted([file.sha256 for file in recipe.files.values()] + [one.sha256 for one in recipe.labels.values()])
     digest = digest_of([meaning, hashes], stages, scene.cap, scene.deadline_s, config.rate)
-    notes = (*_plan_notes(plan, scene.now), *access.notes(plan, recipe.allow_account_key))
+    notes = (*_plan_notes(plan, recipe, scene.now), *access.notes(plan, recipe.allow_account_key))
     return replace(plan, digest=digest, notes=notes)
 
 
@@ -1109,7 +1109,7 @@ def _stage_notes(stage: Stage, world: World) -> Iterator[str]:
             yield f"the labels hold masses at T {held}: at {stage.loss.temperature:g} the tail is not learned"
 
 
-def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
+def _plan_notes(plan: Plan, recipe: Recipe, now: datetime) -> Iterator[str]:
     rented = [stage for stage in plan.stages if stage.offer.infra.partition("/")[0] not in ("local", "slurm")]
     if rented and plan.bucket.startswith("file:"):
         yield "a rented machine cannot reach a folder of yours: set `bucket: s3://...` before you run this"
@@ -1118,6 +1118,7 @@ def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
         yield f"a rented machine is unguarded until its supervisor starts: up to {minutes} min"
     if any(stage.offer.gpu and environments(stage.kind, stage.settings) == ("label", "train") for stage in rented):
         yield "labels: with an NVIDIA driver below 580 transformers write them, several times slower than planned"
+    yield from _several_gpus_notes(plan, recipe)
     if plan.offers_as_of is not None and (now - plan.offers_as_of).days > OLD_PRICE_DAYS:
         yield f"the oldest price used is {(now - plan.offers_as_of).days // 30} months old"
     if not plan.in_time:
@@ -1131,6 +1132,19 @@ def _plan_notes(plan: Plan, now: datetime) -> Iterator[str]:
         )
     if plan.fits and plan.tight:
         yield "if everything goes slowly the cap stops it: finished stages and checkpoints stay"
+
+
+def _several_gpus_notes(plan: Plan, recipe: Recipe) -> Iterator[str]:
+    """Once, where answers are to be labelled on several GPUs and the recipe asks for no number of them."""
+    for stage, planned in zip(recipe.stages, plan.stages, strict=True):
+        offer, settings = planned.offer, planned.settings
+        several = isinstance(settings, LabelSettings) and settings.api is None and offer.gpus > 1
+        if not several or gpu_counts(_gpus_asked(stage, recipe)).get(offer.gpu or ""):
+            continue
+        held_together = getattr(settings, "tensor_parallel", 1) > 1  # one GPU may be too small then
+        keeps = "" if held_together else f"; `gpus: [{offer.gpu}:1]` keeps to one"
+        yield f"labelling on several GPUs was tried on stand-ins only{keeps}"
+        return
 
 
 # --- what would help

@@ -68,13 +68,9 @@ def within_quota(plan: Plan, ask: Ask) -> Plan:
 
 
 def _stage(stage: StagePlan, known: Mapping[Quota, float | None]) -> StagePlan:
-    kept, refused = [], []
-    for offer, hours in zip(stage.candidates, stage.candidate_hours, strict=True):
-        why = _refusal(offer, known)
-        if why is None:
-            kept.append((offer, hours))
-        else:
-            refused.append((offer, why))
+    whys = [_refusal(offer, known) for offer in stage.candidates]
+    kept = [at for at, why in enumerate(whys) if why is None]
+    refused = [(offer, why) for offer, why in zip(stage.candidates, whys, strict=True) if why is not None]
     if not refused:
         return stage
     if not kept:
@@ -85,8 +81,9 @@ def _stage(stage: StagePlan, known: Mapping[Quota, float | None]) -> StagePlan:
     rejected = tuple(Rejected(offer.gpu or "no GPU", why, f"{offer.infra} {offer.instance}") for offer, why in refused)
     left = replace(
         stage,
-        candidates=tuple(offer for offer, _ in kept),
-        candidate_hours=tuple(hours for _, hours in kept),
+        candidates=tuple(stage.candidates[at] for at in kept),
+        candidate_hours=tuple(stage.candidate_hours[at] for at in kept),
+        candidate_parts=tuple(stage.candidate_parts[at] for at in kept if stage.candidate_parts),
         rejected=(*stage.rejected, *rejected),
     )
     if left.offer == stage.offer:

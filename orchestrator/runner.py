@@ -22,6 +22,7 @@ from orchestrator.calibration import TOOK, engine_of, took_of
 from orchestrator.clock import Clock, Mark, age_s
 from orchestrator.errors import BudgetExceeded, NotOwner, TeardownUnconfirmed
 from orchestrator.forecast import LEAST_SHARE, Shortfall, forecast, part_of, planned_of, shrinks
+from orchestrator.fronts import needed_hours
 from orchestrator.guarded import CALL_LIMIT_S, Guarded
 from orchestrator.handover import fetch_code, machine_env, supervisor_argv
 from orchestrator.lease import LEASE_S, RENEW_S, Lease
@@ -30,7 +31,7 @@ from orchestrator.mirror import Mirror
 from orchestrator.money import human_seconds, shown
 from orchestrator.names import machine_name, parse_machine_name
 from orchestrator.offers import known_price
-from orchestrator.plan import Plan, StagePlan
+from orchestrator.plan import Plan, StagePlan, ending_hours
 from orchestrator.planner import api_micros, later_floor_micros, unbooked_micros
 from orchestrator.provision import (
     Job,
@@ -560,9 +561,9 @@ class Runner:
         if self.month_cap_micros is not None:
             month = self.ledger.month(self._now()).left_micros(self.month_cap_micros) + row.open_micros
             bounds.append((spend.lifetime_s(billed, month) - machine.age_s, "month"))
-        if run.deadline_s is not None:  # the deadline itself: a plan may be in time by a minute, and latencies are more
-            planned = sum(stage.hours.expected for stage in later) * 3600
-            bounds.append((run.deadline_s - self._run_age_s(run) - planned, "deadline"))
+        if run.deadline_s is not None:  # as the plan counts: each machine needs time to end before it (needed_hours)
+            ends = [(0.0, ending_hours(offer)), *((one.hours.expected, ending_hours(one.offer)) for one in later)]
+            bounds.append((run.deadline_s - self._run_age_s(run) - needed_hours(ends) * 3600, "deadline"))
         return min(bounds)
 
     def _fall_short(

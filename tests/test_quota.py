@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import BudgetExceeded, NothingFits
+from orchestrator.plan import Part, Range
 from orchestrator.provision import Offer
 from orchestrator.quota import Quota, ask_aws, quota_of, vcpus_of, within_quota
 from orchestrator.spend import cost_micros
@@ -69,6 +70,20 @@ def test_what_may_not_be_rented_is_left_out_with_its_reason_and_asked_for_once()
         dearer = stage.cost_micros.expected == cost_micros(offers[2], 60.0)  # of what is left, not of what was planned
         assert dearer and stage.hours == stage.candidate_hours[0]
     assert len(asked) == len(set(asked)) == 2
+
+
+def test_what_is_left_keeps_its_own_parts_of_time() -> None:
+    """What a machine took is compared with what was estimated for that machine, by its place among those left."""
+    offers = (aws("p4d.24xlarge", "A100"), aws("g5.xlarge"), fake_offer(infra="runpod"))
+    made = make_plan({"train": 60.0}, offers=offers)
+    parts = tuple({"work": Part(f"work on {offer.instance}", Range(1.0, 2.0, 3.0))} for offer in offers)
+    plan = within_quota(
+        replace(made, stages=(replace(made.stages[0], candidate_parts=parts),)),
+        lambda quota: 0.0 if quota.code == "L-417A185B" else 4.0,
+    )
+    (stage,) = plan.stages
+    assert [one["work"].key for one in stage.candidate_parts] == [f"work on {one.instance}" for one in stage.candidates]
+    assert stage.parts["work"].key == "work on g5.xlarge"
 
 
 def test_a_stage_that_has_nothing_left_says_how_to_get_more() -> None:

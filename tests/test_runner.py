@@ -721,6 +721,14 @@ def test_a_deadline_that_will_be_missed_is_seen_at_the_gate(tmp_path):
     world.check_money()
 
 
+def test_the_gate_leaves_machines_the_time_to_end_before_the_deadline_as_the_plan_does(tmp_path):
+    """4,200 s of work: at a tenth more speed they end before 4,050 s, but 365 s earlier they do not."""
+    world = gated(tmp_path, "stop", slower=1.0, deadline_s=4050.0)
+    assert not world.plan.in_time
+    assert world.client().state == "deadline" and world.clock.elapsed_s < 400.0  # not after an hour of training
+    world.check_money()
+
+
 def test_this_months_budget_counts_at_the_gate_like_the_cap(tmp_path):
     world = gated(tmp_path, "stop", slower=1.0)
     outcome = world.client(month_cap=450_000)

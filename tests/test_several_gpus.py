@@ -28,6 +28,7 @@ from orchestrator.provision import Offer
 from orchestrator.recipe import gpu_counts
 from tasks.contract import LabelSettings, TrainSettings
 from tests.recipes import RENTED, recipe
+from tests.test_plan import table
 from tests.test_planner import CONFIG, NOW, card, offering, plan
 
 SMALL, LARGE = MODELS["Qwen/Qwen2.5-1.5B"], MODELS["deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"]
@@ -165,6 +166,19 @@ def test_two_gpus_that_hold_a_teacher_together_may_be_cheaper_than_one() -> None
     label = plan(BIG_TEACHER, *machines("A100-80GB", 1.39)).stages[0]
     assert isinstance(label.settings, LabelSettings)
     assert (label.offer.gpus, label.settings.tensor_parallel) == (2, 2)
+
+
+def test_several_gpus_that_nobody_asked_for_are_said_with_what_keeps_to_one() -> None:
+    said = "labelling on several GPUs was tried on stand-ins only; `gpus: [A100-80GB:1]` keeps to one"
+    soon = plan(LONG, *machines("A100-80GB", 1.39), deadline_s=6 * 3600)
+    assert plan_to_json(soon)["notes"].count(said) == 1 and said in " ".join(table(soon, 120).split())
+    cheap = plan(LONG, *machines("A100-80GB", 1.39))
+    asked = plan(f"{LONG}gpus: [A100-80GB:8]\n", *machines("A100-80GB", 1.39))
+    assert asked.stages[0].offer.gpus == 8
+    for made in (cheap, asked):
+        assert not [note for note in made.notes if "several GPUs" in note]
+    together = plan(BIG_TEACHER, *machines("A100", 0.76))  # `:1` would be no cure
+    assert "labelling on several GPUs was tried on stand-ins only" in together.notes
 
 
 @pytest.mark.parametrize(("gpus", "engines"), [(2, 3 / 5), (4, 2 / 5), (8, 1 / 5)])

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import spend
+from orchestrator.offers import CLOUD_LATENCIES, MINIMUM_S
 from orchestrator.provision import Latencies
 from orchestrator.testing import fake_offer
 
@@ -122,3 +123,11 @@ def test_what_never_came_up_is_settled_as_if_it_had_cost_twice_as_much(reserved,
 def test_the_supervisor_has_its_last_upload_on_top_of_the_lifetime_and_not_what_is_gone_already():
     latencies = Latencies(tick_s=5, flush_s=120)
     assert spend.supervisor_remaining_s(1000, 40, latencies) == 1000 + 5 + 120 - 40
+
+@pytest.mark.parametrize("minimum_s", sorted({0, *MINIMUM_S.values()}))
+@pytest.mark.parametrize("latencies", [CLOUD_LATENCIES, Latencies()])
+def test_what_a_plan_holds_back_also_pays_for_the_worst_that_may_land(latencies: Latencies, minimum_s: int) -> None:
+    """A plan that fits its cap is one that may be ordered: on every infra that the package has prices of."""
+    offer = fake_offer(900_000, minimum_s=minimum_s, latencies=latencies)
+    needed = spend.cost_micros(offer, 1) + spend.latency_reserve_micros(offer)
+    assert spend.order_lifetime_s(offer, needed) >= 0
