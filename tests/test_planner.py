@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -795,3 +796,16 @@ def test_twenty_stages_and_fifty_thousand_offers_are_planned_in_a_moment() -> No
 def test_advice_counts_as_the_plan_does(text: str, offers: list[Offer]) -> None:
     made = planner_of(text, *offers)
     assert planner._needs(made.recipe, made._scene) == (made.plan().needed_micros, made.plan().needed_hours)
+
+
+def test_the_collector_is_as_it_was_after_a_plan_and_after_none() -> None:
+    plan(RENTED, *CARDS)
+    with pytest.raises(NothingFits):
+        plan(RENTED, replace(card("T4", 100_000), vram_gib=1.0))
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        plan(RENTED, *CARDS)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
