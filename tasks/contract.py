@@ -497,8 +497,8 @@ def install_hint(extra: str, *more: str, how: Installation | None = None) -> str
     if how.requires is None and extra:
         return f"install what kdcloud's extra [{extra}] names into the environment of {how.python}"
     packages = [*_of_extra(how.requires or (), extra), *more]
-    if how.pipx:
-        return shlex.join(["pipx", "inject", how.pipx, *packages])
+    if how.pipx:  # --force: else it leaves a package of another version, or with fewer extras, as it is
+        return shlex.join(["pipx", "inject", "--force", how.pipx, *packages])
     pip = [how.python, "-m", "pip", "install"] if how.has_pip else ["uv", "pip", "install", "--python", how.python]
     if how.clone and extra:
         return shlex.join([*pip, "-e", f"{how.clone}[{extra}]", *more])

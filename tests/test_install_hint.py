@@ -36,7 +36,7 @@ VENV = Installation("/v/bin/python", requires=REQUIRES)
         ),
         (
             Installation("/p/kd-new/bin/python", has_pip=False, pipx="kd-new", requires=REQUIRES),
-            "pipx inject kd-new 'skypilot[slurm]==0.14.*' 'boto3>=1.36'",
+            "pipx inject --force kd-new 'skypilot[slurm]==0.14.*' 'boto3>=1.36'",
         ),
         (
             Installation("/c d/.venv/bin/python", clone="/c d", requires=REQUIRES),
@@ -48,7 +48,7 @@ VENV = Installation("/v/bin/python", requires=REQUIRES)
         ),
         (
             Installation("/p/kd/bin/python", pipx="kd", clone="/c", requires=REQUIRES),  # pipx install -e
-            "pipx inject kd 'skypilot[slurm]==0.14.*' 'boto3>=1.36'",
+            "pipx inject --force kd 'skypilot[slurm]==0.14.*' 'boto3>=1.36'",
         ),
         (
             Installation("/v/bin/python", requires=None),  # a rented machine: code without metadata
@@ -79,10 +79,8 @@ def test_kdcloud_itself_is_never_taken_from_an_index_by_its_name() -> None:
 class Metadata:
     """What importlib.metadata gives of an installed distribution."""
 
-    requires = list(REQUIRES)
-
     def __init__(self, origin: dict[str, Any] | None) -> None:
-        self.origin = origin
+        self.origin, self.requires = origin, list(REQUIRES)
 
     def read_text(self, name: str) -> str | None:
         assert name == "direct_url.json"
