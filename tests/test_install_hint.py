@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
-import shlex
 import sys
 import tomllib
 from pathlib import Path
