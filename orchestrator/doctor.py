@@ -18,6 +18,7 @@ from orchestrator.quota import Quota, raise_it
 from orchestrator.reaper import GRACE
 from orchestrator.sky_ask import WANTED as SKY_WANTED
 from orchestrator.sky_ask import SkyAnswer
+from tasks.contract import install_hint
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,7 +194,7 @@ def extra(name: str, missing: Sequence[str], wants: Wants) -> Check:
     if name == "s3" and not wants.named and not wants.s3:
         state = State.SKIPPED
     found = f"not installed ({', '.join(missing)}): {use}"
-    cure = "" if state is State.SKIPPED else f"in a clone: pip install '.[{name}]'"
+    cure = "" if state is State.SKIPPED else install_hint(name)
     return Check(id_, COMPUTER, state, found, cure)
 
 
@@ -245,17 +246,17 @@ def skypilot(version: str | None, wants: Wants) -> Check:
     if version is None:
         state = wants.needs(bool(cloudy))
         found = "not installed: without it nothing can be rented" if state is not State.SKIPPED else "not installed"
-        cure = "" if state is State.SKIPPED else f"in a clone: pip install '.[sky]'{_sky_clouds(cloudy)}"
+        cure = "" if state is State.SKIPPED else install_hint("sky", *_sky_clouds(cloudy))
         return Check("sky", SKY, state, found, cure)
     if not version.startswith(SKY_WANTED):
         found = f"SkyPilot {version} is installed, kdcloud knows {SKY_WANTED}x"
-        return Check("sky", SKY, wants.needs(bool(cloudy)), found, f"pip install 'skypilot=={SKY_WANTED}*'")
+        return Check("sky", SKY, wants.needs(bool(cloudy)), found, install_hint("", f"skypilot=={SKY_WANTED}*"))
     return Check("sky", SKY, State.OK, f"SkyPilot {version}")
 
 
-def _sky_clouds(names: Sequence[str]) -> str:
+def _sky_clouds(names: Sequence[str]) -> list[str]:
     own = [name for name in names if name != "slurm"]  # which kdcloud[sky] brings
-    return f" 'skypilot[{','.join(own)}]=={SKY_WANTED}*'" if own else ""
+    return [f"skypilot[{','.join(own)}]=={SKY_WANTED}*"] if own else []
 
 
 def sky_infra(answer: SkyAnswer | None, wants: Wants) -> Check:

@@ -91,9 +91,9 @@ def _text() -> Any:
     try:
         from tasks import labels_text
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"labels need {error.name}, which is not installed", hint="in a clone: pip install '.[local]'"
-        ) from error
+        from tasks.contract import install_hint
+
+        raise UsageError(f"labels need {error.name}, which is not installed", hint=install_hint("local")) from error
     return labels_text
 
 

@@ -20,11 +20,11 @@ from orchestrator.errors import UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan
 from orchestrator.words import Word
+from tasks.contract import install_hint
 
 Say = Callable[[str, str | None, str], None]
 ENV = "KDCLOUD_NOTIFY"  # addresses with spaces between them; they count instead of those in config.yaml
 LAST_WORDS_S = 10.0  # at the end the client waits so long for what is still on its way
-INSTALL = "in a clone: pip install '.[notify]'"
 
 
 def addresses(configured: Sequence[str], env: Mapping[str, str]) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ class _Line:
 def _deliver(url: str, word: Word) -> str:
     """Why it did not arrive, or nothing. No library's own words: they may hold the address."""
     if find_spec("apprise") is None:
-        return f"needs Apprise, which is not installed: {INSTALL}"
+        return f"needs Apprise, which is not installed: {install_hint('notify')}"
     try:
         service = _service(url)
         if service is None:

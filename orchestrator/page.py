@@ -17,6 +17,7 @@ from orchestrator.compare import best_value
 from orchestrator.errors import UsageError
 from orchestrator.money import MICROS, Rate, human_seconds, shown
 from orchestrator.report import QUALITY, QUALITY_NAMES, harness_lines
+from tasks.contract import install_hint
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -94,9 +95,7 @@ def _environment(report: Mapping[str, Any], rate: Rate, limit: int) -> Environme
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from markupsafe import Markup, escape
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"a page needs {error.name}, which is not installed", hint="in a clone: pip install '.[page]'"
-        ) from error
+        raise UsageError(f"a page needs {error.name}, which is not installed", hint=install_hint("page")) from error
     forms = _forms(rate, str(report.get("currency") or "USD"))
 
     def finalize(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from orchestrator.errors import UsageError
+from tasks.contract import install_hint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,9 +72,7 @@ def _svg(name: str, width: float, height: float, draw: Callable[[Figure, bool], 
         import matplotlib
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"a page needs {error.name}, which is not installed", hint="in a clone: pip install '.[page]'"
-        ) from error
+        raise UsageError(f"a page needs {error.name}, which is not installed", hint=install_hint("page")) from error
     with matplotlib.rc_context(
         {**_STYLE, "svg.hashsalt": name}
     ):  # ids that differ between figures and not between runs

@@ -41,6 +41,7 @@ from orchestrator.provision import (
     ProvisionError,
     Status,
 )
+from tasks.contract import install_hint
 
 BOOTSTRAP = "bootstrap.py"  # of tasks: sent as text
 SLURM_LATENCIES = Latencies(tick_s=5, flush_s=60, api_s=40, provision_s=60, handover_s=45, slack_s=90)
@@ -868,7 +869,7 @@ class SkyApi:
         except ImportError as error:
             raise ProvisionError(
                 "SkyPilot is not installed",
-                hint="in a clone: pip install '.[sky]', or set `infra: local` in the recipe",
+                hint=f"{install_hint('sky')}, or set `infra: local` in the recipe",
             ) from error
         from sky import sky_logging
 
@@ -876,7 +877,8 @@ class SkyApi:
         self._silence.__enter__()
         if not sky.__version__.startswith("0.14."):
             raise ProvisionError(
-                f"SkyPilot {sky.__version__} is installed, kdcloud knows 0.14", hint="pip install 'skypilot==0.14.*'"
+                f"SkyPilot {sky.__version__} is installed, kdcloud knows 0.14",
+                hint=install_hint("", "skypilot==0.14.*"),
             )
 
 

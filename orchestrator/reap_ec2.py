@@ -29,6 +29,7 @@ from orchestrator.provision import (
     ProvisionError,
     Status,
 )
+from tasks.contract import install_hint
 
 LABEL = "kdcloud-name"  # as provision_sky.launch_task writes it: the machine's name, exactly
 CLUSTER_TAGS = ("skypilot-cluster-name", "ray-cluster-name")
@@ -321,7 +322,7 @@ def asking(doing: str) -> Iterator[None]:
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError as error:
         raise ProvisionError(
-            "looking at AWS itself needs boto3, which is not installed", hint="in a clone: pip install '.[s3]'"
+            "looking at AWS itself needs boto3, which is not installed", hint=install_hint("s3")
         ) from error
     try:
         yield

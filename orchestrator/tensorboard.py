@@ -24,6 +24,7 @@ from orchestrator.mirror import Follower
 from orchestrator.session import plan_of
 from orchestrator.watching import outcome_of
 from tasks.bucket import Bucket, BucketError, Stat, open_bucket
+from tasks.contract import install_hint
 
 EVENTS = "events"  # folder of a stage in the bucket
 LOOK_S = 5.0
@@ -37,7 +38,7 @@ def check_installed() -> None:
     if importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
             "TensorBoard is not installed here",
-            hint="in a clone: pip install '.[local]', or only it: pip install tensorboard",
+            hint=install_hint("", "tensorboard"),
         )
 
 

@@ -33,6 +33,7 @@ from tasks.bucket import (
     check_key,
     os_trouble,
 )
+from tasks.contract import install_hint
 
 MIB = 1 << 20
 PART_BYTES = 8 * MIB  # larger files go up in parts
@@ -276,8 +277,7 @@ def _client() -> Any:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
     except ImportError as error:
-        hint = "in a clone: pip install '.[s3]'"
-        raise BucketError("s3:// needs boto3, which is not installed", hint=hint) from error
+        raise BucketError("s3:// needs boto3, which is not installed", hint=install_hint("s3")) from error
     style = os.environ.get(ADDRESSING)
     config = Config(
         s3={"addressing_style": style} if style else None,

@@ -7,9 +7,13 @@ different versions never guess what the other meant.
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 SCHEMA = 1
@@ -468,3 +472,61 @@ def build(cls: type[T], raw: Any) -> T:
             value = tuple(value)
         values[key] = value
     return cls(**values)
+
+
+# --- what to type where a package is missing
+
+
+@dataclass(frozen=True)
+class Installation:
+    """How the kdcloud that runs came here."""
+
+    python: str = sys.executable
+    has_pip: bool = True
+    pipx: str | None = None  # pipx's name for the environment
+    clone: str | None = None  # folder of an editable installation
+    requires: tuple[str, ...] | None = None  # as in its metadata; None: none are here, as on a rented machine
+
+
+def install_hint(extra: str, *more: str, how: Installation | None = None) -> str:
+    """The command that adds an extra of kdcloud, and further packages, to the environment that runs it.
+
+    It names the packages of the extra instead of kdcloud: an index may not know it, or know another one by that name.
+    """
+    how = how or installation()
+    if how.requires is None and extra:
+        return f"install what kdcloud's extra [{extra}] names into the environment of {how.python}"
+    packages = [*_of_extra(how.requires or (), extra), *more]
+    if how.pipx:  # --force: else it leaves a package of another version, or with fewer extras, as it is
+        return shlex.join(["pipx", "inject", "--force", how.pipx, *packages])
+    pip = [how.python, "-m", "pip", "install"] if how.has_pip else ["uv", "pip", "install", "--python", how.python]
+    if how.clone and extra:
+        return shlex.join([*pip, "-e", f"{how.clone}[{extra}]", *more])
+    return shlex.join([*pip, *packages])
+
+
+def _of_extra(requires: Sequence[str], extra: str) -> list[str]:
+    """Requirements that stand in the metadata under `extra == "NAME"`, without that marker."""
+    parts = (line.partition(";") for line in requires)
+    return [
+        name.strip() for name, _, marker in parts if re.search(rf"""\bextra == ["']{re.escape(extra)}["']""", marker)
+    ]
+
+
+def installation() -> Installation:
+    """Read from this environment: pipx leaves a file at its top, pip and uv one that says where kdcloud came from."""
+    from importlib.metadata import PackageNotFoundError, distribution
+    from importlib.util import find_spec
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    prefix, has_pip = Path(sys.prefix), find_spec("pip") is not None
+    pipx = prefix.name if (prefix / "pipx_metadata.json").is_file() else None
+    try:
+        found = distribution("kdcloud")
+        origin = json.loads(found.read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        return Installation(has_pip=has_pip, pipx=pipx)
+    editable = origin.get("dir_info", {}).get("editable", False)
+    clone = url2pathname(urlsplit(origin["url"]).path) if editable else None
+    return Installation(sys.executable, has_pip, pipx, clone, tuple(found.requires or ()))

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tasks import hub
-from tasks.contract import Architecture, LoraSettings, ModelSource, TaskError, build
+from tasks.contract import Architecture, LoraSettings, ModelSource, TaskError, build, install_hint
 from tasks.stage import Context
 
 varlen_attn: Any = None  # torch has it from 2.10 on
@@ -264,7 +264,7 @@ def bits_and_bytes(what: str) -> Any:
     try:
         import bitsandbytes
     except ImportError as error:
-        hint = "in a clone: pip install '.[quantized]', or leave that setting out"
+        hint = f"{install_hint('quantized')}, or leave that setting out"
         raise TaskError(f"{what} needs bitsandbytes, which is not installed here", hint=hint) from error
     return bitsandbytes
 

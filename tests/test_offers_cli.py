@@ -111,7 +111,7 @@ def test_refreshing_keeps_what_was_told_and_says_who_did_not(home: Home, monkeyp
 
 def test_without_skypilot_it_says_so_and_shows_what_it_has(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(self: object) -> list[str]:
-        raise ProvisionError("SkyPilot is not installed", hint="in a clone: pip install '.[sky]'")
+        raise ProvisionError("SkyPilot is not installed", hint="install it")
 
     monkeypatch.setattr("orchestrator.provision_sky.SkyApi.enabled", missing)
     done = run("--refresh")

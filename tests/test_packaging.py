@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import subprocess
 import sys
@@ -231,6 +232,17 @@ def test_every_make_target_that_people_call_is_in_its_help() -> None:
         ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert {line.split()[1] for line in shown.splitlines()} == described
+
+
+def test_every_test_is_run_by_one_part_of_the_checks_and_by_no_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    parts = importlib.import_module("parts").PARTS
+    chosen = [command[-1] for name in ("unit", "integration") for command in parts[name]]
+    assert len(chosen) == 3
+    names = ("slow", "kill", "slurm", "alone")
+    for marks in itertools.product((False, True), repeat=len(names)):
+        given = dict(zip(names, marks, strict=True))
+        assert sum(eval(words, {}, given) for words in chosen) == (not given["slurm"]), given
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from orchestrator.errors import UsageError
 from orchestrator.page import MOST_BYTES, at, printable, render_page
 from orchestrator.page_data import arms_of, change_of, command, flat
 from orchestrator.testing import START
+from tasks.contract import install_hint
 from tests.pages import HOSTILE, document, plan_made, run_made
 
 OURS = """
@@ -204,7 +205,7 @@ def test_without_the_extra_the_page_says_how_to_install_it(tmp_path: Path, monke
             patched.setitem(sys.modules, module, None)
             with pytest.raises(UsageError, match=module) as raised:
                 render_page(made)
-        assert raised.value.hint == "in a clone: pip install '.[page]'"
+        assert raised.value.hint == install_hint("page")
 
 
 def test_curves_are_arms_without_searches_and_count_repeated_steps_once() -> None:

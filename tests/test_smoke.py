@@ -86,6 +86,7 @@ def test_a_run_that_was_begun_cannot_become_a_smoke_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # its cap is what it costs on an idle machine
 def test_the_quickstart_goes_its_whole_way_in_a_minute(tmp_path: Path) -> None:
     assert {stage.kind for stage in load_recipe("quickstart").stages} >= {"label", "train", "evaluate", "export"}
     home = make_home(tmp_path, REHEARSAL)

@@ -63,7 +63,7 @@ orphan = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, te
 (ctx.work / "kids").write_text(" ".join([*(str(kid.pid) for kid in kids), orphan]))
 """
 
-pytestmark = pytest.mark.slow  # real processes
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # real processes, ended to the tenth of a second
 
 
 class Bench:

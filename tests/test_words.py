@@ -25,6 +25,7 @@ from orchestrator.notify import Sender, Teller, addresses
 from orchestrator.plan import Plan
 from orchestrator.session import Session
 from orchestrator.testing import START, Faults, VirtualClock, fake_offer
+from tasks.contract import install_hint
 from tests.plans import make_plan
 from tests.test_runner import World
 
@@ -263,7 +264,7 @@ def test_without_apprise_it_says_what_to_install(webhook: Webhook, monkeypatch: 
     sender = Sender([webhook.url], said.append)
     sender.send(notify.trial())
     sender.close()
-    assert len(said) == 1 and "in a clone: pip install '.[notify]'" in said[0] and not webhook.heard
+    assert len(said) == 1 and install_hint("notify") in said[0] and not webhook.heard
 
 
 def test_nothing_is_started_where_nobody_is_to_be_told() -> None:
