@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from orchestrator.catalog import ModelShape
 from orchestrator.memory_training import FOUR_BIT, GIB, WEIGHT_BYTES, Step
+from tasks import contract
 
 # vLLM takes this share of the card for itself, whatever the model needs: weights, the work space that its profile run
-# measured, and blocks of cache in all that is left (EngineArgs.gpu_memory_utilization; 0.92 since 0.19 or so).
-VLLM_SHARE = 0.9
+# measured, and blocks of cache in all that is left (EngineArgs.gpu_memory_utilization).
+VLLM_SHARE = contract.VLLM_SHARE
 VLLM_BATCHED_TOKENS = 8192  # of its profile run, a prefill (max_num_batched_tokens, which is 16,384 on an H100)
 VLLM_SEQUENCES = 256  # max_num_seqs: the profile run samples for so many
 SCORE_TOKENS = 16384  # tasks.label: SCORE_TOKENS, a batch

@@ -28,6 +28,7 @@ ENDED_FILE = "ended.json"
 LIMIT_FILE = "limit.json"
 COMMIT_FILE = "COMMIT"
 API_SPENT_FILE = "api-spent.json"  # what an API may have cost the stage: written down before it is used
+VLLM_SHARE = 0.9  # of a card, for vLLM: the plan counts with it, so the engine is told (its own default has changed)
 STAGE_PREFIX = "stage:"
 LABELS_PREFIX = "data/labels-"  # and the sha256 of a folder of labels that came with the recipe
 PROMPT_OVERHEAD_TOKENS = 256  # an API's chat template, and what a provider puts before a prompt unasked

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tasks import hub, verify
-from tasks.contract import ModelSource, TaskError, Writing
+from tasks.contract import VLLM_SHARE, ModelSource, TaskError, Writing
 from tasks.peers import LAUNCHED_ENV
 
 ENGINES = ("auto", "vllm", "transformers")
@@ -196,7 +196,7 @@ class VllmGenerator:
                 self._llm = LLM(
                     model=hub.local_path(place), revision=place.revision, trust_remote_code=place.trust_remote_code,
                     load_format="safetensors", seed=seed, stream_interval=STREAM_TOKENS,
-                    tensor_parallel_size=cards,
+                    tensor_parallel_size=cards, gpu_memory_utilization=VLLM_SHARE,
                     # By default the model's whole context, 131,072 tokens for R1-Distill: no small card's cache holds
                     # that.
                     max_model_len=longest_prompt + max_new_tokens,

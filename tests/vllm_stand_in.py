@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from tasks import contract
+
 Answer = Callable[[list[int], Any], list[int]]  # ids of a prompt and its SamplingParams to all ids of its answer
 
 
@@ -99,8 +101,10 @@ class LLM:
     def __init__(
         self, model: str, *, revision: str | None, trust_remote_code: bool, load_format: str, seed: int,
         max_model_len: int, stream_interval: int = 1, tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float | None = None,
     ) -> None:  # fmt: skip
         assert load_format == "safetensors"
+        assert gpu_memory_utilization == contract.VLLM_SHARE, "the plan counts with this share of a card"
         self.model, self.room, self.stream_interval = model, max_model_len, stream_interval
         self.cards = tensor_parallel_size
         self.answer = type(self).answering(self)
