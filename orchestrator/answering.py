@@ -24,7 +24,7 @@ from orchestrator.ledger import Run
 from orchestrator.plan import StagePlan
 from orchestrator.student import CACHE, Found, Role, fetch, find, student_folder
 from tasks.bucket import files_sha256, open_bucket
-from tasks.contract import EvaluateSettings, LabelSettings
+from tasks.contract import EvaluateSettings, LabelSettings, install_hint
 
 NEEDS = ("torch", "transformers", "peft", "safetensors")
 ORDER = (Role.BEFORE, Role.STUDENT, Role.TEACHER)  # as they are asked and shown
@@ -86,7 +86,7 @@ def check_installed() -> None:
     if missing:
         raise UsageError(
             f"asking a model needs {', '.join(missing)}, which is not installed here",
-            hint="in a clone: pip install '.[local]'",
+            hint=install_hint("local"),
         )
 
 
