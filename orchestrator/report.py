@@ -152,7 +152,8 @@ def _running(live: Sequence[Mapping[str, Any]], plan: Plan) -> str:
         return "nothing is running"
     worst, reserved = (sum(m[key] for m in live) for key in ("worst_case_micros", "reserved_micros"))
     grows = ", growing until their end is confirmed" if worst > reserved else ""
-    return f"{len(live)} machines may still bill, in the worst case {both(worst, plan.rate, plan.currency)}{grows}"
+    many = "1 machine" if len(live) == 1 else f"{len(live)} machines"
+    return f"{many} may still bill, in the worst case {both(worst, plan.rate, plan.currency)}{grows}"
 
 
 def _stage_table(stages: Sequence[Mapping[str, Any]], plan: Plan) -> Table:

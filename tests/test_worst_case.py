@@ -82,7 +82,7 @@ def test_status_and_report_show_it_and_say_that_it_grows():
     _, run = open_machine(clock)
     live = live_machines(run, None, clock)
     quiet = shown(lambda console: render_report(build_report(run, PLAN, live), PLAN, console))
-    assert "1 machines may still bill, in the worst case ¥4.26 ($0.60)" in quiet and "growing" not in quiet
+    assert "1 machine may still bill, in the worst case ¥4.26 ($0.60)" in quiet and "growing" not in quiet
     clock.sleep(1880)
     live = live_machines(run, None, clock)
     loud = shown(lambda console: render_report(build_report(run, PLAN, live), PLAN, console))
@@ -91,9 +91,10 @@ def test_status_and_report_show_it_and_say_that_it_grows():
     document = build_status([run], lambda known: None)
     (row,) = document["runs"]
     assert row["worst_case_micros"] == row["live"][0]["worst_case_micros"] >= 600_000
+    assert row["currency"] == "CNY" and row["rate"] == {"usd_to_cny": 7.1, "as_of": "2026-01-15"}
     row["live"] = live
     told = shown(lambda console: render_status(document, console))
-    assert "beyond their reservations of $0.60: in the worst case $2.00 by now, and it grows" in told
+    assert "beyond their reservations of ¥4.26: in the worst case ¥14.20 by now, and it grows" in told and "$" not in told
     assert "kdcloud reap --yes" in told
 
 
