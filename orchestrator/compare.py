@@ -14,8 +14,10 @@ from orchestrator.report import QUALITY
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 SCHEMA = 1
+BESIDE = ("planned", "GiB")  # left out where the terminal is narrow
 
 
 def build_compare(runs: Sequence[tuple[Mapping[str, Any], Plan]]) -> dict[str, Any]:
@@ -84,32 +86,62 @@ def render_compare(document: Mapping[str, Any], rate: Rate, console: Console) ->
     from rich.text import Text
 
     runs = document["runs"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("run", overflow="fold")
-    for name in ("cost", "planned", "machine time", "GiB", "student", "hard", "teacher", "KL"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run, best in zip(runs, best_value(runs), strict=True):
-        cells = [
-            shown(run["spend_micros"], rate, document["currency"]),
-            shown(run["planned_micros"], rate, document["currency"]),
-            "-" if run["machine_hours"] is None else human_seconds(run["machine_hours"] * 3600),
-            _said(run["peak_gib"], ".2f"),
-            *(_said(_mean(run, role), ".3f") for role in ("student", "student_hard", "teacher")),
-            _said(run["kl_to_teacher"], ".3g"),
-        ]
-        name = run["run"] if run["state"] == "done" else f"{run['run']} ({run['state']})"
-        table.add_row(Text(name), *map(Text, cells), style="bold" if best and len(runs) > 1 else "")
+    columns = _columns(runs, rate, document["currency"])
+    fewer = {name: cells for name, cells in columns.items() if name not in BESIDE}
+    ids, short = [run["run"] for run in runs], [_short(run["run"]) for run in runs]
+    for names, cells in ((ids, columns), (ids, fewer), (short, fewer)):
+        table = _table(names, cells, runs)
+        if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+            break
     console.print(table)
-    console.print(Text("bold: no other run is as good for less", "dim"))
+    console.print(Text("time of machines; accuracy on held-out problems\nbold: no other run is as good for less", "dim"))
     if not document["settings"]:
         console.print("\nsame settings")
         return
+    console.print()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="settings that differ", title_justify="left")
-    for name in ("setting", *(run["run"].rpartition("-")[2] for run in runs)):
+    for name in ("setting", *(_short(run["run"]) for run in runs)):
         table.add_column(Text(name), overflow="fold")
     for row in document["settings"]:
         table.add_row(Text(row["setting"]), *(Text(value_said(value)) for value in row["values"]))
     console.print(table)
+
+
+def _columns(runs: Sequence[Mapping[str, Any]], rate: Rate, currency: str) -> dict[str, list[str]]:
+    """Cells by column, a cell a run."""
+    columns = {
+        "state": [run["state"] for run in runs],
+        "cost": [shown(run["spend_micros"], rate, currency) for run in runs],
+        "planned": [shown(run["planned_micros"], rate, currency) for run in runs],
+        "time": ["-" if run["machine_hours"] is None else human_seconds(run["machine_hours"] * 3600) for run in runs],
+        "GiB": [_said(run["peak_gib"], ".2f") for run in runs],
+        "student": [_said(_mean(run, "student"), ".3f") for run in runs],
+        "hard": [_said(_mean(run, "student_hard"), ".3f") for run in runs],
+        "teacher": [_said(_mean(run, "teacher"), ".3f") for run in runs],
+        "KL": [_said(run["kl_to_teacher"], ".3g") for run in runs],
+    }
+    if set(columns["state"]) == {"done"}:
+        del columns["state"]
+    return columns
+
+
+def _table(names: Sequence[str], columns: Mapping[str, Sequence[str]], runs: Sequence[Mapping[str, Any]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("run", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+    for at, best in enumerate(best_value(runs)):
+        cells = [names[at], *(cells[at] for cells in columns.values())]
+        table.add_row(*map(Text, cells), style="bold" if best and len(runs) > 1 else "")
+    return table
+
+
+def _short(run_id: str) -> str:
+    return run_id.rpartition("-")[2]
 
 
 def value_said(value: Any) -> str:

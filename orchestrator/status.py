@@ -87,7 +87,7 @@ def render_status(document: Mapping[str, Any], console: Console) -> None:
         )
     console.print(table)
     for machine in (one for run in document["runs"] for one in run["live"]):
-        text = f"{machine['name']}: {machine['state']}, provider says {machine['provider']}"
+        text = f"{machine['name']}: {machine['state'].lower()} for {machine['stage']}; provider says {machine['provider']}"
         console.print(text, markup=False, soft_wrap=True)
     for run in document["runs"]:
         if run["state"] == "interrupted":

@@ -38,9 +38,9 @@ def compared(tmp_path: Path) -> tuple[dict[str, Any], Any]:
     return build_compare(reports), plan.rate
 
 
-def terminal(document: dict[str, Any], rate: Any) -> str:
+def terminal(document: dict[str, Any], rate: Any, width: int = 100) -> str:
     out = io.StringIO()
-    render_compare(document, rate, Console(file=out, width=100, color_system=None, legacy_windows=False))
+    render_compare(document, rate, Console(file=out, width=width, color_system=None, legacy_windows=False))
     return out.getvalue()
 
 
@@ -81,10 +81,30 @@ def test_a_run_is_worth_its_money_when_none_is_as_good_for_less(
 
 def test_a_terminal_shows_runs_and_differences_within_100_columns(compared: tuple[dict[str, Any], Any]) -> None:
     text = terminal(*compared)
-    for words in ("addition-abc123 (failed)", "other-xyz789", "¥4.50", "0.668", "train.alpha", "0.5", "</td><script>"):
+    for words in ("addition-abc123  failed", "planned", "other-xyz789", "¥4.50", "0.668", "train.alpha", "0.5", "</td><script>"):
         assert words in text
     assert "\u202e" not in text and max(map(len, text.splitlines())) <= 100
     assert "same settings" in terminal({**compared[0], "settings": []}, compared[1])
+
+
+def test_a_run_keeps_a_name_in_one_piece_on_80_columns(compared: tuple[dict[str, Any], Any]) -> None:
+    """Here the six characters that every command takes; a long name leaves no room for more."""
+    document, rate = compared
+    long = {**document, "runs": [{**run, "run": f"{'n' * 50}-{run['run'][-6:]}"} for run in document["runs"]]}
+    for shown in (document, long):
+        text = terminal(shown, rate, 80)
+        assert max(map(len, text.splitlines())) <= 80
+        names = [line.split()[0] for line in text.splitlines() if line.split()[1:2] in (["running"], ["failed"])]
+        assert names == [run["run"] if "n" * 9 not in run["run"] else run["run"][-6:] for run in shown["runs"]]
+
+
+def test_a_run_without_an_end_is_told_apart_and_runs_that_are_done_need_no_column(
+    compared: tuple[dict[str, Any], Any],
+) -> None:
+    document, rate = compared
+    assert "state" in terminal(document, rate)
+    done = {**document, "runs": [{**run, "state": "done"} for run in document["runs"]]}
+    assert len(done["runs"]) == 3 and "state" not in terminal(done, rate)
 
 
 def test_the_page_has_the_same_numbers_and_hostile_settings_stay_text(compared: tuple[dict[str, Any], Any]) -> None:
