@@ -541,9 +541,11 @@ def drill(schedules: int, seed: int | None, without: str | None, as_json: bool) 
 
         render_drill(result, _console())
     if result.failing_seeds:
+        taken = f" --without {without}" if without else ""
         raise DrillFailed(
-            f"{len(result.failing_seeds)} of {result.schedules} schedules broke the promise",
-            hint=f"play one alone: kdcloud drill --schedules 1 --seed {result.failing_seeds[0]}",
+            f"{len(result.failing_seeds)} of {result.schedules} schedules broke the promise"
+            + (f", as some must without {without}" if without else ""),
+            hint=f"play one alone: kdcloud drill{taken} --schedules 1 --seed {result.failing_seeds[0]}",
         )
 
 

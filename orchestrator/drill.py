@@ -124,6 +124,7 @@ class Report:
     failing_seeds: list[int]
     failures: list[str]
     seconds: float
+    without: str | None = None  # the guard that was taken away
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -848,6 +849,7 @@ def drill(
         failing_seeds=[r.seed for r in failed],
         failures=[_why(r) for r in failed[:20]],
         seconds=round(time.monotonic() - began, 1),
+        without=without,
     )
 
 
@@ -877,8 +879,7 @@ def render_drill(report: Report, console: Any) -> None:
 
     table = Table(box=None, show_header=False, pad_edge=False)
     inside = report.schedules - report.unbounded
-    promise = "held" if not report.failing_seeds else "[bold red]broken[/]"
-    table.add_row("promise", promise)
+    table.add_row("promise", _promise(report))
     table.add_row("schedules", f"{report.schedules} from seed {report.seed} in {report.seconds:.0f} s")
     table.add_row("faults", f"{sum(report.faults.values())} of {len(report.faults)} kinds")
     table.add_row(
@@ -895,6 +896,18 @@ def render_drill(report: Report, console: Any) -> None:
     console.print(table)
     for line in report.failures:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _promise(report: Report) -> str:
+    if report.failing_seeds:
+        expected = f", as it must be without {report.without}" if report.without else ""
+        return f"[bold red]broken[/]{expected}"
+    if report.without is None:
+        return "held"
+    return (
+        f"not put to the test: {report.schedules} schedules without {report.without} never needed it\n"
+        f"next: kdcloud drill --without {report.without} --schedules {max(1000, 10 * report.schedules)}"
+    )
 
 
 def _why(result: Result) -> str:

@@ -23,21 +23,25 @@ SHOWN_TOKEN_WIDTH = 12
 
 @click.group()
 def labels() -> None:
-    """Labels: show samples with the teacher's alternatives, or turn them into lines of JSON and back.
+    """What the teacher said: samples with its alternatives, or all of them as lines of JSON and back.
 
     \b
-    kdcloud labels show last
+    kdcloud labels show last --limit 3
+    kdcloud labels export last labels.jsonl
     """
 
 
-@labels.command()
+@labels.command(short_help="Samples of a run or folder: prompt, answer, the teacher's likeliest tokens and their shares.")
 @click.argument("place", metavar="[RUN|FOLDER]", required=False)
 @click.option("--stage", help="The label stage, where a run has several.")
 @click.option("--sample", "first", type=int, default=0, metavar="N", help="Begin with sample N (0).")
 @click.option("--limit", type=click.IntRange(min=1), default=1, metavar="N", help="How many samples (1).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def show(place: str | None, stage: str | None, first: int, limit: int, as_json: bool) -> None:
-    """Samples as text: prompt, completion, and the teacher's likeliest tokens at each place.
+    """Samples as text: prompt, completion, and below them a line a token: what the teacher wrote there, its likeliest
+    tokens with their probabilities (the one it wrote in green), and the tail: what all others had together.
+
+    Without RUN or FOLDER the newest run. It needs the extra [local], since labels are tensors.
 
     \b
     kdcloud labels show last --limit 3
@@ -58,20 +62,24 @@ def show(place: str | None, stage: str | None, first: int, limit: int, as_json: 
             render_sample(sample, console)
 
 
-@labels.command("export", short_help="Labels to lines of JSON.")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@labels.command("export", short_help="Labels of a run or folder to lines of JSON.")
+@click.argument("place", metavar="RUN|FOLDER")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.jsonl")
-def export_(folder: Path, file: Path) -> None:
+@click.option("--stage", help="The label stage, where a run has several.")
+def export_(place: str, file: Path, stage: str | None) -> None:
     """Write labels as JSON lines: input, target, soft_label [{id: log-probability} a token], and what makes it exact.
 
     \b
+    kdcloud labels export last labels.jsonl
     kdcloud labels export ./fetched/label labels.jsonl
     """
-    count = _text().export_jsonl(folder, file)
+    text = _text()
+    with _folder(place, stage) as folder:
+        count = text.export_jsonl(folder, file)
     click.echo(f"{count} samples in {file}", err=True)
 
 
-@labels.command("import", short_help="Lines of JSON to labels.")
+@labels.command("import", short_help="Lines of JSON to labels, which `labels: ./FOLDER` in a recipe trains on.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE.jsonl")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--tokenizer", required=True, metavar="PATH", help="The teacher's: a folder or hub id.")
@@ -108,6 +116,8 @@ def _folder(place: str | None, stage: str | None) -> Iterator[Path]:
     from orchestrator.session import newest, opened_ledger, plan_of
     from tasks.bucket import open_bucket
 
+    if place is not None and _is_path(place):
+        raise UsageError(f"{place} is no folder", hint="name a folder of labels, or a run: its id, or last")
     with opened_ledger(Home.from_env(), say=lambda text: click.echo(text, err=True)) as ledger:
         run = ledger.run(newest(ledger, place))
         names = [one.name for one in plan_of(run).stages if one.kind == "label" and stage in (None, one.name)]
@@ -125,6 +135,10 @@ def _folder(place: str | None, stage: str | None) -> Iterator[Path]:
         with bytes_bar(sum(wanted(found).values()), "fetching") as moved:
             fetch(bucket, found, Path(dest), moved=moved)
         yield Path(dest) / names[0]
+
+
+def _is_path(place: str) -> bool:
+    return ":" not in place and (place.startswith((".", "~")) or "/" in place)
 
 
 def stored_words(how: dict[str, Any]) -> str:

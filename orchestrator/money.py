@@ -159,6 +159,14 @@ def human_seconds(seconds: float) -> str:
     return f"{hours / 24:.1f} d"
 
 
+def human_age(seconds: float) -> str:
+    """`12 s`, `3.5 h`, `12 d`, `8 months`, `2.9 years`: how old prices are."""
+    days = seconds / 86_400
+    if days < 60:
+        return human_seconds(max(0.0, seconds)) if days < 3 else f"{days:.0f} d"
+    return f"{days / 30.44:.0f} months" if days < 700 else f"{days / 365.25:.1f} years"
+
+
 def plain(value: Decimal) -> str:
     """The number without exponent and without needless zeros."""
     text = f"{value:f}"

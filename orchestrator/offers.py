@@ -6,13 +6,14 @@ The table is a fallback that shows its age: prices are of the whole instance, an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from orchestrator.catalog import GPUS
 from orchestrator.config import Config
 from orchestrator.errors import UsageError
+from orchestrator.gpus import gpu_named
 from orchestrator.money import price_micros
 from orchestrator.price_cache import PriceCache
 from orchestrator.provision import Latencies, Need, Offer, Provisioner
@@ -122,6 +123,20 @@ def known_price(offer: Offer) -> bool:
     """Whether the offer may be launched at all: a price is a whole number above 0; 0 is one on this machine only."""
     price = offer.price_micros_per_hour
     return type(price) is int and (price > 0 or (price == 0 and offer.infra == "local"))
+
+
+def card_named(text: str, others: Iterable[str] = ()) -> str:
+    """The name that offers have of a card, however it was typed: one of the catalogue, or of `others`.
+
+    Raises UsageError, which lists what is known.
+    """
+    names = {name.upper(): name for name in (*GPUS, *others)}
+    found = gpu_named(text)
+    if text.strip().upper() in names or found is not None:
+        return names.get(text.strip().upper()) or (found.name if found is not None else text)
+    close = difflib.get_close_matches(text.strip().upper(), names, n=1)
+    nearest = f"did you mean {names[close[0]]}? " if close else ""
+    raise UsageError(f"unknown GPU {text!r}", hint=f"{nearest}known are {', '.join(sorted(names.values()))}")
 
 
 def table_infras() -> tuple[str, ...]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 SHOWN = 40
+WIDE = 100  # columns: regions are shown
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Shown:
     read_at: datetime | None
     offers: tuple[Offer, ...]
     failures: tuple[str, ...] = ()
+    was_asked: bool = True  # False: somebody was to be asked, and nobody answered
 
 
 @click.command()
@@ -50,19 +52,26 @@ def offers(refresh: bool, infra: str | None, gpu: str | None, spot: bool | None,
     from rich.console import Console
 
     from orchestrator.config import Home, load_config
+    from orchestrator.offers import card_named
     from orchestrator.provision import Need
 
     home = Home.from_env()
     config = load_config(home)
-    need = Need(infra=(infra,) if infra else (), gpus=(gpu,) if gpu else (), spot=spot)
+    need = Need(infra=(infra,) if infra else (), spot=spot)
+    if gpu:
+        need = replace(need, gpus=(card_named(gpu, cards_on_file(home)),))
     now = datetime.now(UTC)
     shown = look(home, need, refresh=refresh, now=now)
-    for failure in shown.failures:
-        click.echo(failure, err=True)
+    if shown.was_asked:
+        for failure in shown.failures:
+            click.echo(failure, err=True)
     if as_json:
         click.echo(json.dumps(to_json(shown, config, now), indent=1, ensure_ascii=False))
-        return
-    render(shown, config, now, Console(highlight=False))
+    else:
+        render(shown, config, now, Console(highlight=False))
+    if not shown.was_asked:
+        before = "the table in this version of kdcloud" if shown.source == "table" else "what was asked before"
+        raise UsageError("; ".join(shown.failures), hint=f"mend that, and ask again; what is shown is {before}")
 
 
 def look(home: Home, need: Need, *, refresh: bool, now: datetime) -> Shown:
@@ -70,16 +79,29 @@ def look(home: Home, need: Need, *, refresh: bool, now: datetime) -> Shown:
     from orchestrator import offers as market
     from orchestrator import price_cache
 
+    answers: dict[str, list[Offer]] = {}
     failures: tuple[str, ...] = ()
     if refresh:
         answers, failures = ask(home, need.infra)
         if answers:
             price_cache.save(home.offers_cache, answers, now)
+    was_asked = not refresh or bool(answers)
     cache = price_cache.load(home.offers_cache)
     if cache is not None and cache.infras:
-        return _on_file(cache, need, "asked" if refresh and not failures else "file", failures)
+        found_there = _on_file(cache, need, "asked" if refresh and not failures else "file", failures)
+        return replace(found_there, was_asked=was_asked)
     found = market.table_offers(need)
-    return Shown("table", min((one.as_of for one in found), default=None), tuple(found), failures)
+    return Shown("table", min((one.as_of for one in found), default=None), tuple(found), failures, was_asked)
+
+
+def cards_on_file(home: Home) -> set[str]:
+    """Cards that providers told of, which the catalogue may not know."""
+    from orchestrator import price_cache
+    from orchestrator.provision import Need
+
+    cache = price_cache.load(home.offers_cache)
+    asked = {} if cache is None else cache.infras
+    return {one.gpu for name, answers in asked.items() for one in answers.offers(name, Need()) if one.gpu}
 
 
 def ask(home: Home, infra: tuple[str, ...] = ()) -> tuple[dict[str, list[Offer]], tuple[str, ...]]:
@@ -97,7 +119,7 @@ def ask(home: Home, infra: tuple[str, ...] = ()) -> tuple[dict[str, list[Offer]]
         names = infra or tuple(SkyApi(home.root / "sky").enabled())
     except ProvisionError as error:
         return {}, (f"no prices were asked: {error.message} ({error.hint})",)
-    failures = []
+    failures = [] if names else ["no prices were asked: SkyPilot has no infra enabled (`sky check` says why)"]
     for name in names:
         if name in NO_AUTODOWN or name == "local":
             continue
@@ -169,44 +191,51 @@ def render(shown: Shown, config: Config, now: datetime, console: Console) -> Non
     from orchestrator.money import shown as amount
 
     rows = cheapest(shown.offers)
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for name in ("GPU", "infra", "machine", "region"):
-        table.add_column(name, overflow="fold")
-    for name in ("GiB a card", "price/h", "a card"):
+    wide = console.width >= WIDE
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for name in ("GPU", "", "infra", "machine", *(("region",) if wide else ())):
+        table.add_column(name, no_wrap=name != "machine", overflow="fold")
+    for name in ("GiB", "price/h", "a card"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in rows[:SHOWN]:
         price = one.price_micros_per_hour
-        card = f"{one.gpus} x {one.gpu}" if one.gpus > 1 else str(one.gpu or "none")
         table.add_row(
-            f"{card} spot" if one.spot else card,
+            f"{one.gpus}x {one.gpu}" if one.gpus > 1 else str(one.gpu or "none"),
+            "spot" if one.spot else "",
             one.infra,
             one.instance,
-            one.region or "",
+            *((one.region or "",) if wide else ()),
             f"{one.vram_gib:.1f}",
             "not found" if price is None else amount(price, config.rate, config.currency),
             "" if price is None else amount(price // max(1, one.gpus), config.rate, config.currency),
         )
-    console.print(table)
+    if rows:
+        console.print(table)
     if len(rows) > SHOWN:
         console.print(f"{len(rows) - SHOWN} more: --gpu, --infra and --json show them")
+    if rows:
+        regions = "" if wide else "; regions: --json, or 100 columns"
+        console.print(f"GiB of one card; each machine in its cheapest region{regions}", style="dim")
     console.print(age(shown, now))
     console.print(f"1 USD = {config.rate.usd_to_cny} CNY as of {config.rate.as_of}")
 
 
 def age(shown: Shown, now: datetime) -> str:
     """Where the prices are from and how old they are, one sentence."""
-    from orchestrator.money import human_seconds
+    from orchestrator.money import human_age
 
     if shown.read_at is None:
-        return "no such machine is on offer"
-    old = human_seconds(max(0.0, (now - shown.read_at).total_seconds()))
+        return "no such machine is on offer; `kdcloud offers` shows all, `--refresh` asks for more (needs SkyPilot)"
+    old = human_age((now - shown.read_at).total_seconds())
     if shown.source == "table":
+        newest = human_age((now - max(one.as_of for one in shown.offers)).total_seconds())
+        ages = old if newest == old else f"{newest} to {old}"
         return (
-            f"from the table in this version of kdcloud, its oldest price {old} old: nobody was asked; "
+            f"prices from the table in this version of kdcloud, {ages} old: nobody was asked; "
             "`kdcloud offers --refresh` asks (needs SkyPilot)"
         )
     priced = min((one.as_of for one in shown.offers), default=shown.read_at)
-    written = human_seconds(max(0.0, (now - priced).total_seconds()))
+    written = human_age((now - priced).total_seconds())
     if shown.source == "asked":
         return f"asked just now; the oldest of these prices was written {written} ago"
     return f"asked {old} ago, the oldest of these prices written {written} ago; `kdcloud offers --refresh` asks again"

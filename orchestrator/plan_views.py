@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import NothingFits, UsageError
 from orchestrator.money import both, human_seconds, shown
+from orchestrator.offers import card_named
 from orchestrator.plan import Plan, machine_name, offer_to_json
 from orchestrator.planner import FrontPlan, Looked
 from orchestrator.provision import Offer
@@ -57,7 +58,7 @@ def parse_what_if(text: str) -> WhatIf:
                 f"--what-if: {word!r} is not a change",
                 hint="give gpu=CARD, gpus=N, spot=yes|no, infra=WHERE, stage=NAME",
             )
-        values[key] = value
+        values[key] = card_named(value) if key == "gpu" else value
     if not values.keys() - {"stage"}:
         raise UsageError("--what-if says nothing to change", hint="like --what-if gpu=RTX3090")
     if "gpus" in values:

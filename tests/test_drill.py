@@ -143,8 +143,19 @@ def test_the_command_prints_one_document_and_a_broken_promise_ends_it_with_5():
     assert isinstance(broken.exception, DrillFailed)
     assert broken.exception.exit_code == 5
     seed = broken.exception.hint.split()[-1]
+    assert "--without cap" in broken.exception.hint and "as some must without cap" in broken.exception.message
     again = CliRunner().invoke(kdcloud, ["drill", "--schedules", "1", "--seed", seed, "--without", "cap"])
     assert isinstance(again.exception, DrillFailed)
+
+
+def test_a_guard_that_nothing_needed_is_not_said_to_be_tried():
+    """One sound schedule without its guard proves nothing: it says so, and with how many to try again."""
+    seed = next(seed for seed in seeds_of(3, 50) if not drill(1, seed, without="owner").failures)
+    words = ["drill", "--schedules", "1", "--seed", str(seed)]
+    told = CliRunner().invoke(kdcloud, [*words, "--without", "owner"]).stdout
+    assert "held" not in told and "not put to the test" in told
+    assert "kdcloud drill --without owner --schedules 1000" in " ".join(told.split())
+    assert "held" in CliRunner().invoke(kdcloud, words).stdout
 
 
 class Life(RuleBasedStateMachine):

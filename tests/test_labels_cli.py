@@ -310,5 +310,12 @@ def test_the_labels_of_a_run_are_shown_from_its_bucket(
     commit_folder(bucket, folder, "label", fence=1)
     document = json.loads(call("show", "abc123", "--limit", "2", "--json"))
     assert [sample["key"][0] for sample in document["samples"]] == ["a", "b"]
-    with pytest.raises(UsageError, match="none of that name"):
-        call("show", "abc123", "--stage", "train")
+    file = tmp_path / "run.jsonl"
+    call("export", "last", str(file))
+    call("import", str(file), str(tmp_path / "again"), "--tokenizer", str(folder / "tokenizer"))
+    assert same(read_labels(folder), read_labels(tmp_path / "again"))
+    for words in (("show", "abc123"), ("export", "abc123", str(file))):
+        with pytest.raises(UsageError, match="none of that name"):
+            call(*words, "--stage", "train")
+    with pytest.raises(UsageError, match="no folder"):
+        call("export", "./nosuch", str(file))

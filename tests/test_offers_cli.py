@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from orchestrator import offers_cli, price_cache
 from orchestrator.cli import kdcloud
-from orchestrator.config import Home
+from orchestrator.config import Home, load_config
+from orchestrator.errors import UsageError
+from orchestrator.money import human_age
 from orchestrator.offers import TABLE
-from orchestrator.offers_cli import Shown, age, cheapest, look
+from orchestrator.offers_cli import Shown, age, cheapest, look, render
 from orchestrator.provision import Need, Offer, ProvisionError
 from orchestrator.testing import fake_offer
 
@@ -45,7 +49,7 @@ def keep(home: Home, *offers: Offer, asked_at: datetime = NOW) -> None:
 
 def test_without_anything_on_file_the_dated_table_is_shown_and_says_so(home: Home) -> None:
     told = run("--gpu", "A10G").stdout
-    assert "from the table in this version of kdcloud" in told and "--refresh" in told
+    assert "from the table in this version of kdcloud" in " ".join(told.split()) and "--refresh" in told
     document = json.loads(run("--json").stdout)
     assert document["source"] == "table" and document["schema"] == 1
     assert len(document["offers"]) == len(TABLE) + sum(row.spot_usd is not None for row in TABLE)
@@ -58,7 +62,7 @@ def test_what_is_on_file_is_shown_with_its_true_age(home: Home) -> None:
     assert document["source"] == "file" and document["age_s"] == pytest.approx(3 * 86400, abs=60)
     assert [one["price_micros_per_hour"] for one in document["offers"]] == [1_006_000, 1_200_000, 31_920_000]
     assert document["rate"]["as_of"] == "2026-01-15"
-    assert "asked 3.0 d ago" in " ".join(run().stdout.split())
+    assert "asked 3 d ago" in " ".join(run().stdout.split())
 
 
 def test_the_cheapest_region_stands_for_a_machine_and_unknown_prices_come_last() -> None:
@@ -109,15 +113,49 @@ def test_refreshing_keeps_what_was_told_and_says_who_did_not(home: Home, monkeyp
     assert look(home, Need(infra=("aws",)), refresh=False, now=NOW).read_at == NOW
 
 
-def test_without_skypilot_it_says_so_and_shows_what_it_has(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_nobody_could_be_asked_that_is_an_error_and_what_was_known_is_shown(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(self: object) -> list[str]:
         raise ProvisionError("SkyPilot is not installed", hint="install it")
 
     monkeypatch.setattr("orchestrator.provision_sky.SkyApi.enabled", missing)
-    done = run("--refresh")
-    assert done.exit_code == 0
-    assert "no prices were asked: SkyPilot is not installed" in done.stderr
-    assert "from the table" in done.stdout
+    for before, words in ((False, "from the table"), (True, "asked")):
+        if before:
+            keep(home, NORTH)
+        done = CliRunner().invoke(kdcloud, ["offers", "--refresh"])
+        assert isinstance(done.exception, UsageError) and done.exception.exit_code == 2
+        assert "no prices were asked: SkyPilot is not installed (in a clone: pip" in done.exception.message
+        assert done.exception.hint.endswith("what was asked before" if before else "the table in this version of kdcloud")
+        assert words in done.stdout and "g5.xlarge" in done.stdout
+
+
+def test_where_no_infra_is_enabled_nobody_was_asked(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.provision_sky.SkyApi.enabled", lambda self: [])
+    done = CliRunner().invoke(kdcloud, ["offers", "--refresh"])
+    assert isinstance(done.exception, UsageError) and "sky check" in done.exception.message
+
+
+def test_an_unknown_card_is_refused_with_those_that_are_known(home: Home) -> None:
+    keep(home, NORTH, replace(NORTH, gpu="MI300X"))
+    done = CliRunner().invoke(kdcloud, ["offers", "--gpu", "RTX9090"])
+    assert isinstance(done.exception, UsageError) and "RTX9090" in done.exception.message
+    for card in ("did you mean RTX4090", "A100-80GB", "MI300X"):
+        assert card in done.exception.hint
+    assert "a10g" not in run("--gpu", "mi300x").stdout and "MI300X" in run("--gpu", "mi300x").stdout
+    assert "A10G" in run("--gpu", "nvidia a10g").stdout
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_machine_keeps_its_name_in_one_piece(home: Home, width: int) -> None:
+    """The longest of the table is gpu_8x_a100_80gb_sxm4; the table takes no line that is longer than the terminal."""
+    console = Console(width=width, record=True, file=io.StringIO())
+    shown = look(home, Need(), refresh=False, now=NOW)
+    render(shown, load_config(home), NOW, console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert [row.instance for row in TABLE if f" {row.instance} " not in text] == []
+    assert ("us-east-1" in text) == (width == 120)
 
 
 def test_every_enabled_infra_is_asked_by_itself(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,4 +184,14 @@ def test_an_age_is_told_in_one_sentence() -> None:
     old = NOW - timedelta(hours=30)
     assert age(Shown("asked", NOW, (replace(NORTH, as_of=old),)), NOW).startswith("asked just now; the oldest")
     assert "30 h" in age(Shown("file", old, (NORTH,)), NOW)
-    assert age(Shown("table", None, ()), NOW) == "no such machine is on offer"
+    assert age(Shown("table", None, ()), NOW).startswith("no such machine is on offer; ")
+    years = NOW - timedelta(days=1062)
+    table = Shown("table", years, (replace(NORTH, as_of=years), replace(NORTH, as_of=NOW - timedelta(days=360))))
+    assert "kdcloud, 12 months to 2.9 years old: nobody was asked" in age(table, NOW)
+
+
+@pytest.mark.parametrize(
+    ("days", "told"), [(0.5, "12 h"), (12, "12 d"), (59.4, "59 d"), (180, "6 months"), (365, "12 months"), (1062.8, "2.9 years")]
+)
+def test_an_age_is_in_units_that_people_count_in(days: float, told: str) -> None:
+    assert human_age(days * 86_400) == told

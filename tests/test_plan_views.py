@@ -143,6 +143,13 @@ def test_a_change_that_is_none_is_refused_with_an_example(text: str) -> None:
     assert "gpu" in caught.value.hint or "spot" in caught.value.hint
 
 
+def test_a_card_that_nobody_knows_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(UsageError, match="unknown GPU 'RTX9090'") as caught:
+        views.parse_what_if("gpu=RTX9090")
+    assert "did you mean RTX4090" in caught.value.hint and "A100-80GB" in caught.value.hint
+    assert views.parse_what_if("gpu=rtx3090").gpu == "RTX3090"
+
+
 def test_a_change_of_a_stage_that_is_not_there_is_refused() -> None:
     with pytest.raises(UsageError, match="no stage 'tarin'"):
         views.compared(planner_of(RENTED, *MARKET), views.parse_what_if("gpu=L4 stage=tarin"))
