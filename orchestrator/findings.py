@@ -294,7 +294,9 @@ def _weights(seen: Seen, stage: StageSeen) -> Iterator[Finding]:
     soft = labels is None or not isinstance(labels.settings, LabelSettings) or labels.settings.top_k > 0
     t, alpha = settings.temperature, settings.alpha
     evidence = {"temperature": t, "alpha": alpha}
-    if alpha > 0 and not T_LOW <= t <= T_HIGH:
+    # a student from nothing may be meant to learn the teacher's distribution as it is, which is what T = 1 asks for
+    low = T_LOW if settings.student.architecture is None else T_ODD[0]
+    if alpha > 0 and not low <= t <= T_HIGH:
         severity = _outside(t, T_FAR, Severity.FAULT) or _outside(t, T_ODD, Severity.WARNING) or Severity.NOTE
         what = f"at T = {t:g} {_at_temperature(t)}"
         yield Finding("temperature", severity, stage.name, what, evidence, (Change(stage.name, "loss.temperature", 2),))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -92,7 +93,8 @@ class PlainView:
 
     def say(self, kind: str, stage: str | None, text: str, at: datetime | None = None) -> None:
         with contextlib.suppress(OSError):  # whoever read has left: the run goes on without them
-            print(f"{clock_of(at)}  {clean(stage or '-'):<10} {clean(text)}", file=sys.stderr, flush=True)
+            name = f"{clean(stage):<10} " if stage else ""
+            print(f"{clock_of(at)}  {name}{clean(text)}", file=sys.stderr, flush=True)
 
     def update(self, snapshot: Snapshot) -> None:
         told = self._told.at(snapshot)
@@ -100,7 +102,8 @@ class PlainView:
             return
         self._last = time.monotonic()
         scene = scene_of(snapshot, self._plan, now=datetime.now(UTC), curve=Curve(), state=self.state, told=told)
-        self.say("progress", snapshot.stage, plain_line(scene, snapshot, self._plan))
+        room = shutil.get_terminal_size().columns - HANG - max(HANG, len(clean(snapshot.stage or "")) + 1)
+        self.say("progress", snapshot.stage, plain_line(scene, snapshot, self._plan, room))
 
 
 class RichView:
@@ -328,27 +331,42 @@ def clock_of(at: datetime | None) -> str:
 # --- plain lines -----------------------------------------------------------------------------------------------------
 
 
-def plain_line(scene: Scene, snapshot: Snapshot, plan: Plan) -> str:
-    """`train 42 % (336/800 steps), loss 1.2, 900 tokens/s, 40 s left (35–50 s), ¥0.02 spent ...`."""
+def plain_line(scene: Scene, snapshot: Snapshot, plan: Plan, room: int) -> str:
+    """`train 42 % (336/800 steps), loss 1.2, 900 tokens/s, 40 s left (35–50 s), ¥0.02 spent ...`; where there is no
+    room for it `336/800 steps, loss 1.2, 40 s left, ¥0.02 spent`, or less. A warning always stays."""
     progress = snapshot.progress
     assert progress is not None
     stage = next((one for one in plan.stages if one.name == snapshot.stage), None)
     line = next((one for one in scene.stages if one.name == snapshot.stage), None)
-    parts = [describe(progress)]
-    if "loss" in progress.numbers:
-        parts.append(f"loss {progress.numbers['loss']:.4g}")
-    parts += [speed_of(stage, progress) if stage else "", load_of(progress.numbers)]
-    if line is not None and line.left is not None and line.state == "running":
-        parts.append(f"{human_seconds(line.left.expected)} left ({span(line.left)})")
-    return ", ".join(part for part in (*parts, money(scene)) if part)
+    left = line.left if line is not None and line.state == "running" else None
+    loss = f"loss {progress.numbers['loss']:.4g}" if "loss" in progress.numbers else ""
+    soon = f"{human_seconds(left.expected)} left" if left is not None else ""
+    speed = [speed_of(stage, progress) if stage else "", load_of(progress.numbers)]
+    whole = _joined(
+        describe(progress), loss, *speed, f"{soon} ({span(left)})" if left is not None else "", money(scene)
+    )
+    spent = f"{shown(scene.spent_micros, scene.rate, scene.currency)} spent"
+    warning = f"; {scene.warning}" if scene.warning else ""
+    short = [_joined(_count(progress), *parts) + warning for parts in ((loss, soon, spent), (loss, soon), (soon,))]
+    return next((text for text in (whole, *short) if len(text) <= room), short[-1])
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
 
 
 def describe(progress: Progress) -> str:
     """`train 42 % (336/800 steps)`."""
     if not progress.total:
         return phase_of(progress)
-    count = f"{count_of(progress.done)}/{count_of(progress.total)} {progress.unit}"
-    return f"{progress.phase} {100 * progress.done / progress.total:.0f} % ({count})"
+    return f"{progress.phase} {100 * progress.done / progress.total:.0f} % ({_count(progress)})"
+
+
+def _count(progress: Progress) -> str:
+    """`336/800 steps`."""
+    if not progress.total:
+        return phase_of(progress)
+    return f"{count_of(progress.done)}/{count_of(progress.total)} {progress.unit}"
 
 
 def money(scene: Scene) -> str:

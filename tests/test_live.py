@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 
+import pytest
 from rich.text import Text
 
 from orchestrator import live
@@ -85,14 +86,17 @@ def test_a_terminal_gets_the_picture_and_everything_else_plain_lines(monkeypatch
 def test_plain_lines_come_when_something_happens_and_every_ten_seconds(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("COLUMNS", "200")
     view = PlainView(PLAN)
     view.say("start", "label", "on this machine")
+    view.say("warn", None, "prices are old")
     for second in range(25):
         now[0] = 100.0 + second
         view.update(running())
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 + 3  # at 0, 10 and 20 s
+    assert len(lines) == 2 + 3  # at 0, 10 and 20 s
     assert re.fullmatch(r"\d\d:\d\d:\d\d  label      on this machine", lines[0])
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  prices are old", lines[1])
     for part in (
         "rehearse 50 % (50/100 steps)",
         "loss 1.25",
@@ -102,8 +106,23 @@ def test_plain_lines_come_when_something_happens_and_every_ten_seconds(monkeypat
         "spent",
         "cap ¥",
     ):
-        assert part in lines[1]
+        assert part in lines[2]
     assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (80, r"50/100 steps, loss 1.25, 20 s left, ¥0\.\d+ spent"),
+        (60, "50/100 steps, loss 1.25, 20 s left"),
+        (50, "50/100 steps, 20 s left"),
+    ],
+)
+def test_what_a_narrow_line_has_no_room_for_is_left_out(monkeypatch, capsys, columns, told):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    PlainView(PLAN).update(running())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) <= columns and re.fullmatch(r"\d\d:\d\d:\d\d  label      " + told, line)
 
 
 def test_what_a_provider_says_cannot_make_a_second_line(capsys):
