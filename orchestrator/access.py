@@ -256,13 +256,19 @@ def notes(plan: Plan, allowed: bool, env: Mapping[str, str] | None = None) -> It
     """What the plan says about rights on rented machines; asks nobody. `allowed`: the recipe's allow_account_key."""
     env = os.environ if env is None else env
     then = "the recipe allows it" if allowed else ALLOW
+    account = []
     for infra in infras_of(plan):
         ending = ending_of(infra, env)
         if not ending.itself:
             yield f"{infra}: machines there cannot end themselves without {ending.right}: they are not rented"
         elif ending.account:
-            comma = "," if "," in ending.right else ""
-            yield f"{infra}: {ending.right}{comma} lies on the machine so that it can end itself: {then}"
+            account.append((infra, ending.right))
+    if len(account) == 1:
+        ((infra, right),) = account
+        yield f"{infra}: {right}{',' if ',' in right else ''} lies on the machine so that it can end itself: {then}"
+    elif account:
+        rights = "; ".join(f"{infra}: {right}" for infra, right in account)
+        yield f"rights over your account lie on the machines so that they can end themselves ({rights}): {then}"
     if any(True for _ in rented(plan)) and plan.bucket.startswith("s3:"):
         yield from _bucket_notes(plan, then, env)
         if env.get("HF_TOKEN") and any(hub_models(stage.settings) for stage in rented(plan)):

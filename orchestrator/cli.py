@@ -11,11 +11,12 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from inspect import cleandoc
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from orchestrator import __version__
+from orchestrator import __version__, completion
 from orchestrator.errors import BudgetExceeded, DrillFailed, KdcloudError, TeardownUnconfirmed, UsageError
 from orchestrator.labels_cli import labels
 from orchestrator.notify_cli import notify
@@ -43,7 +44,7 @@ EXIT_CODES = {"done": 0, "cap": 3, "no_capacity": 4, "failed": 5, "deadline": 5,
 F = TypeVar("F", bound=Callable[..., Any])
 
 SECTIONS = {
-    "Begin": ["init", "doctor"],
+    "Begin": ["init", "doctor", "completion"],
     "Plan": ["plan", "estimate", "offers", "recipe-schema"],
     "Run": ["run", "attach", "status", "logs", "down", "adopt"],
     "Look": ["report", "compare", "try", "artifacts", "labels", "tensorboard"],
@@ -52,12 +53,27 @@ SECTIONS = {
 
 
 class Sections(click.Group):
-    """Commands in the order a person needs them, in groups."""
+    """Commands in the order a person needs them, in groups; the examples of each stand at the end of its help."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(cmd, name)
+        for one in (cmd, *(cmd.commands.values() if isinstance(cmd, click.Group) else ())):
+            _examples_last(one)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(200)) for name in names])
+
+
+def _examples_last(command: click.Command) -> None:
+    """Moves the paragraphs of a help text that are examples below its options."""
+    paragraphs = cleandoc(command.help or "").split("\n\n")
+    examples = [text for text in paragraphs if text.startswith("\b\n") and "kdcloud " in text.splitlines()[1]]
+    if examples:
+        command.help = "\n\n".join(text for text in paragraphs if text not in examples)
+        lines = "\n".join(text.removeprefix("\b\n") for text in examples).splitlines()
+        command.epilog = "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
 @click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -70,6 +86,8 @@ def kdcloud() -> None:
     kdcloud plan quickstart        what it needs and costs, before a cent is spent
     kdcloud run quickstart         does it; on your own CPU, in minutes
 
+    The tab key completes commands, recipes and runs: `kdcloud completion --help`. Examples: `kdcloud COMMAND --help`.
+
     Exit codes: 0 done, 1 a bug, 2 wrong recipe or usage, 3 the cap (or the plan does not fit it), 4 no machine
     fits or can be had, 5 a stage failed or missed its deadline, 6 a teardown is not confirmed, 7 the run belongs to
     another client, 130 stopped by you.
@@ -80,6 +98,7 @@ kdcloud.add_command(labels)
 kdcloud.add_command(offers)
 kdcloud.add_command(notify)
 kdcloud.add_command(try_)
+kdcloud.add_command(completion.completion)
 
 
 def json_option(function: F) -> F:
@@ -87,18 +106,23 @@ def json_option(function: F) -> F:
 
 
 def money_options(function: F) -> F:
-    function = click.option("--infra", metavar="WHERE", help="local, or slurm/CLUSTER; overrides the recipe's.")(
-        function
-    )
+    function = click.option(
+        "--infra", metavar="WHERE", help="local, slurm/CLUSTER, or clouds like runpod,aws; overrides the recipe's."
+    )(function)
     function = click.option("--deadline", metavar="TIME", help="Everything done within, like 8h.")(function)
     return click.option("--budget", metavar="AMOUNT", help="The hard cap, like 50CNY or $7; overrides the recipe's.")(
         function
     )
 
 
-@kdcloud.command()
+@kdcloud.command(short_help="Five questions, then a recipe in which every key is explained.")
 @click.argument("file", type=click.Path(dir_okay=False), default="recipe.yaml", metavar="[FILE]")
-@click.option("--template", metavar="NAME", help="Write this one as it is and ask nothing ('list' shows them).")
+@click.option(
+    "--template",
+    metavar="NAME",
+    help="Write this one as it is and ask nothing ('list' shows them).",
+    shell_complete=completion.templates,
+)
 @click.option("--teacher", metavar="MODEL", help="owner/name, a folder, api, or tiny: made here, on a CPU.")
 @click.option("--student", metavar="MODEL", help="A smaller model with the teacher's tokenizer.")
 @click.option("--prompts", metavar="FILE", help='Lines of {"input": ..., "answer": ...}, or sample.')
@@ -131,9 +155,14 @@ def init(file: str, template: str | None, yes: bool, force: bool, **given: str |
     _talk(next_steps(made, path))
 
 
-@kdcloud.command()
-@click.argument("run_id", metavar="[RUN]", required=False)
-@click.option("--recipe", metavar="FILE", help="Look at what this recipe needs: its bucket, infras, keys, quotas.")
+@kdcloud.command(short_help="Is all there that a run needs? With RUN: what went wrong?")
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=completion.runs)
+@click.option(
+    "--recipe",
+    metavar="FILE",
+    help="Look at what this recipe needs: its bucket, infras, keys, quotas.",
+    shell_complete=completion.recipes,
+)
 @click.option("--offline", is_flag=True, help="Ask nobody: only what this computer tells.")
 @json_option
 def doctor(run_id: str | None, recipe: str | None, offline: bool, as_json: bool) -> None:
@@ -161,8 +190,8 @@ def doctor(run_id: str | None, recipe: str | None, offline: bool, as_json: bool)
         sys.exit(UsageError.exit_code)
 
 
-@kdcloud.command()
-@click.argument("recipe")
+@kdcloud.command(short_help="What every stage needs and costs, against the cap.")
+@click.argument("recipe", shell_complete=completion.recipes)
 @money_options
 @click.option("--frontier", is_flag=True, help="Also what less time would cost: plans that none beats in both.")
 @click.option("--explain", metavar="STAGE", multiple=True, help="Also why each other card lost there. Repeatable.")
@@ -178,8 +207,7 @@ def plan(
 
     \b
     kdcloud plan quickstart
-    kdcloud plan recipe.yaml --budget 30CNY --deadline 8h
-    kdcloud plan recipe.yaml --frontier --explain train
+    kdcloud plan recipe.yaml --deadline 8h --frontier --explain train
     kdcloud plan recipe.yaml --what-if "gpu=RTX3090 spot=yes"
     """
     planner, made = _planned(recipe, budget, deadline, infra)[:2]
@@ -198,11 +226,14 @@ def plan(
         raise _too_dear(made)
 
 
-@kdcloud.command()
-@click.argument("recipe", required=False)
+@kdcloud.command(short_help="Plan, ask, rent, work and tear down; never over the cap.")
+@click.argument("recipe", required=False, shell_complete=completion.recipes)
 @money_options
 @click.option(
-    "--resume", metavar="RUN", help="Go on with a run that was stopped, killed or out of money ('last': the newest)."
+    "--resume",
+    metavar="RUN",
+    help="Go on with a run that was stopped, killed or out of money ('last': the newest).",
+    shell_complete=completion.runs,
 )
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before money is spent.")
 @click.option("--detach", "-d", is_flag=True, help="Leave it to a process that outlives this terminal.")
@@ -221,10 +252,8 @@ def run(
 
     \b
     kdcloud run quickstart
-    kdcloud run recipe.yaml --budget 50CNY --yes
+    kdcloud run recipe.yaml --budget 50CNY --yes --detach
     kdcloud run --resume last --budget 60CNY
-    kdcloud run recipe.yaml --yes --detach
-    kdcloud run recipe.yaml --smoke
     """
     if (recipe is None) == (resume is None):
         raise UsageError("run needs a recipe, or --resume RUN", hint="try `kdcloud run quickstart`")
@@ -240,13 +269,14 @@ def run(
             _start(ledger, recipe, budget, deadline, infra, yes, detach, smoke)
 
 
-@kdcloud.command()
-@click.argument("run_id", metavar="[RUN]", required=False)
+@kdcloud.command(short_help="Watch a run that another terminal drives.")
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=completion.runs)
 def attach(run_id: str | None) -> None:
     """Watch a run that another client drives, and end as it ends; Ctrl-C leaves it running.
 
     \b
     kdcloud attach
+    kdcloud attach last
     """
     from orchestrator.session import newest
     from orchestrator.watching import watch
@@ -258,8 +288,8 @@ def attach(run_id: str | None) -> None:
             _finish(ledger, name, outcome)
 
 
-@kdcloud.command()
-@click.argument("run_id", metavar="[RUN]", required=False)
+@kdcloud.command(short_help="Runs, their money, and every machine that may still bill.")
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=completion.runs)
 @click.option("--watch", "-w", "watches", is_flag=True, help="Keep looking at one run (the newest) to its end.")
 @json_option
 def status(run_id: str | None, watches: bool, as_json: bool) -> None:
@@ -287,8 +317,8 @@ def status(run_id: str | None, watches: bool, as_json: bool) -> None:
         render_status(document, _console())
 
 
-@kdcloud.command()
-@click.argument("run_id", metavar="[RUN]", required=False)
+@kdcloud.command(short_help="What a stage printed; -f goes on until the run has ended.")
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=completion.runs)
 @click.option("--follow", "-f", is_flag=True, help="Go on as lines come, from stage to stage, until the run has ended.")
 @click.option("--stage", help="Only this stage (default: the newest that has a log).")
 @click.option("--lines", "-n", default=0, metavar="N", help="Only the last N lines of what is there.")
@@ -310,8 +340,8 @@ def logs(run_id: str | None, follow: bool, stage: str | None, lines: int) -> Non
         )
 
 
-@kdcloud.command()
-@click.argument("run_id", metavar="[RUN]", required=False)
+@kdcloud.command(short_help="The curves of a run in TensorBoard, while they grow.")
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=completion.runs)
 @click.option("--port", type=click.IntRange(1, 65535), help="Of this machine (default: 6006, or another free one).")
 def tensorboard(run_id: str | None, port: int | None) -> None:
     """The curves of a run in TensorBoard, on this machine only, while they grow; Ctrl-C ends it.
@@ -328,8 +358,8 @@ def tensorboard(run_id: str | None, port: int | None) -> None:
         show(newest(ledger, run_id), ledger=ledger, home=_home()[0], port=port, say=_talk)
 
 
-@kdcloud.command()
-@click.argument("run_id", metavar="RUN", required=False)
+@kdcloud.command(short_help="End every machine of a run, now; results stay.")
+@click.argument("run_id", metavar="RUN", required=False, shell_complete=completion.runs)
 @click.option(
     "--all", "every", is_flag=True, help="Every run that may still bill, and machines the ledger does not know."
 )
@@ -369,7 +399,7 @@ def down(run_id: str | None, every: bool) -> None:
     )
 
 
-@kdcloud.command()
+@kdcloud.command(short_help="Take over a run of another computer, from its bucket.")
 @click.argument("url", metavar="BUCKET/RUN")
 def adopt(url: str) -> None:
     """Take a run that another computer began into this one's ledger, from its bucket; rents and ends nothing.
@@ -393,8 +423,8 @@ def adopt(url: str) -> None:
     )
 
 
-@kdcloud.command()
-@click.argument("run_id", metavar="[RUN]", required=False)
+@kdcloud.command(short_help="What came out: cost and quality; --html as one page.")
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=completion.runs)
 @click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write it as one page to FILE.")
 @click.option("--open", "opens", is_flag=True, help="With --html: show the page in a browser.")
 @json_option
@@ -413,8 +443,8 @@ def report(run_id: str | None, html: str | None, opens: bool, as_json: bool) -> 
         _report(ledger, newest(ledger, run_id), as_json, html=html, opens=opens)
 
 
-@kdcloud.command()
-@click.argument("run_ids", metavar="RUN RUN...", nargs=-1, required=True)
+@kdcloud.command(short_help="Runs beside each other: cost, accuracy, settings.")
+@click.argument("run_ids", metavar="RUN RUN...", nargs=-1, required=True, shell_complete=completion.runs)
 @click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write it as one page to FILE.")
 @click.option("--open", "opens", is_flag=True, help="With --html: show the page in a browser.")
 @json_option
@@ -430,8 +460,8 @@ def compare(run_ids: tuple[str, ...], html: str | None, opens: bool, as_json: bo
         _compare(ledger, run_ids, as_json, html=html, opens=opens)
 
 
-@kdcloud.command()
-@click.argument("run_id", metavar="[RUN]", required=False)
+@kdcloud.command(short_help="What a run left: list, fetch or delete it.")
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=completion.runs)
 @click.option("--stage", help="Only this stage.")
 @click.option("--fetch", "dest", metavar="DIR", help="Bring what is committed to DIR, checked; again goes on.")
 @click.option("--prune", is_flag=True, help="Delete what old runs (or RUN) left; only shows it without --yes.")
@@ -480,7 +510,7 @@ def artifacts(
             _artifacts(ledger, newest(ledger, run_id), stage, dest, as_json)
 
 
-@kdcloud.command()
+@kdcloud.command(short_help="Find forgotten machines; --yes ends them.")
 @click.option("--yes", "-y", is_flag=True, help="End what is forgotten; without it nothing is touched.")
 @click.option("--orphans", is_flag=True, help="Also end machines of yours that no run here knows.")
 @click.option("--older-than", metavar="TIME", help="Only machines older than this, like 2h.")
@@ -510,17 +540,22 @@ def reap(
         _reap_for_ever(wish, every_s, as_json)
 
 
-@kdcloud.command()
+@kdcloud.command(short_help="Break made-up runs: does the cap hold? Rents nothing.")
 @click.option("--schedules", default=1000, show_default=True, type=click.IntRange(1), help="So many runs are broken.")
 @click.option("--seed", type=click.IntRange(0), help="The same seed plays the same (default: by chance).")
-@click.option("--without", metavar="GUARD", help="Take one guard away: the drill must fail ('list' names them).")
+@click.option(
+    "--without",
+    metavar="GUARD",
+    help="Take one guard away: the drill must fail ('list' names them).",
+    shell_complete=completion.guards,
+)
 @json_option
 def drill(schedules: int, seed: int | None, without: str | None, as_json: bool) -> None:
     """Fire drill: does the cap hold whatever breaks? Rents nothing, takes minutes at most; nothing in it is real.
 
     \b
     kdcloud drill --schedules 10000
-    kdcloud drill --seed 1234 --schedules 1         one schedule again, exactly
+    kdcloud drill --schedules 1 --seed 1234
     kdcloud drill --without latencies
     """
     import secrets
@@ -549,7 +584,7 @@ def drill(schedules: int, seed: int | None, without: str | None, as_json: bool) 
         )
 
 
-@kdcloud.command()
+@kdcloud.command(short_help="What this month cost; --month caps all its runs.")
 @click.option("--month", metavar="AMOUNT", help="Cap for all runs of a calendar month together, like 200CNY; or none.")
 @json_option
 def budget(month: str | None, as_json: bool) -> None:
@@ -576,7 +611,7 @@ def budget(month: str | None, as_json: bool) -> None:
         click.echo(describe(document, config))
 
 
-@kdcloud.command("estimate")
+@kdcloud.command("estimate", short_help="Memory and time of runs that others measured.")
 @click.argument("files", metavar="CASES.jsonl", nargs=-1, required=True)
 @click.option("--score", is_flag=True, help="How far off, against what the cases measured, beside two public rules.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line a case; with --score one document.")
@@ -609,7 +644,7 @@ def estimate_command(files: tuple[str, ...], score: bool, as_json: bool) -> None
         estimate.render(found, _console())
 
 
-@kdcloud.command("recipe-schema")
+@kdcloud.command("recipe-schema", short_help="JSON schema of a recipe, for editors.")
 def recipe_schema_command() -> None:
     """JSON schema of a recipe, for editors that complete and check.
 

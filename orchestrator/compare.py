@@ -94,7 +94,8 @@ def render_compare(document: Mapping[str, Any], rate: Rate, console: Console) ->
         if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
             break
     console.print(table)
-    console.print(Text("time of machines; accuracy on held-out problems\nbold: no other run is as good for less", "dim"))
+    told = "time of machines; accuracy on held-out problems\nbold: no other run is as good for less"
+    console.print(Text(told, "dim"))
     if not document["settings"]:
         console.print("\nsame settings")
         return

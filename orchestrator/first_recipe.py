@@ -16,7 +16,7 @@ import yaml
 from orchestrator import money
 from orchestrator.catalog import MODELS, ModelShape, UnknownModel, shape_of
 from orchestrator.errors import UsageError
-from orchestrator.recipe import builtin_recipes
+from orchestrator.shipped import builtin_recipes
 
 TINY, API, SAMPLE, LOCAL = "tiny", "api", "sample", "local"  # answers that name no model, file or cloud
 TEACHER = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator import completion
 from orchestrator.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ SHOWN_ALTERNATIVES = 4
 SHOWN_TOKEN_WIDTH = 12
 
 
-@click.group()
+@click.group(short_help="The teacher's labels: read them, or to JSON and back.")
 def labels() -> None:
     """What the teacher said: samples with its alternatives, or all of them as lines of JSON and back.
 
@@ -31,8 +32,10 @@ def labels() -> None:
     """
 
 
-@labels.command(short_help="Samples of a run or folder: prompt, answer, the teacher's likeliest tokens and their shares.")
-@click.argument("place", metavar="[RUN|FOLDER]", required=False)
+@labels.command(
+    short_help="Prompt, answer, and the teacher's likeliest tokens with their shares."
+)
+@click.argument("place", metavar="[RUN|FOLDER]", required=False, shell_complete=completion.runs_or_folders)
 @click.option("--stage", help="The label stage, where a run has several.")
 @click.option("--sample", "first", type=int, default=0, metavar="N", help="Begin with sample N (0).")
 @click.option("--limit", type=click.IntRange(min=1), default=1, metavar="N", help="How many samples (1).")
@@ -63,7 +66,7 @@ def show(place: str | None, stage: str | None, first: int, limit: int, as_json: 
 
 
 @labels.command("export", short_help="Labels of a run or folder to lines of JSON.")
-@click.argument("place", metavar="RUN|FOLDER")
+@click.argument("place", metavar="RUN|FOLDER", shell_complete=completion.runs_or_folders)
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.jsonl")
 @click.option("--stage", help="The label stage, where a run has several.")
 def export_(place: str, file: Path, stage: str | None) -> None:

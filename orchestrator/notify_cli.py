@@ -9,7 +9,7 @@ import click
 from orchestrator.errors import UsageError
 
 
-@click.command()
+@click.command(short_help="Who hears by webhook or mail how a run goes; --test tries it.")
 @click.option("--test", "tries", is_flag=True, help="Send a word to each address now.")
 def notify(tries: bool) -> None:
     """Who is told at 50, 80 and 95 % of the cap, of lost machines and of the end; --test tries it.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator import completion
 from orchestrator.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ class Shown:
     was_asked: bool = True  # False: somebody was to be asked, and nobody answered
 
 
-@click.command()
+@click.command(short_help="Machines and their prices; --refresh asks for today's.")
 @click.option("--refresh", is_flag=True, help="Ask SkyPilot what every enabled infra offers now, and keep it.")
 @click.option("--infra", metavar="WHERE", help="Only of this infra, like runpod or slurm/CLUSTER.")
-@click.option("--gpu", metavar="CARD", help="Only with this card, like A10G.")
+@click.option("--gpu", metavar="CARD", help="Only with this card, like A10G.", shell_complete=completion.cards)
 @click.option("--spot/--on-demand", default=None, help="Only spot machines, or only others.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout: every region and price.")
 def offers(refresh: bool, infra: str | None, gpu: str | None, spot: bool | None, as_json: bool) -> None:

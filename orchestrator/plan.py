@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 SCHEMA = 1
+NAME_WIDTH = 20  # columns of a stage's name beside what is said of it
 
 
 @dataclass(frozen=True)
@@ -337,14 +338,19 @@ def _offer_from_dict(raw: Mapping[str, Any]) -> Offer:
 def render_plan(plan: Plan, console: Console) -> None:
     """Prints the plan as a table: a row a stage, chosen settings below, the total against the cap."""
     from rich.padding import Padding
+    from rich.table import Table
     from rich.text import Text
 
     console.print(Text.assemble("\n", (plan.name, "bold"), f"  {_where(plan)}"))
     console.print(_table(plan, console.width))
+    told = Table.grid(padding=(0, 2))
+    told.add_column(overflow="fold", max_width=NAME_WIDTH, style="bold")
+    told.add_column()
     for stage in plan.stages:
         details = _details(stage, plan)
         if details is not None:
-            console.print(Padding(details, (0, 0, 0, 2)))
+            told.add_row(Text(stage.name), details)
+    console.print(Padding(told, (0, 0, 0, 1)))
     console.print()
     for line in _sums(plan):
         console.print(line)
@@ -417,7 +423,6 @@ def _details(stage: StagePlan, plan: Plan) -> RenderableType | None:
     from rich.text import Text
 
     lines = Text()
-    lines.append(f"{stage.name}: ", style="bold")
     said = [*_said_settings(stage), *_said_uses(stage, plan)]
     if len(stage.candidates) > 1 and not stage.joins:
         others = len(stage.candidates) - 1
@@ -426,7 +431,7 @@ def _details(stage: StagePlan, plan: Plan) -> RenderableType | None:
         return None
     lines.append("; ".join(said))
     for note in stage.notes:
-        lines.append(f"\n  {note}", style="yellow")
+        lines.append(f"\n{note}" if lines else note, style="yellow")
     return lines
 
 
@@ -501,6 +506,19 @@ def _said_gpus(stage: StagePlan) -> list[str]:
     return [f"one of the {gpus} GPUs works"]
 
 
+def _bullets(notes: Sequence[str]) -> list[RenderableType]:
+    """A list whose further lines begin below the words, not below the dash."""
+    from rich.table import Table
+    from rich.text import Text
+
+    listed = Table.grid(padding=(0, 1))
+    listed.add_column()
+    listed.add_column(style="yellow")
+    for note in notes:
+        listed.add_row(Text("-", "yellow"), Text(note))
+    return [listed] if notes else []
+
+
 def _sums(plan: Plan) -> list[RenderableType]:
     """Total, reserve and cap; the verdict; notes; age of prices."""
     from rich.text import Text
@@ -524,7 +542,7 @@ def _sums(plan: Plan) -> list[RenderableType]:
         lines.append(Text("fits, but is tight: the high estimate is above the cap", style="bold yellow"))
     else:
         lines.append(Text("fits under the cap", style="bold green"))
-    lines += [Text(f"- {note}", style="yellow") for note in plan.notes]
+    lines += _bullets(plan.notes)
     as_of = plan.offers_as_of
     dated = f"oldest price read {as_of:%Y-%m-%d}; " if as_of is not None else ""
     lines.append(

@@ -27,6 +27,7 @@ from orchestrator.catalog import GPUS, ModelShape, UnknownModel, shape_of
 from orchestrator.errors import UsageError
 from orchestrator.label_folder import LabelFolder, read_label_folder
 from orchestrator.money import Amount, parse_amount, parse_budget, parse_duration
+from orchestrator.shipped import builtin_recipes
 
 Loc = tuple[str | int, ...]
 MOST_GPUS = 16  # of one machine
@@ -460,15 +461,6 @@ def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors."""
     schema = RecipeSpec.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kdcloud recipe", **schema}
-
-
-def builtin_recipes() -> dict[str, Path]:
-    """Path of each recipe that comes with kdcloud, by name: beside the code in a wheel, in recipes/ of a checkout."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "recipes", here.parent / "recipes"):
-        if folder.is_dir():
-            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-    return {}
 
 
 # --- finding and reading the file

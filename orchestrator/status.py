@@ -87,7 +87,8 @@ def render_status(document: Mapping[str, Any], console: Console) -> None:
         )
     console.print(table)
     for machine in (one for run in document["runs"] for one in run["live"]):
-        text = f"{machine['name']}: {machine['state'].lower()} for {machine['stage']}; provider says {machine['provider']}"
+        state = f"{machine['state'].lower()} for {machine['stage']}"
+        text = f"{machine['name']}: {state}; provider says {machine['provider']}"
         console.print(text, markup=False, soft_wrap=True)
     for run in document["runs"]:
         if run["state"] == "interrupted":
@@ -118,7 +119,8 @@ def may_bill(runs: Sequence[Mapping[str, Any]]) -> str:
     if worst > reserved:
         return (
             f"{len(live)} may still bill beyond their reservations of {_amount(reserved, newest)}: in the worst case "
-            f"{_amount(worst, newest)} by now, and it grows until their end is confirmed; `kdcloud reap --yes` tries again"
+            f"{_amount(worst, newest)} by now, and it grows until their end is confirmed; "
+            "`kdcloud reap --yes` tries again"
         )
     many = "1 machine may bill" if len(live) == 1 else f"{len(live)} machines may bill"
     return f"{many}, {_amount(reserved, newest)} at most: so much is reserved for it until it is gone"

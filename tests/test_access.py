@@ -121,6 +121,14 @@ def test_a_right_over_the_account_is_allowed_by_the_recipe_or_nothing_is_started
     assert "the recipe allows it" in next(access.notes(plan, True, {}))
 
 
+def test_keys_of_several_accounts_are_one_note_that_names_each() -> None:
+    offers = tuple(fake_offer(1_000_000, infra=infra) for infra in ("lambda", "runpod", "vast"))
+    plan = make_plan({"train": 600.0}, offers=offers, bucket="s3://kd/runs")
+    (note,) = [text for text in access.notes(plan, False, {}) if "account" in text and "your store" not in text]
+    for words in ("lambda: the account's API key, ~/.lambda_cloud", "; runpod: ", "; vast: ", "allow_account_key: true"):
+        assert words in note
+
+
 def test_on_aws_a_profile_of_the_users_own_takes_the_account_out_of_it() -> None:
     env = {INSTANCE_PROFILE: "kdcloud-node"}
     check(rented_plan("aws"), allow_account_key=False, env=env)

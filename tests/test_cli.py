@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import jsonschema
 import pytest
+from click.testing import CliRunner
 
+from orchestrator import __version__
 from orchestrator.cli import SECTIONS, kdcloud
 from tests.whole_runs import ROOT, Home, make_home
 
@@ -40,11 +44,54 @@ def refused(home: Home, rc: int, *words: str) -> str:
     return done.stderr
 
 
-def test_every_command_has_help_with_an_example_and_stands_in_a_section():
+def walked(group: click.Group = kdcloud, before: tuple[str, ...] = ()) -> dict[tuple[str, ...], click.Command]:
+    """Every command by its words, those of groups too."""
+    found: dict[tuple[str, ...], click.Command] = {}
+    for name, command in group.commands.items():
+        found[*before, name] = command
+        if isinstance(command, click.Group):
+            found |= walked(command, (*before, name))
+    return found
+
+
+def examples_of(command: click.Command) -> list[str]:
+    return [line.strip() for line in (command.epilog or "").splitlines() if "kdcloud " in line]
+
+
+def test_every_command_stands_in_a_section():
     assert sorted(kdcloud.commands) == sorted(name for names in SECTIONS.values() for name in names)
     assert len(kdcloud.commands) >= 8
-    for name, command in kdcloud.commands.items():
-        assert f"kdcloud {name}" in (command.help or ""), name
+
+
+@pytest.mark.parametrize("words", walked(), ids=" ".join)
+def test_the_help_of_a_command_ends_with_examples_of_it_whose_options_exist(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("labels.jsonl").touch()
+    command = walked()[words]
+    shown = CliRunner().invoke(kdcloud, [*words, "--help"], prog_name="kdcloud").stdout
+    examples = examples_of(command)
+    assert 1 <= len(examples) <= 3
+    assert [line.strip() for line in shown.splitlines()[-len(examples) :]] == examples
+    for example in examples:
+        said = re.search(r"kdcloud [^|>)]*", example)
+        typed = shlex.split(said[0])[1:]
+        size = max(size for size in (1, 2) if tuple(typed[:size]) in walked())
+        named, rest = walked()[tuple(typed[:size])], typed[size:]
+        assert tuple(typed[: len(words)]) == words
+        options = {name for param in named.params if isinstance(param, click.Option) for name in param.opts}
+        assert {word for word in rest if word.startswith("-")} <= options
+        named.make_context(" ".join(words), list(rest))  # it parses: what an option needs, and enough arguments
+
+
+def test_the_list_of_commands_takes_a_line_each_on_80_columns():
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(kdcloud, ["--help"], prog_name="kdcloud", terminal_width=80).stdout
+    for name in kdcloud.commands:
+        (line,) = re.findall(rf"^  {name} .*$", shown, re.M)
+        assert len(line) <= 80 and kdcloud.commands[name].get_short_help_str(200) in line
+
+
+def test_the_version_is_told():
+    assert f"kdcloud, version {__version__}" in CliRunner().invoke(kdcloud, ["--version"], prog_name="kdcloud").stdout
 
 
 def test_every_command_stands_in_the_readme_and_every_command_there_exists():

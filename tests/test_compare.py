@@ -81,8 +81,9 @@ def test_a_run_is_worth_its_money_when_none_is_as_good_for_less(
 
 def test_a_terminal_shows_runs_and_differences_within_100_columns(compared: tuple[dict[str, Any], Any]) -> None:
     text = terminal(*compared)
-    for words in ("addition-abc123  failed", "planned", "other-xyz789", "¥4.50", "0.668", "train.alpha", "0.5", "</td><script>"):
+    for words in ("addition-abc123  failed", "planned", "other-xyz789", "¥4.50", "0.668", "train.alpha", "0.5"):
         assert words in text
+    assert "</td><script>" in text
     assert "\u202e" not in text and max(map(len, text.splitlines())) <= 100
     assert "same settings" in terminal({**compared[0], "settings": []}, compared[1])
 

@@ -22,8 +22,9 @@ from orchestrator.config import Home
 from orchestrator.errors import BudgetExceeded, UsageError
 from orchestrator.first_recipe import Answers, Draft, Question, composed, from_template, interview, templates
 from orchestrator.init_cli import found_infras, write
-from orchestrator.recipe import RecipeSpec, builtin_recipes, parse_recipe
+from orchestrator.recipe import RecipeSpec, parse_recipe
 from orchestrator.recipe_words import OFFERED, PARTS, WIDTH, WORDS, written
+from orchestrator.shipped import builtin_recipes
 from orchestrator.sky_ask import SkyAnswer
 from orchestrator.testing import START, fake_offer
 from tasks.contract import TaskError

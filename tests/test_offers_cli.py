@@ -126,7 +126,9 @@ def test_when_nobody_could_be_asked_that_is_an_error_and_what_was_known_is_shown
         done = CliRunner().invoke(kdcloud, ["offers", "--refresh"])
         assert isinstance(done.exception, UsageError) and done.exception.exit_code == 2
         assert "no prices were asked: SkyPilot is not installed (in a clone: pip" in done.exception.message
-        assert done.exception.hint.endswith("what was asked before" if before else "the table in this version of kdcloud")
+        assert done.exception.hint.endswith(
+            "what was asked before" if before else "the table in this version of kdcloud"
+        )
         assert words in done.stdout and "g5.xlarge" in done.stdout
 
 
@@ -191,7 +193,8 @@ def test_an_age_is_told_in_one_sentence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("days", "told"), [(0.5, "12 h"), (12, "12 d"), (59.4, "59 d"), (180, "6 months"), (365, "12 months"), (1062.8, "2.9 years")]
+    ("days", "told"),
+    [(0.5, "12 h"), (12, "12 d"), (59.4, "59 d"), (180, "6 months"), (365, "12 months"), (1062.8, "2.9 years")],
 )
 def test_an_age_is_in_units_that_people_count_in(days: float, told: str) -> None:
     assert human_age(days * 86_400) == told
