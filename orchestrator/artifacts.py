@@ -187,6 +187,8 @@ def render_artifacts(run: Run, artifacts: Sequence[Artifact], console: Console) 
         table.add_row(Text(stage), Text(_printable(one.file)), Text(human_bytes(one.size)), state)
     console.print(table if artifacts else Text("nothing yet"))
     total = sum(a.size for a in artifacts if a.kept is not Kept.MISSING)
+    if artifacts:
+        console.print(Text("committed: whole and checked by size and hash; record: what a stage told meanwhile", "dim"))
     console.print(Text(f"{human_bytes(total)} in {run.bucket}"), soft_wrap=True)
 
 
@@ -260,7 +262,7 @@ def kept_why(run: Run, *, now: datetime, older_than: timedelta, named: bool, dri
     if state_of(run) != "done" and not named:
         return f"it is not done ({state_of(run)}) and could go on; name it to delete what it has"
     if now - run.entries[-1].at < older_than:
-        return "it is younger than --older-than"
+        return f"it ended less than {older_than.total_seconds() / 86_400:g} d ago (--older-than)"
     return ""
 
 

@@ -185,7 +185,8 @@ def said(parts: Mapping[str, Part]) -> str:
         return ""
     count, factor = len(work.ratios), statistics.median(work.ratios)
     runs = f"{count} earlier run{'' if count == 1 else 's'}"
-    return f"measured on {runs}: {factor:.2g} times the estimate"
+    times = f"{factor:.2g}" if factor < 99.5 else f"{factor:.0f}"  # not 1.1e+02
+    return f"measured on {runs}: {times} times the estimate"
 
 
 def to_json(parts: Mapping[str, Part]) -> dict[str, Any] | None:

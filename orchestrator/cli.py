@@ -142,14 +142,14 @@ def init(file: str, template: str | None, yes: bool, force: bool, **given: str |
     """
     from pathlib import Path
 
-    from orchestrator.init_cli import begin, list_templates, next_steps, summary
+    from orchestrator.init_cli import begin, list_templates, next_steps, summary, wrapped
 
     if template == "list":
         list_templates()
         return
     path = begin(Path(file), template, given, home=_home()[0], yes=yes, force=force)
     made = _planned(str(path), None, None, None)[1]
-    _talk(summary(made))
+    _talk(wrapped(summary(made)))
     if not made.fits:
         raise _too_dear(made)
     _talk(next_steps(made, path))
@@ -370,22 +370,19 @@ def down(run_id: str | None, every: bool) -> None:
     kdcloud down last
     kdcloud down --all
     """
-    from orchestrator.session import end_local_strangers, end_run, newest
+    from orchestrator.session import end_local_strangers, end_run, newest, state_of
 
     if (run_id is None) != every:
         raise UsageError("down needs a RUN, or --all", hint="`kdcloud status` lists them")
+    def may_bill(name: str) -> bool:
+        known = ledger.run(name)
+        return bool(known.api_open_micros) or any(m.open_micros or m.state != "GONE" for m in known.machines)
+
     home, _ = _home()
     outcomes = []
     with _ledger() as ledger:
-        if every:
-            runs = [ledger.run(name) for name in ledger.runs()]
-            names = [
-                run.id
-                for run in runs
-                if run.api_open_micros or any(m.open_micros or m.state != "GONE" for m in run.machines)
-            ]
-        else:
-            names = [newest(ledger, run_id)]
+        names = [name for name in ledger.runs() if may_bill(name)] if every else [newest(ledger, run_id)]
+        at_work = [name for name in names if every or may_bill(name) or state_of(ledger.run(name)) == "running"]
         for name in names:
             outcomes.append((name, end_run(name, ledger=ledger, home=home, say=_say)))
         strangers = end_local_strangers(ledger, home, say=_say) if every else 0
@@ -393,9 +390,9 @@ def down(run_id: str | None, every: bool) -> None:
             if outcome.state == "unconfirmed":
                 _finish(ledger, name, outcome)
     _talk(
-        f"{len(outcomes)} ended; nothing of {'yours' if every else 'it'} is running"
-        if outcomes or strangers
-        else "nothing was running"
+        f"{len(at_work) + strangers} ended; nothing of {'yours' if every else 'it'} is running"
+        if at_work or strangers
+        else "nothing was running" if every else "nothing of it was running"
     )
 
 
@@ -770,8 +767,13 @@ def _go(session: Session) -> None:
 
 
 def _finish(ledger: Ledger, name: str, outcome: Outcome) -> None:
-    """Prints the report and leaves with the outcome's exit code."""
+    """Prints the report, says what may be next, and leaves with the outcome's exit code."""
     _report(ledger, name, as_json=False)
+    if outcome.state == "done":
+        _talk(f"\n  kdcloud report {name} --html report.html --open    as a page to show around")
+        _talk(f"  kdcloud artifacts {name} --fetch {name}    every file of it, checked")
+    elif outcome.state == "failed":
+        _talk(f"  kdcloud doctor {name}    what went wrong, and the lines of the recipe that mend it")
     sys.exit(EXIT_CODES[outcome.state])
 
 
@@ -1188,7 +1190,12 @@ def _duration(text: str, option: str = "--deadline") -> float:
 def _ask(question: str) -> None:
     if not sys.stdin.isatty():
         raise UsageError("there is no terminal to ask on", hint="add --yes to start without being asked")
-    if not click.confirm(question, err=True):
+    try:
+        agreed = click.confirm(question, err=True)
+    except click.Abort:
+        _talk("\nnothing was started")
+        sys.exit(130)
+    if not agreed:
         _talk("nothing was started")
         sys.exit(0)
 
@@ -1219,7 +1226,7 @@ def main() -> NoReturn:
     except click.exceptions.Exit as exit_:
         sys.exit(exit_.exit_code)
     except click.Abort:
-        _talk("\nstopped; nothing was started")
+        _talk("\nstopped")
         sys.exit(130)
     except click.ClickException as error:
         error.show()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.money import Rate, human_seconds, shown
 from orchestrator.page_data import flat
 from orchestrator.plan import Plan
-from orchestrator.report import QUALITY
+from orchestrator.report import QUALITY, three
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,7 +119,7 @@ def _columns(runs: Sequence[Mapping[str, Any]], rate: Rate, currency: str) -> di
         "student": [_said(_mean(run, "student"), ".3f") for run in runs],
         "hard": [_said(_mean(run, "student_hard"), ".3f") for run in runs],
         "teacher": [_said(_mean(run, "teacher"), ".3f") for run in runs],
-        "KL": [_said(run["kl_to_teacher"], ".3g") for run in runs],
+        "KL": ["-" if run["kl_to_teacher"] is None else three(run["kl_to_teacher"]) for run in runs],
     }
     if set(columns["state"]) == {"done"}:
         del columns["state"]

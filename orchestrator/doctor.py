@@ -482,7 +482,7 @@ def machines(left: Sequence[Left], runs: int, trouble: str = "", cure: str = "")
         found = f"{one.run}: {_count(len(one.machines), 'machine')} may still bill, and {nobody}"
         yield Check("ledger", MONEY, State.BAD, found, f"kdcloud down {one.run}")
     if not lost:
-        kept = f"; {_count(sum(len(one.machines) for one in left), 'machine')} of running ones" if left else ""
+        kept = f"; {_count(sum(len(one.machines) for one in left), 'machine')} at work now" if left else ""
         said = f"{_count(runs, 'run')}, every machine accounted for{kept}" if runs else "nothing ran from here yet"
         yield Check("ledger", MONEY, State.OK, said)
 

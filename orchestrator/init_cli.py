@@ -59,15 +59,16 @@ def _ask(question: Question, check: Callable[[str], Any]) -> Any:
     """On the terminal, until the answer is a good one; enter takes the default."""
     _talk("")
     while True:
-        click.secho(_wrapped(question.note), dim=True, err=True)
+        click.secho(wrapped(question.note), dim=True, err=True)
         text = click.prompt(click.style(question.words, bold=True), default=question.default, err=True)
         try:
             return check(text)
         except UsageError as error:
-            _talk(f"{_wrapped(error.message)}\n{_wrapped(f'-> {error.hint}', '  ')}\n")
+            _talk(f"{wrapped(error.message)}\n{wrapped(f'-> {error.hint}', '  ')}\n")
 
 
-def _wrapped(text: str, indent: str = "") -> str:
+def wrapped(text: str, indent: str = "") -> str:
+    """As many lines as the terminal needs, broken at blanks."""
     width = min(shutil.get_terminal_size().columns, 100)
     return textwrap.fill(
         text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
@@ -164,8 +165,8 @@ def summary(made: Plan) -> str:
     where = ", ".join(dict.fromkeys(stage.offer.infra for stage in made.stages))
     fits = "fits" if made.fits and made.in_time else "misses the deadline" if made.fits else "does not fit"
     return (
-        f"plan: {human_seconds(made.hours.expected * 3600)} on {where}, {expected} expected and {held} held back, "
-        f"cap {both(made.cap_micros, made.rate, made.currency)}: {fits}"
+        f"plan {fits}: {human_seconds(made.hours.expected * 3600)} on {where}, {expected} expected and {held} held "
+        f"back, cap {both(made.cap_micros, made.rate, made.currency)}"
     )
 
 

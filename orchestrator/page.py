@@ -16,7 +16,7 @@ from orchestrator.artifacts import human_bytes
 from orchestrator.compare import best_value
 from orchestrator.errors import UsageError
 from orchestrator.money import MICROS, Rate, human_seconds, shown
-from orchestrator.report import QUALITY, QUALITY_NAMES, harness_lines
+from orchestrator.report import QUALITY, QUALITY_NAMES, harness_lines, three
 from tasks.contract import install_hint
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def _forms(rate: Rate, currency: str) -> dict[str, Callable[[Any], str]]:
         "percent2": known(lambda share: f"{100 * share:.2f}{NBSP}%"),
         "count": known(lambda count: f"{count:,.0f}"),
         "short": known(lambda value: f"{value:.3g}"),
+        "three": known(three),
         "ms": known(lambda seconds: f"{1000 * seconds:,.1f}"),
         "gib": known(lambda gib: f"{gib:.2f}"),
         "bytes": known(human_bytes),
@@ -265,7 +266,7 @@ def _spread(found: Mapping[str, Any]) -> str:
 def _label_facts(result: Mapping[str, Any], top_k: int | None) -> list[tuple[str, str]]:
     """(what, value) of what the stage has told; older runs have told less."""
     told: dict[str, Callable[[Any], str]] = {
-        "mass_inside_mean": lambda share: f"{100 * share:.3f}{NBSP}%",
+        "mass_inside_mean": lambda share: f"{100 * share:.2f}{NBSP}%",
         "cut_share": lambda share: f"{100 * share:.2f}{NBSP}%",
         "logprob_error": lambda error: f"{error['mean']:.2g}, {error['worst']:.2g} at worst",
         "tokens_per_s": lambda speed: f"{speed:,.0f} tokens/s",

@@ -166,6 +166,7 @@ def _stage_table(stages: Sequence[Mapping[str, Any]], plan: Plan) -> Table:
         return "-" if micros is None else shown(micros, plan.rate, plan.currency)
 
     table = _table("stages, planned → actual")
+    table.collapse_padding = True
     for name, justify in (("stage", "left"), ("on", "left"), ("time", "right"), ("cost", "right"), ("GiB", "right")):
         table.add_column(name, justify=justify, no_wrap=name != "on")  # type: ignore[arg-type]
     table.add_column("")
@@ -191,7 +192,7 @@ def _quality_table(quality: Mapping[str, Any]) -> Table:
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "accuracy, 95 %": lambda row: _accuracy(row["accuracy"]),
         "seeds": lambda row: _span(row["accuracy"]["min"], row["accuracy"]["max"]) if seeds > 1 else "",
-        "KL": lambda row: _number(row.get("kl_to_teacher"), "{:.3g}", none=""),
+        "KL": lambda row: "" if row.get("kl_to_teacher") is None else three(row["kl_to_teacher"]),
         "tokens/s": lambda row: _number(row.get("tokens_per_s"), "{:,.0f}"),
         "1st, ms": lambda row: _number(row.get("first_token_s"), "{:,.1f}", times=1000),
         "GiB": lambda row: _number(row.get("peak_gib"), "{:.2f}"),
@@ -249,6 +250,11 @@ def _table(title: str) -> Table:
         caption_justify="left",
         caption_style="dim",
     )
+
+
+def three(value: float) -> str:
+    """Three figures, zeros too: `0.139`, `1.00`, `12.3`."""
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _number(value: float | None, form: str, *, times: float = 1, none: str = "-") -> str:

@@ -125,7 +125,7 @@ def test_keys_of_several_accounts_are_one_note_that_names_each() -> None:
     offers = tuple(fake_offer(1_000_000, infra=infra) for infra in ("lambda", "runpod", "vast"))
     plan = make_plan({"train": 600.0}, offers=offers, bucket="s3://kd/runs")
     (note,) = [text for text in access.notes(plan, False, {}) if "account" in text and "your store" not in text]
-    for words in ("lambda: the account's API key, ~/.lambda_cloud", "; runpod: ", "; vast: ", "allow_account_key: true"):
+    for words in ("lambda: the account's API key, ~/.lambda_cloud", "; runpod: ", "; vast: ", "allow_account_key"):
         assert words in note
 
 

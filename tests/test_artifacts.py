@@ -237,8 +237,8 @@ def test_labels_go_only_when_asked_for_and_results_stay():
     ("state", "driven", "days", "named", "why"),
     [
         ("done", False, 31, False, ""),
-        ("done", False, 29, False, "younger"),
-        ("done", False, 29, True, "younger"),
+        ("done", False, 29, False, "less than 30 d"),
+        ("done", False, 29, True, "less than 30 d"),
         ("done", True, 31, True, "drives"),
         ("cap", False, 31, False, "could go on"),
         ("cap", False, 31, True, ""),

@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 from click.testing import CliRunner
 
-from orchestrator import __version__
+from orchestrator import __version__, cli
 from orchestrator.cli import SECTIONS, kdcloud
 from tests.whole_runs import ROOT, Home, make_home
 
@@ -208,6 +208,8 @@ def test_a_run_from_plan_to_report(home):
     assert done.returncode == 0, done.stderr
     assert "nothing is running" in done.stdout
     report = home.check_over()
+    assert f"kdcloud report {report['run']} --html" in done.stderr  # what may be next
+    assert "nothing of it was running" in home.call("down", "last").stderr
     assert set(report) >= {
         "schema",
         "run",
@@ -274,6 +276,21 @@ def test_json_goes_to_stdout_alone_and_talk_to_stderr(home):
     done = home.call("run", "recipe.yaml", "--yes")
     assert "only" in done.stderr
     assert json.loads(home.call("report", "--json").stdout)["schema"] == 1
+
+
+def test_ctrl_c_says_that_nothing_was_started_only_where_it_was_asked_for(monkeypatch, capsys):
+    """In `attach`, `down` or `reap` things run, whoever interrupts them."""
+
+    def interrupted(*args: object, **named: object) -> None:
+        raise click.Abort
+
+    monkeypatch.setattr(cli.click, "confirm", interrupted)
+    monkeypatch.setattr(cli.sys.stdin, "isatty", lambda: True, raising=False)
+    for call, says in ((lambda: cli._ask("Run it?"), "nothing was started"), (cli.main, "stopped")):
+        monkeypatch.setattr(kdcloud, "main", interrupted)
+        with pytest.raises(SystemExit) as left:
+            call()
+        assert left.value.code == 130 and capsys.readouterr().err.strip() == says
 
 
 def test_a_bug_keeps_its_traceback(home):
