@@ -219,3 +219,9 @@ def test_a_plan_comes_back_from_the_ledger_with_it_and_an_older_one_without(made
         del stage["candidate_parts"]
     found = plan_from_dict(older)
     assert found.stages[1].parts == {} and calibration.took_of(found.stages[1], [], {}) == []
+
+
+@pytest.mark.parametrize(("factor", "told"), [(0.5, "0.5"), (12.3, "12"), (110.0, "110")])
+def test_a_large_factor_is_a_number_that_people_read(factor: float, told: str) -> None:
+    part = Part("key", Range(1.0, 1.0, 1.0), (factor,))
+    assert said({"work": part}) == f"measured on 1 earlier run: {told} times the estimate"
