@@ -39,4 +39,7 @@ def notify(tries: bool) -> None:
         click.echo(trouble or (f"{name} took it" if tries else name))
     failed = [trouble for trouble in sender.outcomes().values() if trouble]
     if failed:
-        raise UsageError(f"{len(failed)} of {len(urls)} did not take it", hint="is the address right, and does its server answer from here? then try again")
+        raise UsageError(
+            f"{len(failed)} of {len(urls)} did not take it",
+            hint="is the address right, and does its server answer from here? then try again",
+        )
