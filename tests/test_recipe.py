@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 import orchestrator.recipe as module
+from orchestrator import shipped
 from orchestrator.errors import UsageError
 from orchestrator.recipe import (
     KINDS,
@@ -17,12 +18,12 @@ from orchestrator.recipe import (
     LabelStage,
     RecipeSpec,
     TrainStage,
-    builtin_recipes,
     load_recipe,
     on_infra,
     parse_recipe,
     recipe_schema,
 )
+from orchestrator.shipped import builtin_recipes
 from tasks.contract import (
     SETTINGS,
     LabelSettings,
@@ -91,7 +92,7 @@ def test_built_in_recipes_load_by_name_from_anywhere(tmp_path: Path, monkeypatch
 def test_recipes_inside_the_package_win_as_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "orchestrator" / "recipes").mkdir(parents=True)
     (tmp_path / "orchestrator" / "recipes" / "one.yaml").write_text(SMALL)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "orchestrator" / "recipe.py"))
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "orchestrator" / "shipped.py"))
     assert list(builtin_recipes()) == ["one"]
 
 
