@@ -480,7 +480,6 @@ def artifacts(
     """What a run left in its bucket: list it, fetch it, publish its student, or delete what old runs left.
 
     \b
-    kdcloud artifacts
     kdcloud artifacts last --fetch student --stage export
     kdcloud artifacts last --push-to-hub you/addition-student
     kdcloud artifacts --prune --older-than 60d

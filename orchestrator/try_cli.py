@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator import completion
 from orchestrator.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ Ctrl-C stops an answer, the arrow keys bring back what you typed.
 /quit or Ctrl-D ends."""
 
 
-@click.command("try")
-@click.argument("run_id", metavar="[RUN]", required=False)
+@click.command("try", short_help="Ask a run's student, beside its teacher.")
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=completion.runs)
 @click.argument("question", metavar='["QUESTION"]', required=False)
 @click.option("--only", type=click.Choice(["student", "teacher", "before"]), multiple=True,
               help="Ask this one; repeatable. Default: all that are at hand.")  # fmt: skip
@@ -48,7 +49,6 @@ def try_(
     \b
     kdcloud try
     kdcloud try last "12+30"
-    kdcloud try last "How many primes are below 30?" --temperature 0.6 --seed 1
     kdcloud try last --only student --json < questions.txt
     """
     from orchestrator.answering import check_installed

@@ -73,7 +73,7 @@ def test_the_help_of_a_command_ends_with_examples_of_it_whose_options_exist(word
     assert 1 <= len(examples) <= 3
     assert [line.strip() for line in shown.splitlines()[-len(examples) :]] == examples
     for example in examples:
-        said = re.search(r"kdcloud [^|>)]*", example)
+        said = re.search(r"kdcloud [^|<>)]*", example)
         typed = shlex.split(said[0])[1:]
         size = max(size for size in (1, 2) if tuple(typed[:size]) in walked())
         named, rest = walked()[tuple(typed[:size])], typed[size:]
