@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 PLANNED = "r1-qwen-1.5b"
 TRAINED_SHARE = 55  # per cent of the student's training at which the live view is taken
-LIMIT_S = 600.0
+LIMIT_S = 2400.0  # an idle machine takes three minutes
 PAGE = (1200, 1180)  # of the report that is shown, CSS pixels
 COLOURS = 96  # of the PNG
 COLUMNS = 98  # of a terminal
@@ -54,7 +54,7 @@ class Terminal:
         while not good(self.shown()):
             if time.monotonic() > end:
                 raise TimeoutError(self.shown())
-            time.sleep(0.3)
+            time.sleep(1)
         return self.shown(colours=True)
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     """Makes the pictures named on the command line, or all."""
     wanted = sys.argv[1:] or ["plan", "run", "report"]
     PICTURES.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         home = Path(folder) / "home"
         if "plan" in wanted:
             plan(home)
@@ -107,10 +107,13 @@ def run(home: Path) -> None:
     terminal = Terminal(home, "run quickstart --yes", lines=44)
     try:
         text = terminal.wait(lambda shown: _trained(shown) >= TRAINED_SHARE)
+        drawn(text, "run.svg", "kdcloud run quickstart --yes")
         terminal.wait(lambda _: '"state": "done"' in kdcloud(home, "status", "last", "--json"))
+    except TimeoutError:
+        kdcloud(home, "down", "last")
+        raise
     finally:
         terminal.close()
-    drawn(text, "run.svg", "kdcloud run quickstart --yes")
 
 
 def kdcloud(home: Path, *words: str) -> str:
