@@ -3,8 +3,8 @@
     python scripts/doc_outputs.py                 # renews every block, in about a minute
     python scripts/doc_outputs.py --check         # fails when a document is not what the commands print
 
-A block is `<!-- output: kdcloud plan quickstart -->` to `<!-- end -->`; with `<!-- output from "what if": ... -->` it begins
-at the first line that begins so. `<!-- table: NAME -->` is one of the tables made here. Each command runs with a
+A block is `<!-- output: kdcloud plan quickstart -->` to `<!-- end -->`; with `<!-- output from "what if": ... -->` it
+begins at the first line that begins so. `<!-- table: NAME -->` is one of the tables made here. Each command runs with a
 KDCLOUD_HOME of its own, so prices are those of the dated table and nothing is calibrated.
 """
 
@@ -29,7 +29,8 @@ from orchestrator.offers import TABLE  # noqa: E402
 
 COLUMNS = 106
 BLOCK = re.compile(
-    r"(?P<mark><!-- (?:output(?: from \"(?P<start>[^\"]+)\")?: (?P<command>kdcloud [^\n]+)|table: (?P<table>[a-z-]+)) -->\n)"
+    r"(?P<mark><!-- (?:output(?: from \"(?P<start>[^\"]+)\")?: (?P<command>kdcloud [^\n]+)"
+    r"|table: (?P<table>gpus|fits)) -->\n)"
     r".*?(?P<end><!-- end -->)",
     re.S,
 )
@@ -137,8 +138,6 @@ def main() -> None:
     old = []
     for file in documents():
         text = file.read_text(encoding="utf-8")
-        if "<!-- output" not in text and not re.search(r"<!-- table: (gpus|fits) -->", text):
-            continue
         if (new := renewed(text)) != text:
             old.append(str(file.relative_to(ROOT)))
             if "--check" not in sys.argv[1:]:

@@ -104,7 +104,7 @@ def plan(home: Path) -> None:
 
 def run(home: Path) -> None:
     """The live view of `kdcloud run quickstart` in the middle of its training, and the run to its end."""
-    terminal = Terminal(home, "run quickstart --yes", lines=44)
+    terminal = Terminal(home, "run quickstart --yes", lines=28)
     try:
         text = terminal.wait(lambda shown: _trained(shown) >= TRAINED_SHARE)
         drawn(text, "run.svg", "kdcloud run quickstart --yes")
@@ -124,7 +124,7 @@ def kdcloud(home: Path, *words: str) -> str:
 
 
 def _trained(shown: str) -> int:
-    found = re.search(r"^ +train .*?(\d+)%", shown, re.M)
+    found = re.search(r"^ +▶ train .*\n +train .*?(\d+)%", shown, re.M)
     return int(found[1]) if found else 0
 
 

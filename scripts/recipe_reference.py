@@ -36,17 +36,17 @@ HEAD = """\
 <!-- Written by scripts/recipe_reference.py from the types in orchestrator/recipe.py: change those. -->
 # Every key of a recipe
 
-A recipe is one YAML file. An unknown key is refused with the nearest known one, and all mistakes are told at once with their
-lines. What is left out, the planner chooses and `kdcloud plan` shows. `kdcloud init` writes a recipe in which each key is
-explained; `kdcloud recipe-schema > recipe.schema.json` makes what editors complete recipes with. The built-in recipes
-([quickstart](../recipes/quickstart.yaml), [r1-qwen-1.5b](../recipes/r1-qwen-1.5b.yaml), [lora-24gb](../recipes/lora-24gb.yaml),
-[staged](../recipes/staged.yaml), [api-teacher](../recipes/api-teacher.yaml), [rehearsal](../recipes/rehearsal.yaml)) are whole
-examples.
+A recipe is one YAML file. An unknown key is refused with the nearest known one, and all mistakes are told at once with
+their lines. What is left out, the planner chooses and `kdcloud plan` shows. `kdcloud init` writes a recipe in which
+each key is explained; `kdcloud recipe-schema > recipe.schema.json` makes what editors complete recipes with. The
+built-in recipes ([quickstart](../recipes/quickstart.yaml), [r1-qwen-1.5b](../recipes/r1-qwen-1.5b.yaml),
+[lora-24gb](../recipes/lora-24gb.yaml), [staged](../recipes/staged.yaml), [api-teacher](../recipes/api-teacher.yaml),
+[rehearsal](../recipes/rehearsal.yaml)) are whole examples.
 
 *Money* is a number and `CNY`, `USD`, `¥` or `$`: `50 CNY`, `$7`. A *time* is `90s`, `30min`, `8h`, `2d`. An *infra* is
-`local`, `slurm/CLUSTER`, or a cloud by SkyPilot's name, like `aws` or `runpod`. A *GPU* is a name of
-the table in [gpus.md](gpus.md), with a number of them on a machine where one is wanted: `A100:8`. **needed** stands where
-there is no default, *none* where leaving the key out means that there is no such thing, or what its meaning says.
+`local`, `slurm/CLUSTER`, or a cloud by SkyPilot's name, like `aws` or `runpod`. A *GPU* is a name of the table in
+[gpus.md](gpus.md), with a number of them on a machine where one is wanted: `A100:8`. **needed** stands where there is
+no default, *none* where leaving the key out means that there is no such thing, or what its meaning says.
 """
 
 
