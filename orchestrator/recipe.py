@@ -517,7 +517,7 @@ def _find(path_or_name: str) -> Path:
     beside = [str(file) for file in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path_or_name, [*beside, *known], n=1, cutoff=0.5)
     close = close or difflib.get_close_matches(path.stem, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = f"did you mean {close[0]}? " if close and path.stem != "recipe" else "`kdcloud init` writes one; "
     raise UsageError(f"there is no recipe {path_or_name}", hint=f"{hint}built in are: {', '.join(known)}")
 
 

@@ -27,7 +27,7 @@ TRAINED_SHARE = 55  # per cent of the student's training at which the live view 
 LIMIT_S = 2400.0  # an idle machine takes three minutes
 PAGE = (1200, 1180)  # of the report that is shown, CSS pixels
 COLOURS = 96  # of the PNG
-COLUMNS = 98  # of a terminal
+COLUMNS = 110  # of a terminal
 # rich's own frame without the fonts it would fetch from a server.
 FRAME = re.compile(r"@font-face \{.*?\}\s*", re.S)
 
