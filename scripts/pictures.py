@@ -25,7 +25,7 @@ PICTURES = ROOT / "docs" / "pictures"
 PLANNED = "r1-qwen-1.5b"
 TRAINED_SHARE = 55  # per cent of the student's training at which the live view is taken
 LIMIT_S = 2400.0  # an idle machine takes three minutes
-PAGE = (1200, 1180)  # of the report that is shown, CSS pixels
+PAGE = (900, 800)  # of the report that is shown, CSS pixels
 COLOURS = 96  # of the PNG
 COLUMNS = 110  # of a terminal
 # rich's own frame without the fonts it would fetch from a server.
@@ -137,7 +137,8 @@ def drawn(text: str, name: str, title: str) -> None:
     for line in text.strip("\n").splitlines():
         console.print(Text.from_ansi(line), soft_wrap=True)
     svg = console.export_svg(title=title, unique_id=name.removesuffix(".svg"))
-    (PICTURES / name).write_text(FRAME.sub("", svg), encoding="utf-8")
+    svg = re.sub(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"', r'width="\1" height="\2" \g<0>', FRAME.sub("", svg), count=1)
+    (PICTURES / name).write_text(svg, encoding="utf-8")  # with a size, since tables shrink a picture without one
 
 
 def report(home: Path, page: Path) -> None:
