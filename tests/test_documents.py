@@ -114,8 +114,8 @@ def commands(page: Path) -> list[str]:
 
 def words_of(command: str) -> list[str]:
     """What the shell would hand over; what is optional in a table is taken, and of what may follow only the command."""
-    plain = re.split(r"\s(?:\||>|>>|&&|;)\s|;", command.replace("[", "").replace("]", "").replace("...", ""))[0]
-    return shlex.split(plain, comments=True)[1:]
+    plain = re.split(r"\s(?:\||<|>|>>|&&|;)\s|;", command.replace("[", "").replace("]", "").replace("...", ""))[0]
+    return [{"SHELL": "bash"}.get(word, word) for word in shlex.split(plain, comments=True)[1:]]
 
 
 def parsed(words: list[str]) -> click.Context | None:
