@@ -154,13 +154,13 @@ class _Part(BaseModel):
 class ArchitecturePart(_Part):
     """A small decoder made from scratch, with random weights."""
 
-    model_type: Literal["qwen2"] = "qwen2"
-    hidden_size: Count = 96
-    intermediate_size: Count = 256
-    num_hidden_layers: Count = 2
-    num_attention_heads: Count = 4
-    num_key_value_heads: Count = 2
-    tie_word_embeddings: Flag = True
+    model_type: Literal["qwen2"] = Field("qwen2", description="family of its layers")
+    hidden_size: Count = Field(96, description="width of the residual stream")
+    intermediate_size: Count = Field(256, description="width inside the MLP")
+    num_hidden_layers: Count = Field(2, description="layers")
+    num_attention_heads: Count = Field(4, description="heads of attention; they divide hidden_size")
+    num_key_value_heads: Count = Field(2, description="heads of keys and values; they divide the heads")
+    tie_word_embeddings: Flag = Field(True, description="one table for reading and writing tokens")
 
 
 class LocalPart(_Part):
@@ -182,10 +182,10 @@ class ComparePart(_Part):
     """Control rows of the evaluation, priced like everything else."""
 
     hard_labels: Flag = Field(False, description="also train on hard labels: same data, steps, seeds and batch order")
-    seeds: Count = 1
+    seeds: Count = Field(1, description="each arm is trained so many times; mean and span are shown")
     learning_rates: tuple[Positive, ...] = Field((), description="the same small search for each arm")
-    search_steps: Count | None = None
-    at_once: Count = 1  # arms that train side by side; for students made from scratch
+    search_steps: Count | None = Field(None, description="steps of each try; default: a quarter of the training")
+    at_once: Count = Field(1, description="arms trained side by side; for students made from scratch")
 
 
 class SoftLabelsPart(_Part):
@@ -204,26 +204,32 @@ class ApiPart(_Part):
     key_env: KeyEnv | None = Field(None, description="environment variable that holds the key; default: no key")
     input_price: TokenPrice = Field(description="of 1e6 tokens of prompts")
     output_price: TokenPrice = Field(description="of 1e6 tokens of answers, thinking included")
-    requests_per_minute: Positive | None = None
-    max_parallel: Annotated[int, Field(strict=True, ge=1, le=256)] = 8
+    requests_per_minute: Positive | None = Field(None, description="your provider's limit; default: none")
+    max_parallel: Annotated[int, Field(strict=True, ge=1, le=256)] = Field(8, description="requests in flight at once")
     timeout: Duration = Field(600.0, description="for one answer")
-    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="what this API calls the limit of an answer"
+    )
 
 
 class LoraPart(_Part):
     """Low-rank adapters on frozen weights."""
 
-    r: Count = 8
-    alpha: Count = 16
-    dropout: Share = 0.05
-    targets: tuple[Name, ...] = Field(("q_proj", "k_proj", "v_proj"), min_length=1)
+    r: Count = Field(8, description="rank: more learns more and takes more memory")
+    alpha: Count = Field(16, description="scale: what an adapter adds is multiplied by alpha / r")
+    dropout: Share = Field(0.05, description="share of an adapter's input that is dropped while training")
+    targets: tuple[Name, ...] = Field(
+        ("q_proj", "k_proj", "v_proj"),
+        min_length=1,
+        description="matrices that get an adapter; also o_proj, gate_proj, up_proj, down_proj",
+    )
 
 
 class LossPart(_Part):
     """alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE."""
 
-    alpha: Share = 0.7
-    temperature: Positive = 2.0
+    alpha: Share = Field(0.7, description="share of the soft labels in the loss; 0 is hard labels only")
+    temperature: Positive = Field(2.0, description="softens teacher and student alike; 2 to 4 is usual")
 
 
 class _Stage(_Part):
@@ -243,14 +249,14 @@ class PretrainStage(_Working):
     """Next-token training of a small model made from scratch, on a generated corpus."""
 
     kind: Literal["pretrain"]
-    model: ArchitecturePart
+    model: ArchitecturePart = Field(description="its shape")
     corpus: Name = Field(description="builtin:NAME")
-    examples: Count
-    steps: Count
-    batch_size: Count
-    learning_rate: Positive
-    seed: Whole = 0
-    checkpoint_every: Duration | None = None
+    examples: Count = Field(description="texts of the corpus that are made")
+    steps: Count = Field(description="optimizer steps")
+    batch_size: Count = Field(description="examples an optimizer step")
+    learning_rate: Positive = Field(description="AdamW's, at its peak after the warm-up")
+    seed: Whole = Field(0, description="of first weights and order")
+    checkpoint_every: Duration | None = Field(None, description="default: 5min on a GPU, 20s without")
 
 
 class LabelStage(_Working):
@@ -265,17 +271,28 @@ class LabelStage(_Working):
     prompts: Name | None = Field(None, description="default: data.prompts")
     verify: Verify | None = Field(None, description="default: data.verify")
     samples: Count = Field(description="prompts taken")
-    samples_per_prompt: Count = 1
-    keep: Literal["correct", "shortest", "all"] = "correct"
-    max_new_tokens: Count | None = None
-    temperature: NotNegative = 0.6
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
-    soft_labels: SoftLabelsPart = SoftLabelsPart()
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
-    batch_size: Count | None = None
-    shard_size: Count | None = None
-    max_cut_share: Share = 0.3
-    seed: Whole = 0
+    samples_per_prompt: Count = Field(1, description="answers to each prompt")
+    keep: Literal["correct", "shortest", "all"] = Field(
+        "correct",
+        description="which answers become labels: right ones, the shortest right one of a prompt, or all that ended",
+    )
+    max_new_tokens: Count | None = Field(
+        None, description="longest answer in tokens, thinking included; default: 8192, of built-in prompts 48"
+    )
+    temperature: NotNegative = Field(0.6, description="of the sampling, not of the labels; 0 is greedy")
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = Field(
+        0.95, description="sampling takes the likeliest tokens that together have this share"
+    )
+    soft_labels: SoftLabelsPart = Field(SoftLabelsPart(), description="what is kept of the teacher's probabilities")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="what writes the answers; auto: vLLM on a GPU that it runs on, else transformers"
+    )
+    batch_size: Count | None = Field(None, description="prompts at once; default: what fits")
+    shard_size: Count | None = Field(None, description="prompts a file of labels, and between commits; default: 256")
+    max_cut_share: Share = Field(
+        0.3, description="the stage ends when more answers than this are cut off at their limit"
+    )
+    seed: Whole = Field(0, description="of the sampling")
 
 
 class TrainStage(_Working):
@@ -289,21 +306,23 @@ class TrainStage(_Working):
     revision: Name | None = Field(None, description="commit of a hub model")
     labels: Name = Field(description="an earlier label stage, or a folder of labels (`kdcloud labels import`)")
     method: Literal["lora", "qlora", "full"] = Field("lora", description="qlora: LoRA on weights held in 4 bits")
-    lora: LoraPart = LoraPart()
-    loss: LossPart = LossPart()
+    lora: LoraPart = Field(LoraPart(), description="the adapters, for method lora and qlora")
+    loss: LossPart = Field(LossPart(), description="alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE")
     steps: Count | None = Field(None, description="optimizer steps; or give epochs")
     epochs: Positive | None = Field(None, description="times through the labels; default 1")
     batch_size: Count = Field(8, description="samples an optimizer step")
     micro_batch: Count | None = Field(None, description="samples a forward pass; default: what fits")
     max_seq_len: Count | None = Field(None, description="default: the longest prompt and answer")
-    learning_rate: Positive = 2e-4
-    warmup_share: Share = 0.05
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: Positive = 1.0
+    learning_rate: Positive = Field(2e-4, description="AdamW's, at its peak after the warm-up; 2e-5 is usual for full")
+    warmup_share: Share = Field(0.05, description="share of the steps in which the rate rises from 0")
+    weight_decay: NotNegative = Field(0.0, description="AdamW's")
+    max_grad_norm: Positive = Field(1.0, description="longer gradients are cut to this length")
     precision: Literal["bf16", "fp32"] | None = Field(None, description="default: bf16 where the device has it")
     checkpointing: Flag | None = Field(None, description="gradient checkpointing; default: where it is needed")
-    checkpoint_every: Duration | None = None
-    checkpoint_every_steps: Count | None = None
+    checkpoint_every: Duration | None = Field(None, description="default: 5min on a GPU, 20s without")
+    checkpoint_every_steps: Count | None = Field(
+        None, description="saved after so many steps, too; default: by time alone"
+    )
     optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: a quarter of its memory")
     compile: Flag | None = Field(
         None, description="torch.compile of the layers on CUDA; default: where training takes long enough to gain by it"
@@ -312,7 +331,7 @@ class TrainStage(_Working):
         None, description="hold out a tenth of the prompts; end so many evaluations after their best loss, and keep it"
     )
     eval_every_steps: Count | None = Field(None, description="with early_stop_patience; default: steps / 20")
-    seed: Whole = 0
+    seed: Whole = Field(0, description="of adapters, dropout and the order of samples")
 
 
 class EvaluateStage(_Working):
@@ -323,13 +342,17 @@ class EvaluateStage(_Working):
     teacher: Name | None = Field(None, description="a model stage, a label stage (its teacher), owner/name or a folder")
     held_out: Name | None = Field(None, description="default: data.held_out")
     verify: Verify | None = Field(None, description="default: data.verify")
-    max_new_tokens: Count | None = None
-    batch_size: Count | None = None
+    max_new_tokens: Count | None = Field(
+        None, description="longest answer in tokens; default: as long as those that the student learned from"
+    )
+    batch_size: Count | None = Field(None, description="prompts at once; default: what fits")
     limit: Count | None = Field(None, description="at most so many prompts")
     seeds: Count = Field(1, description="answers to each prompt: 1 is greedy, more are sampled")
     temperature: Positive = Field(0.6, description="of sampled answers")
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = Field(0.95, description="of sampled answers")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="what writes the answers; auto: vLLM on a GPU that it runs on, else transformers"
+    )
     lm_eval: tuple[Name, ...] = Field((), description="tasks of lm-evaluation-harness, where that is installed")
 
 
@@ -338,17 +361,19 @@ class ExportStage(_Working):
 
     kind: Literal["export"]
     student: Name = Field(description="an earlier train stage")
-    formats: tuple[Literal["hf", "gguf"], ...] = Field(("hf",), min_length=1)
+    formats: tuple[Literal["hf", "gguf"], ...] = Field(
+        ("hf",), min_length=1, description="hf: a Hugging Face folder; gguf: files for llama.cpp and Ollama"
+    )
 
 
 class RehearseStage(_Stage):
     """Counted steps with checkpoints and no model: tries machine, bucket, cap and teardown for little money."""
 
     kind: Literal["rehearse"]
-    steps: Count
-    seconds_per_step: Positive
-    checkpoint_every_steps: Count = 10
-    payload_bytes: Whole = 65536
+    steps: Count = Field(description="counted, without a model")
+    seconds_per_step: Positive = Field(description="seconds that each takes")
+    checkpoint_every_steps: Count = Field(10, description="steps between two checkpoints")
+    payload_bytes: Whole = Field(65536, description="bytes of a checkpoint")
 
 
 Stage = PretrainStage | LabelStage | TrainStage | EvaluateStage | ExportStage | RehearseStage
@@ -365,7 +390,9 @@ KINDS: dict[str, type[_Stage]] = {
 class RecipeSpec(_Part):
     """A kdcloud recipe."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)] = Field(
+        description="what the run is called; it begins the run's id"
+    )
     budget: Budget = Field(description="what the run may cost in all, like 50 CNY; --budget overrides it")
     deadline: Duration | None = Field(None, description="how long the run may take, like 8h")
     idle: Duration = Field(3600.0, description="without progress for so long, a machine is ended")
@@ -373,13 +400,17 @@ class RecipeSpec(_Part):
     infra: Infra | None = Field(None, description="where it may run: local, or clouds; default: every one known")
     gpus: Gpus | None = Field(None, description="which GPUs it may use; default: all known")
     spot: Flag = Field(False, description="take spot machines")
-    local: LocalPart | None = None
-    on_shortfall: Literal["stop", "fewer_samples", "fewer_epochs"] = "stop"
+    local: LocalPart | None = Field(None, description="this computer, for stages on infra: local")
+    on_shortfall: Literal["stop", "fewer_samples", "fewer_epochs"] = Field(
+        "stop", description="what a stage does when its first steps show that money or time will not last"
+    )
     allow_account_key: Flag = Field(False, description="let an account-wide key onto a rented machine")
     trust_remote_code: Flag = Field(False, description="run code that comes with a model")
-    data: DataPart = DataPart()
-    compare: ComparePart = ComparePart()
-    stages: tuple[Annotated[Stage, Field(discriminator="kind")], ...] = Field(min_length=1)
+    data: DataPart = Field(DataPart(), description="prompts and how answers are checked; paths start at the recipe")
+    compare: ComparePart = Field(ComparePart(), description="control rows, trained beside the student and priced")
+    stages: tuple[Annotated[Stage, Field(discriminator="kind")], ...] = Field(
+        min_length=1, description="done one after the other, in this order"
+    )
 
 
 @dataclass(frozen=True)
@@ -478,7 +509,7 @@ def _find(path_or_name: str) -> Path:
     beside = [str(file) for file in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path_or_name, [*beside, *known], n=1, cutoff=0.5)
     close = close or difflib.get_close_matches(path.stem, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = f"did you mean {close[0]}? " if close and path.stem != "recipe" else "`kdcloud init` writes one; "
     raise UsageError(f"there is no recipe {path_or_name}", hint=f"{hint}built in are: {', '.join(known)}")
 
 
