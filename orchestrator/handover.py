@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from orchestrator import access, grants
 from orchestrator.access import head, hub_models
 from orchestrator.errors import UsageError
 from orchestrator.label_folder import entries_of, label_files
+from orchestrator.plan import StagePlan
 from tasks.bucket import Bucket, Manifest, files_sha256, read_commit
 from tasks.contract import (
     COMMIT_FILE,
@@ -28,6 +30,7 @@ from tasks.contract import (
     LabelSettings,
     Link,
     TrainSettings,
+    install_hint,
 )
 
 S = TypeVar("S")
@@ -242,6 +245,18 @@ def packages(kind: str, *, s3: bool, quantized: bool = False) -> dict[str, str]:
     needed = {**_SUPERVISOR, **(_STORE if s3 else {}), **learning}
     pins = locked(lock())
     return {module: pins.get(package, package) for module, package in needed.items()}
+
+
+def check_installed(stages: Iterable[StagePlan], there: Callable[[str], object] = importlib.util.find_spec) -> None:
+    """Raises UsageError when a stage may run on this computer, whose Python lacks what it needs."""
+    for stage in stages:
+        if any(head(offer.infra) == "local" for offer in stage.candidates):
+            missing = sorted(name for name in packages(stage.kind, s3=False) if there(name) is None)
+            if missing:
+                raise UsageError(
+                    f"stage {stage.name} runs on this computer and needs {', '.join(missing)}, not installed here",
+                    hint=install_hint("local"),
+                )
 
 
 def locked(lines: Sequence[str]) -> dict[str, str]:

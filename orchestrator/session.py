@@ -16,7 +16,7 @@ from orchestrator.budget import month_cap_micros
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config import Config, Home, load_config
 from orchestrator.errors import BudgetExceeded, KdcloudError, NotOwner, TeardownUnconfirmed, UsageError
-from orchestrator.handover import code_wheel, put_code, upload_data
+from orchestrator.handover import check_installed, code_wheel, put_code, upload_data
 from orchestrator.lease import Lease, NoLease, is_free, read_holder
 from orchestrator.ledger import Ledger, Run
 from orchestrator.mirror import adopt, catch_up
@@ -208,6 +208,7 @@ def ready_bucket(plan: Plan, run_id: str, clock: Clock, *, allow_account_key: bo
     """
     if "KDCLOUD_PROVIDER" not in os.environ:
         access.check(plan, allow_account_key=allow_account_key)
+        check_installed(plan.stages)
     root = open_bucket(plan.bucket)
     notes = () if probe(root).conditional else (NO_CONDITIONS,)
     bucket = root.at(run_id)
@@ -244,7 +245,10 @@ def resume_run(
     allowed = bool(run.data.get("allow_account_key"))
     if to_work:
         given = replace(plan, cap_micros=cap_micros or run.cap_micros, deadline_s=deadline_s or run.deadline_s)
-        access.check_api_keys([stage for stage in plan.stages if stage.name not in run.done])
+        left = [stage for stage in plan.stages if stage.name not in run.done]
+        access.check_api_keys(left)
+        if "KDCLOUD_PROVIDER" not in os.environ:
+            check_installed(left)
         _check_reach(given, store, allow_account_key=allowed)
     provider = provider_for(
         infra_of(plan),

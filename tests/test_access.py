@@ -52,6 +52,7 @@ from orchestrator.handover import (
     MIRROR,
     PACKAGES,
     THEN,
+    check_installed,
     code_wheel,
     environments,
     fetch_code,
@@ -481,6 +482,16 @@ def test_this_machine_needs_none_of_that(bucket: Bucket, tmp_path: Path) -> None
     assert set(env) == {"PYTHONPATH", "PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM"}
 
 
+def test_packages_are_looked_for_where_a_stage_runs_on_this_computer_only() -> None:
+    stage, rented = (replace(rented_plan(infra).stages[0], kind="train") for infra in ("local", "aws"))
+    with pytest.raises(UsageError, match=r"stage train .* needs peft, torch, not installed here") as refused:
+        check_installed([stage], lambda name: None if name in {"torch", "peft"} else name)
+    assert "local" in (refused.value.hint or "")
+    check_installed([stage], lambda name: name)
+    check_installed([replace(stage, kind="rehearse")], lambda name: None if name == "torch" else name)
+    check_installed([rented], lambda name: None)
+
+
 @pytest.mark.parametrize(("kind", "s3", "count"), [("rehearse", False, 1), ("rehearse", True, 2), ("train", True, 8)])
 def test_packages_are_those_of_the_kind_in_the_locked_versions(kind: str, s3: bool, count: int) -> None:
     found = packages(kind, s3=s3)
@@ -574,12 +585,18 @@ def started(plan: Plan, home: Path, **options: Any) -> None:
         ledger.close()
 
 
-def test_a_run_is_refused_before_anything_is_written_or_rented(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_run_is_refused_before_anything_is_written_or_rented(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = f"s3://{bucket.name}/runs"  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match="skypilot-v1"):
         started(replace(rented_plan("aws"), bucket=place), tmp_path)
     with pytest.raises(UsageError, match="a key that reaches this run only"):
         started(replace(rented_plan("azure", cap_micros=10**9), bucket=place), tmp_path)
+    assert list(open_bucket(place).list()) == []
+    monkeypatch.setattr("orchestrator.handover.packages", lambda kind, **where: {"no_such_package": "x==1"})
+    with pytest.raises(UsageError, match="needs no_such_package, not installed here"):
+        started(replace(rented_plan("local"), bucket=place), tmp_path)
     assert list(open_bucket(place).list()) == []
 
 
