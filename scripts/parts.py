@@ -13,11 +13,14 @@ PARTS = {
     "lint": [["ruff", "check", "."], ["mypy"]],
     "unit": [["pytest", "-q", "-n", "auto", "--dist", "worksteal", "-m", "not slow and not kill and not slurm"]],
     "integration": [  # a file's tests stay together: what they share is made once
-        ["pytest", "-q", "-n", "2", "--dist", "loadscope", "-m", "(slow or kill) and not slurm and not alone"],
+        ["pytest", "-q", "-n", "2", "--dist", "loadscope", "-m", "(slow or kill) and not slurm and not export and not alone"],
         ["pytest", "-q", "-m", "(slow or kill) and alone and not slurm"],
     ],
 }
-ON_REQUEST = {"slurm": [["bash", "tests/slurm/run.sh"]]}  # Debian and root; with .venv-sky
+ON_REQUEST = {
+    "slurm": [["bash", "tests/slurm/run.sh"]],  # Debian and root; with .venv-sky
+    "export": [["pytest", "-q", "-s", "-m", "export"]],  # with .venv-export
+}
 
 
 def main() -> None:
