@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = "slurm or export"  # in parts of their own
 PARTS = {
     "lint": [["ruff", "check", "."], ["mypy"]],
-    "unit": [["pytest", "-q", "-n", "auto", "--dist", "worksteal", "-m", "not slow and not kill and not slurm"]],
+    "unit": [["pytest", "-q", "-n", "auto", "--dist", "worksteal", "-m", f"not ({ELSEWHERE} or slow or kill)"]],
     "integration": [  # a file's tests stay together: what they share is made once
         ["pytest", "-q", "-n", "2", "--dist", "loadscope", "-m", f"(slow or kill) and not ({ELSEWHERE} or alone)"],
         ["pytest", "-q", "-m", f"(slow or kill) and alone and not ({ELSEWHERE})"],
