@@ -20,7 +20,7 @@ PARTS = {
 }
 ON_REQUEST = {
     "slurm": [["bash", "tests/slurm/run.sh"]],  # Debian and root; with .venv-sky
-    "export": [["pytest", "-q", "-s", "-m", "export"]],  # with .venv-export
+    "export": [["pytest", "-q", "-s", "-m", "export", "tests/test_llama_cpp.py"]],  # with .venv-export
 }
 
 
