@@ -5,7 +5,7 @@ RECIPE ?= recipes/quickstart.yaml
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm unit integration lint lock bench-plan wheel clean install install-dev
+.PHONY: help demo test test-export test-slurm unit integration lint lock bench-plan wheel clean install install-dev
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,10 @@ unit: install-dev  ## the quick tests only
 
 integration: install-dev  ## the slow tests only: real training, whole runs, kills
 	@$(BIN)/python scripts/parts.py integration
+
+test-export: install-dev  ## exported students against a real llama.cpp, which is built once (a C++ compiler)
+	@$(BIN)/python scripts/llama_cpp.py
+	@$(BIN)/python scripts/parts.py export
 
 test-slurm:  ## with a real SkyPilot, on a Slurm of this machine's own (Debian, root)
 	@$(PYTHON) scripts/install.py local,s3,dev,sky
@@ -40,7 +44,7 @@ wheel: install-dev  ## dist/kdcloud-VERSION-py3-none-any.whl
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## remove what the other targets made
-	rm -rf .venv .venv-sky build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-sky .venv-export build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 install:
 	@$(PYTHON) scripts/install.py local,page

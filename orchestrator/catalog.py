@@ -13,7 +13,7 @@ from pathlib import Path
 from orchestrator.errors import UsageError
 from orchestrator.gpus import GPUS, Figure, Gpu
 
-__all__ = ["GPUS", "MODELS", "Experts", "Figure", "Gpu", "Latent", "ModelShape", "UnknownModel", "shape_of"]
+__all__ = ["GPUS", "LICENCES", "MODELS", "Experts", "Figure", "Gpu", "Latent", "ModelShape", "UnknownModel", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -326,6 +326,36 @@ _ALL: list[ModelShape] = [
     *_family("microsoft/Phi-3-mini-4k-instruct", 3072, 8192, 32, 32, 32, 32064, architecture="phi3"),
 ]
 MODELS: dict[str, ModelShape] = {shape.name: shape for shape in _ALL}
+
+
+def _licences() -> dict[str, str]:
+    """Licence of a model by its name, as the front matter of its card on the hub has it; unknown ones are left out."""
+    begins = {
+        "Qwen/Qwen2": "apache-2.0",
+        "Qwen/QwQ-32B": "apache-2.0",
+        "deepseek-ai/DeepSeek-R1": "mit",
+        "meta-llama/Llama-2-": "llama2",
+        "meta-llama/Meta-Llama-3-": "llama3",
+        "meta-llama/Llama-3.1-": "llama3.1",
+        "meta-llama/Llama-3.2-": "llama3.2",
+        "meta-llama/Llama-3.3-": "llama3.3",
+        "Qwen/Qwen3-": "apache-2.0",
+        "TinyLlama/": "apache-2.0",
+        "mistralai/": "apache-2.0",
+        "microsoft/": "mit",
+        # Smaller or larger siblings with terms of their own.
+        "Qwen/Qwen2-72B": "tongyi-qianwen",
+        "Qwen/Qwen2.5-3B": "qwen-research",
+        "Qwen/Qwen2.5-72B": "qwen",
+        # Their cards say mit, and that the Llama that they come from keeps its own licence.
+        _R1 + "Llama-8B": "mit, on top of llama3.1",
+        _R1 + "Llama-70B": "mit, on top of llama3.3",
+    }
+    found = {name: max((one for one in begins if name.startswith(one)), key=len, default="") for name in MODELS}
+    return {name: begins[begin] for name, begin in found.items() if begin}
+
+
+LICENCES = _licences()
 
 
 class UnknownModel(UsageError):

@@ -16,19 +16,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tasks
-from orchestrator import access, grants
+from orchestrator import __version__, access, grants
 from orchestrator.access import head, hub_models
+from orchestrator.catalog import LICENCES
 from orchestrator.errors import UsageError
 from orchestrator.label_folder import entries_of, label_files
-from orchestrator.plan import StagePlan
+from orchestrator.plan import Plan, StagePlan
 from tasks.bucket import Bucket, Manifest, files_sha256, read_commit
 from tasks.contract import (
     COMMIT_FILE,
     LABELS_PREFIX,
     DataSource,
     EvaluateSettings,
+    ExportSettings,
     LabelSettings,
     Link,
+    Origin,
+    Settings,
     TrainSettings,
     install_hint,
 )
@@ -62,6 +66,7 @@ _LEARNING = {
     "math_verify": "math-verify",
 }
 _QUANTIZED = {"bitsandbytes": "bitsandbytes"}
+_EXPORT = {"gguf": "gguf"}
 
 
 def code_wheel() -> tuple[bytes, str]:
@@ -116,6 +121,29 @@ def upload_data(bucket: Bucket, settings: S) -> S:
     if isinstance(settings, TrainSettings) and Path(settings.labels).is_absolute():
         changed["labels"] = _put_labels(bucket, Path(settings.labels))
     return replace(settings, **changed)  # type: ignore[type-var]
+
+
+def with_origin(stage: StagePlan, plan: Plan, recipe_text: str) -> Settings:
+    """The stage's settings; those of an export with what the student's model card tells and only the client knows."""
+    if not isinstance(stage.settings, ExportSettings):
+        return stage.settings
+    before = plan.stages[: plan.stages.index(stage)]
+    named = {name for one in plan.stages for name in hub_models(one.settings)}
+    origin = Origin(
+        version=__version__,
+        recipe=plan.name,
+        recipe_sha256=hashlib.sha256(recipe_text.encode()).hexdigest(),
+        evaluation=next(
+            (
+                one.name
+                for one in reversed(before)
+                if isinstance(one.settings, EvaluateSettings) and one.settings.student == stage.settings.student
+            ),
+            None,
+        ),
+        licences={name: LICENCES[name] for name in sorted(named) if name in LICENCES},
+    )
+    return replace(stage.settings, origin=origin)
 
 
 def _put_data(bucket: Bucket, path: Path) -> DataSource:
@@ -242,7 +270,7 @@ def packages(kind: str, *, s3: bool, quantized: bool = False) -> dict[str, str]:
     PyPI's torch brings its CUDA.
     """
     learning = {} if kind == "rehearse" else {**_LEARNING, **(_QUANTIZED if quantized else {})}
-    needed = {**_SUPERVISOR, **(_STORE if s3 else {}), **learning}
+    needed = {**_SUPERVISOR, **(_STORE if s3 else {}), **learning, **(_EXPORT if kind == "export" else {})}
     pins = locked(lock())
     return {module: pins.get(package, package) for module, package in needed.items()}
 

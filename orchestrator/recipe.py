@@ -28,6 +28,7 @@ from orchestrator.errors import UsageError
 from orchestrator.label_folder import LabelFolder, read_label_folder
 from orchestrator.money import Amount, parse_amount, parse_budget, parse_duration
 from orchestrator.shipped import builtin_recipes
+from tasks.contract import GGUF_FAMILIES
 
 Loc = tuple[str | int, ...]
 MOST_GPUS = 16  # of one machine
@@ -863,6 +864,25 @@ def _stage_problems(
                 yield "verify", "an evaluation needs right answers: give data.verify or verify here, math or exact"
         case "export":
             yield from refer("student", ("train",), model=False)
+            family, formats = _family(stage.get("student"), names, beside), stage.get("formats")
+            if isinstance(formats, list) and "gguf" in formats and family not in (None, *GGUF_FAMILIES):
+                yield "formats", (
+                    f"gguf is written for {', '.join(GGUF_FAMILIES)}, and this student is a {family}: write [hf]; "
+                    "llama.cpp's convert_hf_to_gguf.py may know it"
+                )
+
+
+def _family(word: Any, names: _Named, beside: _Beside) -> str | None:
+    """The architecture of a model or of what a stage trains; None where that is not known."""
+    if isinstance(word, dict):
+        return str(word.get("model_type", ArchitecturePart().model_type))
+    if not isinstance(word, str):
+        return None
+    if word not in names:
+        return beside.models[word].architecture if word in beside.models else None
+    at, stage = names[word]
+    earlier = {name: pair for name, pair in names.items() if pair[0] < at}  # a circle is told elsewhere
+    return _family(stage.get("model" if stage.get("kind") == "pretrain" else "student"), earlier, beside)
 
 
 def _from_folder(stage: dict[str, Any], names: _Named, beside: _Beside) -> bool:

@@ -127,7 +127,7 @@ WORDS: Mapping[str, str] = {
     "evaluate.seeds": "answers to each prompt: 1 is greedy, more are sampled",
     "export.kind": "the student as files to take home",
     "export.student": "a train stage",
-    "export.formats": "hf: safetensors, tokenizer and model card",
+    "export.formats": "hf: safetensors, tokenizer, model card; gguf: for llama.cpp and Ollama",
     "rehearse.kind": "counted steps and no model",
     "rehearse.steps": "so many",
     "rehearse.seconds_per_step": "what each takes",

@@ -16,7 +16,7 @@ from orchestrator.budget import month_cap_micros
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config import Config, Home, load_config
 from orchestrator.errors import BudgetExceeded, KdcloudError, NotOwner, TeardownUnconfirmed, UsageError
-from orchestrator.handover import check_installed, code_wheel, put_code, upload_data
+from orchestrator.handover import check_installed, code_wheel, put_code, upload_data, with_origin
 from orchestrator.lease import Lease, NoLease, is_free, read_holder
 from orchestrator.ledger import Ledger, Run
 from orchestrator.mirror import adopt, catch_up
@@ -158,7 +158,9 @@ def start_run(
     bucket, notes = ready_bucket(plan, run_id, clock, allow_account_key=allow_account_key)
     code, sha256 = code_wheel()
     put_code(bucket, code, sha256)
-    stages = tuple(replace(stage, settings=upload_data(bucket, stage.settings)) for stage in plan.stages)
+    stages = tuple(
+        replace(stage, settings=upload_data(bucket, with_origin(stage, plan, recipe_text))) for stage in plan.stages
+    )
     plan = replace(plan, stages=stages)
     mark = clock.mark()
     lease = Lease.acquire(bucket, config.owner, clock)

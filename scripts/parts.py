@@ -9,15 +9,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+ELSEWHERE = "slurm or export"  # in parts of their own
 PARTS = {
     "lint": [["ruff", "check", "."], ["mypy"]],
-    "unit": [["pytest", "-q", "-n", "auto", "--dist", "worksteal", "-m", "not slow and not kill and not slurm"]],
+    "unit": [["pytest", "-q", "-n", "auto", "--dist", "worksteal", "-m", f"not ({ELSEWHERE} or slow or kill)"]],
     "integration": [  # a file's tests stay together: what they share is made once
-        ["pytest", "-q", "-n", "2", "--dist", "loadscope", "-m", "(slow or kill) and not slurm and not alone"],
-        ["pytest", "-q", "-m", "(slow or kill) and alone and not slurm"],
+        ["pytest", "-q", "-n", "2", "--dist", "loadscope", "-m", f"(slow or kill) and not ({ELSEWHERE} or alone)"],
+        ["pytest", "-q", "-m", f"(slow or kill) and alone and not ({ELSEWHERE})"],
     ],
 }
-ON_REQUEST = {"slurm": [["bash", "tests/slurm/run.sh"]]}  # Debian and root; with .venv-sky
+ON_REQUEST = {
+    "slurm": [["bash", "tests/slurm/run.sh"]],  # Debian and root; with .venv-sky
+    "export": [["pytest", "-q", "-s", "-m", "export", "tests/test_llama_cpp.py"]],  # with .venv-export
+}
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ API_SPENT_FILE = "api-spent.json"  # what an API may have cost the stage: writte
 VLLM_SHARE = 0.9  # of a card, for vLLM: the plan counts with it, so the engine is told (its own default has changed)
 STAGE_PREFIX = "stage:"
 LABELS_PREFIX = "data/labels-"  # and the sha256 of a folder of labels that came with the recipe
+GGUF_FAMILIES = ("qwen2", "qwen3", "llama")  # model types that an export writes as GGUF files
 PROMPT_OVERHEAD_TOKENS = 256  # an API's chat template, and what a provider puts before a prompt unasked
 
 
@@ -227,12 +228,24 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What only the client knows of a run, for the student's model card."""
+
+    version: str  # of kdcloud
+    recipe: str  # its name
+    recipe_sha256: str  # of its text
+    evaluation: str | None = None  # an evaluate stage of the same student, before the export
+    licences: dict[str, str] = field(default_factory=dict, hash=False)  # of models, by name, as the catalogue has them
+
+
+@dataclass(frozen=True)
 class ExportSettings:
     """The student as files to take home."""
 
     student: str
-    formats: tuple[str, ...] = ("hf",)
+    formats: tuple[str, ...] = ("hf",)  # hf, gguf
     threads: int | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -448,6 +461,7 @@ _NESTED: dict[tuple[str, str], type[Any]] = {
     ("TrainSettings", "lora"): LoraSettings,
     ("EvaluateSettings", "teacher"): ModelSource,
     ("EvaluateSettings", "held_out"): DataSource,
+    ("ExportSettings", "origin"): Origin,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import importlib
 import json
 import math
@@ -113,6 +114,10 @@ class Context(Protocol):
 
     def input(self, stage: str) -> Path:
         """Folder with the committed artefacts of an earlier stage, fetched and verified. Raises TaskError."""
+        ...
+
+    def told(self, stage: str) -> tuple[Task, dict[str, Any]] | None:
+        """What an earlier stage was asked and what came out, without its files; None where it is not committed."""
         ...
 
     def data(self, source: DataSource) -> list[dict[str, Any]]:
@@ -331,6 +336,17 @@ class StageContext:
             raise TaskError(f"stage {stage} has no committed result", hint="resume the run to make it") from error
         except Corrupt as error:
             raise TaskError(f"the result of stage {stage} is corrupt: {error.message}", hint=error.hint) from error
+
+    def told(self, stage: str) -> tuple[Task, dict[str, Any]] | None:
+        manifest = read_commit(self._bucket, stage)
+        entry = None if manifest is None else manifest.files.get(RESULT_FILE)
+        if entry is None:
+            return None
+        result, _ = self._bucket.get(f"{stage}/{RESULT_FILE}")
+        if hashlib.sha256(result).hexdigest() != entry.sha256:
+            raise TaskError(f"the result of stage {stage} is corrupt", hint="resume the run to make it again")
+        order, _ = self._bucket.get(f"{stage}/{TASK_FILE}")
+        return Task.from_json(order.decode()), json.loads(result)
 
     def _check_labels(self, key: str) -> None:
         """Each file is checked against the manifest; here the manifest against the hash that the client named."""

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tasks import losses, models
-from tasks.contract import DataSource, ModelSource, TaskError, TrainSettings
+from tasks.contract import DataSource, ModelSource, Task, TaskError, TrainSettings
 from tasks.labels import TOKENIZER_FOLDER, Labels, read_labels
 from tasks.losses import Loss, distillation_loss_parts
 from tasks.peers import Peers, size_of
@@ -1134,6 +1134,9 @@ class _ArmContext:
 
     def input(self, stage: str) -> Path:
         return self._shared.ctx.input(stage)
+
+    def told(self, stage: str) -> tuple[Task, dict[str, Any]] | None:
+        return self._shared.ctx.told(stage)
 
     def data(self, source: DataSource) -> list[dict[str, Any]]:
         return self._shared.ctx.data(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,13 @@ class FolderContext:
             raise TaskError(f"stage {stage} has no result")
         return folder
 
+    def told(self, stage: str) -> tuple[Task, dict[str, Any]] | None:
+        path = self.root / stage / "told.json"
+        if not path.is_file():
+            return None
+        order, result = json.loads(path.read_text())
+        return Task.from_json(order), result
+
     def data(self, source: DataSource) -> list[dict[str, Any]]:
         if data.is_builtin(source.source):
             return data.builtin(source.source)
@@ -106,4 +114,5 @@ def run_stage(
         return None
     shutil.rmtree(root / stage / "done", ignore_errors=True)
     shutil.copytree(ctx.out, root / stage / "done")
+    (root / stage / "told.json").write_text(json.dumps([ctx.task.to_json(), result]))
     return result

@@ -342,10 +342,9 @@ def test_the_exported_folder_loads_as_usual_and_answers_like_the_student(trained
     assert not torch.allclose(base.model(ids).logits, theirs(ids).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "says"), [("gguf", "not there yet"), ("onnx", "unknown export format onnx")])
-def test_formats_that_are_not_there_are_refused(trained: Path, name: str, says: str) -> None:
-    with pytest.raises(TaskError, match=says):
-        export.run(context(trained, "export", "export", EVALUATE), ExportSettings("train", formats=("hf", name)))
+def test_formats_that_are_not_there_are_refused(trained: Path) -> None:
+    with pytest.raises(TaskError, match="unknown export format onnx"):
+        export.run(context(trained, "export", "export", EVALUATE), ExportSettings("train", formats=("hf", "onnx")))
 
 
 def greedy(served: vllm_stand_in.LLM) -> vllm_stand_in.Answer:

@@ -239,10 +239,10 @@ def test_every_test_is_run_by_one_part_of_the_checks_and_by_no_two(monkeypatch: 
     parts = importlib.import_module("parts").PARTS
     chosen = [command[-1] for name in ("unit", "integration") for command in parts[name]]
     assert len(chosen) == 3
-    names = ("slow", "kill", "slurm", "alone")
+    names = ("slow", "kill", "slurm", "export", "alone")
     for marks in itertools.product((False, True), repeat=len(names)):
         given = dict(zip(names, marks, strict=True))
-        assert sum(eval(words, {}, given) for words in chosen) == (not given["slurm"]), given
+        assert sum(eval(words, {}, given) for words in chosen) == (not given["slurm"] and not given["export"]), given
 
 
 @pytest.fixture

@@ -266,6 +266,7 @@ def test_every_setting_a_user_may_want_has_a_key() -> None:
             "checkpoint_every_s",
         },
         "pretrain": {"checkpoint_every_s"},
+        "export": {"origin"},
     }
     assert set(KINDS) == set(SETTINGS)
     for kind, settings in SETTINGS.items():
