@@ -12,53 +12,35 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
-import socket
-import subprocess
-import sys
 import tarfile
 import time
-import urllib.error
-import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import tasks
+from tasks.box_servers import CODE, INPUTS, SCRATCH, WORK, Box, Running, servers
 from tasks.box_work import Gauge, Notices
 from tasks.contract import (
     BEFORE_PREFIX,
-    BOX_FOLDER,
     BOX_READY,
-    CONNECT_FILE,
     BoxSettings,
     DataSource,
     ModelSource,
     TaskError,
     inputs_of,
 )
-from tasks.notebook import BOX_ENV, NOTEBOOK, notebook
+from tasks.notebook import NOTEBOOK, notebook
 from tasks.stage import Context, write_text
 from tasks.supervisor import STATE_FILE, boottime_s
 
-HOST = "127.0.0.1"
-TOKEN_BYTES = 32
 TICK_S = 0.5
-START_LIMIT_S = 120.0
-END_LIMIT_S = 3.0
 SAVE_LIMIT_BYTES = 2 << 30  # what is larger belongs beside work/, where nothing is saved
-WORK, INPUTS, CODE, SCRATCH = "work", "inputs", "code", "scratch"  # folders that the browser shows
 ARCHIVE = "work.tar"  # a file of the result and of each checkpoint: names in it may be any
 NOTICE = "NOTICE.txt"
-# Not for what people run here: keys of the bucket, and what torchrun told this process of others.
-HELD_BACK = ("AWS_", "KDCLOUD_CODE_URL", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")
-HELD_BACK_WORDS = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "JUPYTER_TOKEN"})
 
 
 def run(ctx: Context, settings: BoxSettings) -> dict[str, Any]:
@@ -67,7 +49,7 @@ def run(ctx: Context, settings: BoxSettings) -> dict[str, Any]:
     What ended it is in the result, and its files in ARCHIVE beside it.
     """
     os.umask(0o077)
-    box = Box.make(ctx.work / BOX_FOLDER)
+    box = Box.make(ctx.work)
     missing = lay_out(ctx, settings, box)
     began, saver = time.monotonic(), Saver(ctx, box.home / WORK)
     with servers(ctx, settings, box) as running:
@@ -82,29 +64,6 @@ def run(ctx: Context, settings: BoxSettings) -> dict[str, Any]:
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Box:
-    """Where things lie on the machine."""
-
-    root: Path
-
-    @staticmethod
-    def make(root: Path) -> Box:
-        """For its owner alone, and without what an earlier attempt said of its servers."""
-        root.mkdir(parents=True, exist_ok=True)
-        root.chmod(0o700)
-        (root / CONNECT_FILE).unlink(missing_ok=True)
-        box = Box(root)
-        for name in (WORK, INPUTS, SCRATCH):
-            (box.home / name).mkdir(parents=True, exist_ok=True)
-        return box
-
-    @property
-    def home(self) -> Path:
-        """What the browser shows."""
-        return self.root / "home"
 
 
 def lay_out(ctx: Context, settings: BoxSettings, box: Box) -> list[str]:
@@ -150,7 +109,9 @@ def unpack_code(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     archive = getattr(tasks.__spec__.loader, "archive", None) if tasks.__spec__ else None
     if archive is None:
-        shutil.copytree(Path(str(tasks.__file__)).parent, folder / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            Path(str(tasks.__file__)).parent, folder / "tasks", ignore=shutil.ignore_patterns("__pycache__")
+        )
         return
     with zipfile.ZipFile(archive) as code:
         code.extractall(folder, [name for name in code.namelist() if name.startswith("tasks/")])
@@ -190,7 +151,9 @@ class Saver:
         if stamp == self._saved:
             return ""
         if size_of(self._work) > SAVE_LIMIT_BYTES:
-            return f"{WORK}/ holds more than {SAVE_LIMIT_BYTES >> 30} GiB and is NOT saved: move large files to {SCRATCH}/"
+            return (
+                f"{WORK}/ holds more than {SAVE_LIMIT_BYTES >> 30} GiB and is NOT saved: move large files to {SCRATCH}/"
+            )
         with suppress(tarfile.TarError, FileNotFoundError):  # a file that changes meanwhile: next time
             self._ctx.checkpoint(self._step, lambda folder: pack(self._work, folder / ARCHIVE))
             self._saved, self._step = stamp, self._step + 1
@@ -227,166 +190,11 @@ def files_below(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
                 yield path, stat
 
 
-# --- servers ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Running:
-    """Servers that were started. `works`: those below which people compute, or which compute for them."""
-
-    each: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    works: list[str] = field(default_factory=list)
-
-    def processes(self) -> list[psutil.Process]:
-        """What counts: everything below JupyterLab, not itself; the chat's model as a whole."""
-        found = []
-        for name, server in self.each.items():
-            with suppress(psutil.NoSuchProcess):
-                one = psutil.Process(server.pid)
-                found += one.children(recursive=True) if name == "jupyter" or name in self.works else []
-                found += [one] if name in self.works else []
-        return found
-
-    def end(self) -> None:
-        for server in self.each.values():
-            server.terminate()
-        until = time.monotonic() + END_LIMIT_S
-        for server in self.each.values():
-            try:
-                server.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                server.kill()  # what it started carries the supervisor's mark, and ends with the stage
-
-
-@contextmanager
-def servers(ctx: Context, settings: BoxSettings, box: Box) -> Iterator[Running]:
-    """Everything that listens, up and told of in CONNECT_FILE. Raises TaskError when something does not start."""
-    running, token, env = Running(), secrets.token_urlsafe(TOKEN_BYTES), people_env(os.environ, ctx.work, box)
-    told: dict[str, dict[str, Any]] = {}
-    try:
-        told["jupyter"] = start_jupyter(ctx, box, running, token, env)
-        told["tensorboard"] = start_tensorboard(ctx, box, running, env)
-        if settings.chat is not None:
-            from tasks import chat
-
-            told |= chat.start(ctx, settings.chat, box.root, running, env)
-        write_private(box.root / CONNECT_FILE, json.dumps(told))
-        yield running
-    finally:
-        (box.root / CONNECT_FILE).unlink(missing_ok=True)
-        running.end()
-
-
-def people_env(env: Mapping[str, str], work: Path, box: Box) -> dict[str, str]:
-    """Environment of what people run: the run's code, their own token for the hub, no key of the bucket."""
-    kept = {
-        name: value
-        for name, value in env.items()
-        if not name.startswith(HELD_BACK) and name not in HELD_BACK_WORDS and not name.startswith("JUPYTER")
-    }
-    own = {"PYTHONPATH": str(box.home / CODE), BOX_ENV: str(work), "PYTHONDONTWRITEBYTECODE": "1"}
-    places = {name: str(box.root / "jupyter" / name) for name in ("config", "data", "runtime")}
-    jupyter = {f"JUPYTER_{name.upper()}_DIR": place for name, place in places.items()}
-    return {**kept, **own, **jupyter, "IPYTHONDIR": str(box.root / "jupyter" / "ipython")}
-
-
-def start_jupyter(ctx: Context, box: Box, running: Running, token: str, env: Mapping[str, str]) -> dict[str, Any]:
-    port, config = free_port(), box.root / "jupyter" / "config"
-    for name in ("config", "data", "runtime", "ipython"):
-        (box.root / "jupyter" / name).mkdir(parents=True, exist_ok=True)
-    write_private(config / "jupyter_server_config.json", json.dumps(jupyter_config(box.home, port, token)))
-    start(running, "jupyter", [sys.executable, "-m", "jupyterlab"], box, env)
-    wait_for(ctx, running, "jupyter", "JupyterLab", box, lambda: answers(port, "/api/status", token))
-    return {"port": port, "token": token, "path": f"/lab/tree/{WORK}/{NOTEBOOK}?token={token}"}
-
-
-def jupyter_config(home: Path, port: int, token: str) -> dict[str, Any]:
-    """What JupyterLab is told in a file, since arguments can be seen by everybody on the machine."""
-    return {
-        "ServerApp": {
-            "ip": HOST,
-            "port": port,
-            "port_retries": 0,
-            "open_browser": False,
-            "root_dir": str(home),
-            "allow_root": True,  # rented machines know nobody else
-            "allow_remote_access": False,
-            "shutdown_no_activity_timeout": 0,  # the supervisor's rule ends an idle box
-        },
-        "IdentityProvider": {"token": token},
-        "PasswordIdentityProvider": {"hashed_password": "", "allow_password_change": False},
-        "LabApp": {"news_url": None, "check_for_updates_class": "jupyterlab.NeverCheckForUpdate"},
-    }
-
-
-def start_tensorboard(ctx: Context, box: Box, running: Running, env: Mapping[str, str]) -> dict[str, Any]:
-    """Below a path that nobody can guess, since it asks for no password."""
-    port, place = free_port(), f"/{secrets.token_urlsafe(TOKEN_BYTES)}"
-    orders = box.root / "tensorboard.json"
-    write_private(orders, json.dumps({"logdir": str(box.home), "port": port, "path": place}))
-    start(running, "tensorboard", [sys.executable, "-m", "tasks.box_board", str(orders)], box, env)
-    wait_for(ctx, running, "tensorboard", "TensorBoard", box, lambda: answers(port, f"{place}/"))
-    return {"port": port, "path": f"{place}/"}
-
-
-def start(running: Running, name: str, argv: Sequence[str], box: Box, env: Mapping[str, str]) -> None:
-    """Its words go to a file here: JupyterLab's may hold the token, and the stage's log is uploaded."""
-    with log_of(box, name).open("wb") as log:
-        running.each[name] = subprocess.Popen(
-            argv, cwd=box.root / "jupyter", env=dict(env), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-
-
-def wait_for(ctx: Context, running: Running, name: str, called: str, box: Box, ready: Callable[[], bool]) -> None:
-    until, ctx_s = time.monotonic() + START_LIMIT_S, 0
-    while not ready():
-        ctx.progress(f"start {called}", ctx_s, declared=True)
-        if running.each[name].poll() is not None or time.monotonic() > until:
-            lines = [line for line in log_of(box, name).read_text(errors="replace").splitlines() if line.strip()]
-            said = hide(lines[-1], box) if lines else "it said nothing"
-            raise TaskError(f"{called} did not start: {said}", hint="resume the run for another machine")
-        time.sleep(0.2)
-        ctx_s += 1
-
-
-def hide(line: str, box: Box) -> str:
-    """A line of a server's log without what only its owner may know."""
-    return "its words may hold its token" if "token" in line.lower() else line.replace(str(box.root), "")
-
-
-def log_of(box: Box, name: str) -> Path:
-    return box.root / f"{name}.log"
-
-
-def answers(port: int, path: str, token: str = "") -> bool:
-    headers = {"Authorization": f"token {token}"} if token else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(f"http://{HOST}:{port}{path}", headers=headers), timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def write_private(path: Path, text: str) -> None:
-    """For its owner alone, and whole or not there."""
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    part.replace(path)
-
-
 # --- while it is open -------------------------------------------------------------------------------------------------
 
 
 def keep_open(ctx: Context, settings: BoxSettings, box: Box, running: Running, saver: Saver) -> tuple[str, int]:
-    """(why it ended, how often work was seen). Progress moves with work alone: the supervisor's idle rule goes by it."""
+    """(why it ended, how often work was seen). Progress moves with work alone: the idle rule goes by it."""
     gauge, notices = Gauge(ctx.task.watch, bool(settings.chat)), Notices(ctx.task.watch.idle_s)
     while True:
         left_s = seconds_left(ctx.work) - ctx.task.watch.flush_s
@@ -404,7 +212,7 @@ def keep_open(ctx: Context, settings: BoxSettings, box: Box, running: Running, s
 
 def why_ended(ctx: Context, running: Running, *, quiet_s: float, left_s: float) -> str:
     """Empty while the box stays open."""
-    if running.each["jupyter"].poll() is not None:
+    if running.each["jupyter"].process.poll() is not None:
         return "JupyterLab was shut down"
     if ctx.limit is not None:
         return "its client closed it"
@@ -421,5 +229,3 @@ def seconds_left(work: Path) -> float:
     """Until this machine must be gone, as the supervisor counts."""
     state = json.loads((work / STATE_FILE).read_text())
     return float(state["remaining_s"]) - (boottime_s() - float(state["at_s"]))
-
-

@@ -1,4 +1,4 @@
-"""What a notebook in a box begins with: `stage()` for the stage's own functions, and a first notebook that uses them."""
+"""What does a notebook in a box begin with? `stage()` for the stage's own functions, and a notebook that uses them."""
 
 from __future__ import annotations
 
@@ -66,32 +66,78 @@ def _new_folder(parent: Path, name: str) -> Path:
 _WELCOME = """# A box in the place of a `{kind}` stage
 
 - `work/` (this folder) is saved to the bucket every minute and at the end, and is here again in the next box.
-- `inputs/` is what the stage reads, `code/` what it runs; copy `code/tasks` to `work/` and notebooks here take your copy.
+- `inputs/` is what the stage reads, `code/` what it runs; notebooks here take a copy of `code/tasks` in `work/`.
 - `scratch/` is what the cells below write; it is not saved. TensorBoard shows its curves.
 - The machine ends when nothing computes for a while: an open notebook is no work. `NOTICE.txt` says when it is near."""
 
 _STEPS: dict[str, list[str]] = {
     "train": [
-        "from tasks.labels import read_labels\nfrom tasks.models import load_tokenizer\nfrom tasks.contract import ModelSource\n\n"
-        "folder = ctx.input(settings.labels)\nlabels = read_labels(folder)\n"
-        "tokenizer = load_tokenizer(ModelSource(path=str(folder / 'tokenizer')))\n"
-        "prompt, completion = labels.tokens(0)\nprint(len(labels), 'labelled answers; the first:')\n"
-        "print(tokenizer.decode(prompt), '->', tokenizer.decode(completion))",
-        "from tasks import train\n\n"
-        "once = dict(steps=1, epochs=None, compare_hard=False, compare_seeds=1, learning_rates=(), early_stop_patience=None)\n"
-        "ctx, settings = stage(**once)\nresult = train.run(ctx, settings)\nprint('loss after one step:', result['arms'][0]['final_loss'])",
+        """
+from tasks.contract import ModelSource
+from tasks.labels import read_labels
+from tasks.models import load_tokenizer
+
+folder = ctx.input(settings.labels)
+labels = read_labels(folder)
+tokenizer = load_tokenizer(ModelSource(path=str(folder / "tokenizer")))
+prompt, completion = labels.tokens(0)
+print(len(labels), "labelled answers; the first:")
+print(tokenizer.decode(prompt), "->", tokenizer.decode(completion))
+""",
+        """
+from tasks import train
+
+ctx, settings = stage(
+    steps=1, epochs=None, compare_hard=False, compare_seeds=1, learning_rates=(), early_stop_patience=None
+)
+result = train.run(ctx, settings)
+print("loss of one step:", result["arms"][0]["final_loss"])
+""",
     ],
-    "pretrain": ["from tasks import pretrain\n\nctx, settings = stage(steps=5)\nprint(pretrain.run(ctx, settings))"],
+    "pretrain": [
+        """
+from tasks import pretrain
+
+ctx, settings = stage(steps=5)
+pretrain.run(ctx, settings)
+"""
+    ],
     "label": [
-        "rows = ctx.data(settings.prompts)\nprint(len(rows), 'prompts; the first:', rows[0])",
-        "from tasks import label\n\nctx, settings = stage(samples=2, max_cut_share=1.0)\nprint(label.run(ctx, settings))",
+        """
+rows = ctx.data(settings.prompts)
+print(len(rows), "prompts; the first:", rows[0])
+""",
+        """
+from tasks import label
+
+ctx, settings = stage(samples=2, keep="all", max_cut_share=1.0)
+label.run(ctx, settings)
+""",
     ],
     "evaluate": [
-        "from tasks import evaluate\n\nctx, settings = stage(limit=4, seeds=1, lm_eval=())\nprint(evaluate.run(ctx, settings))"
+        """
+from tasks import evaluate
+
+ctx, settings = stage(limit=4, seeds=1, lm_eval=())
+evaluate.run(ctx, settings)
+"""
     ],
-    "export": ["from tasks import export\n\nprint(export.run(ctx, settings))"],
-    "rehearse": ["from tasks import rehearse\n\nctx, settings = stage(steps=3, seconds_per_step=0.1)\nprint(rehearse.run(ctx, settings))"],
-}  # fmt: skip
+    "export": [
+        """
+from tasks import export
+
+export.run(ctx, settings)
+"""
+    ],
+    "rehearse": [
+        """
+from tasks import rehearse
+
+ctx, settings = stage(steps=3, seconds_per_step=0.1)
+rehearse.run(ctx, settings)
+"""
+    ],
+}
 _PAID = "# This stage asks an API for money. The box has no key of it: what it would cost is not set apart."
 
 
@@ -110,9 +156,8 @@ def notebook(settings: BoxSettings) -> dict[str, Any]:
 
 
 def _code(cells: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {**_cell(number, "code", text), "execution_count": None, "outputs": []} for number, text in enumerate(cells, 1)
-    ]
+    code = enumerate((text.strip() for text in cells), 1)
+    return [{**_cell(number, "code", text), "execution_count": None, "outputs": []} for number, text in code]
 
 
 def _cell(number: int, kind: str, text: str) -> dict[str, Any]:
