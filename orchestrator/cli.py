@@ -834,7 +834,7 @@ def _open_box(session: Session) -> None:
     for line in desk.last_words(session.ledger.run(session.run_id), session.plan):
         _talk(line)
     if outcome.state != "done":
-        _explain(outcome.message, outcome.hint)
+        _explain(outcome.message, outcome.hint.replace("kdcloud run --resume", "kdcloud dev --resume"))
     sys.exit(EXIT_CODES[outcome.state])
 
 

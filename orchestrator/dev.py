@@ -88,7 +88,7 @@ def box_plan(
             hint=f"allow more with {longer}",
         )
     hours = Range(0.0, work_s / 3600, work_s / 3600)
-    whole = spend.cost_micros(offer, work_s) if offer.price_micros_per_hour else 0
+    whole = min(spend.cost_micros(offer, work_s), cap - stage.reserve_micros) if offer.price_micros_per_hour else 0
     box = replace(
         stage, kind=BOX, settings=settings, after=(), hours=hours, candidate_hours=(hours,) * len(stage.candidates),
         cost_micros=Micros(0, whole, whole), notes=(), uses={}, chosen=(), candidate_parts=(), joins=False,
@@ -320,13 +320,13 @@ class Desk:
 
 
 def target_of(snapshot: Snapshot) -> Target | None:
-    """The box, once its servers answer."""
+    """The machine, once its supervisor tells of it; open once its servers answer."""
     row, progress = snapshot.machine, snapshot.progress
-    if row is None or row.state is not State.LIVE or progress is None or progress.phase != BOX_READY:
+    if row is None or row.state is not State.LIVE or progress is None:
         return None
     if progress.attempt != row.attempt or "job" not in row.facts:
         return None
-    return Target(row.name, str(row.facts["job"]), row.serves)
+    return Target(row.name, str(row.facts["job"]), row.serves, is_open=progress.phase == BOX_READY)
 
 
 def warnings(numbers: Mapping[str, float], idle_s: float, told: set[float]) -> list[str]:
@@ -357,10 +357,14 @@ def last_words(run: Run, plan: Plan) -> list[str]:
     (stage,) = plan.stages
     result: Mapping[str, Any] = run.done.get(stage.name, {}).get("result", {})
     ended = result.get("ended")
+    kept = ended or any(row.facts.get("checkpoint") for row in run.machines)
     spent, cap = shown(run.spent_micros, plan.rate, plan.currency), both(run.cap_micros, plan.rate, plan.currency)
-    lines = [f"the box was closed: {ended}" if ended else "the box ended before it could save everything"]
+    last = "the box ended before it could save everything" if kept else "the box was not open"
+    lines = [f"the box was closed: {ended}" if ended else last]
     lines.append(f"spent {spent} of {cap}")
-    lines.append(f"your files: {run.bucket}/{stage.name}/{ARCHIVE}; the next box of this stage begins with them")
+    if kept:
+        where = f"{run.bucket}/{stage.name}/{ARCHIVE if ended else 'checkpoints'}"
+        lines.append(f"your files: {where}; the next box of this stage begins with them")
     return lines
 
 

@@ -1,6 +1,7 @@
 """How does a person get to the servers of a box? Its ports and token are read over SSH, its ports forwarded over SSH.
 
-On this machine both are there already. Ports listen on loopback at both ends, and nothing is kept.
+On this machine both are there already. Ports listen on loopback at both ends, and nothing is kept. One connection does
+it all, since making one may take half a minute (on Slurm it goes through SkyPilot's server and a step of the job).
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,17 +28,15 @@ CALLED = {"jupyter": "JupyterLab", "tensorboard": "TensorBoard", "chat": "Open W
 USUAL_PORTS = {"jupyter": 8888, "tensorboard": 6006, "chat": 8080}  # of the user's own machine, where they are free
 SSH_OPTIONS = {
     "BatchMode": "yes",
-    "ConnectTimeout": "20",
+    "ConnectTimeout": "120",
     "ServerAliveInterval": "15",
     "ServerAliveCountMax": "4",
     "LogLevel": "ERROR",
-    "ControlMaster": "no",  # a connection that others share would end with them
-    "ControlPath": "none",
     "ForwardAgent": "no",
 }
 READ_LIMIT_S = 60.0
-UP_LIMIT_S = 60.0
-AGAIN_S = 5.0
+UP_LIMIT_S = 150.0
+AGAIN_S = 3.0
 _PATH = re.compile(r"/[A-Za-z0-9_\-./?=&]*")
 _WORD = re.compile(r"[A-Za-z0-9_\-.@+]{1,200}")
 
@@ -75,34 +76,46 @@ def place_of(reach: Reach, stage: str) -> str:
     return f"{reach.folder}/work/{shlex.quote(stage)}/{BOX_FOLDER}/{CONNECT_FILE}"
 
 
-def ssh_words(reach: Reach) -> list[str]:
-    return [*reach.ssh, *(word for name, value in SSH_OPTIONS.items() for word in ("-o", f"{name}={value}"))]
+def connect_argv(reach: Reach, control: Path) -> list[str]:
+    """ssh that holds the connection, for whoever knows the socket, and does nothing by itself."""
+    options = [word for name, value in SSH_OPTIONS.items() for word in ("-o", f"{name}={value}")]
+    return [*reach.ssh, *options, "-M", "-S", str(control), "-N", "-T", "--", reach.host]
 
 
-def read_argv(reach: Reach, stage: str) -> list[str]:
-    return [*ssh_words(reach), "--", reach.host, f"cat {place_of(reach, stage)}"]
+def check_argv(reach: Reach, control: Path) -> list[str]:
+    return [*reach.ssh, "-S", str(control), "-O", "check", "--", reach.host]
 
 
-def forward_argv(reach: Reach, ports: Mapping[int, int]) -> list[str]:
-    """ssh that only forwards each port of this machine, the key, to one of the box; loopback on both ends."""
+def read_argv(reach: Reach, control: Path, stage: str) -> list[str]:
+    return [*reach.ssh, "-S", str(control), "-T", "--", reach.host, f"cat {place_of(reach, stage)}"]
+
+
+def forward_argv(reach: Reach, control: Path, ports: Mapping[int, int]) -> list[str]:
+    """Has the connection forward each port of this machine, the key, to one of the box; loopback on both ends."""
     forwards = [word for here, there in ports.items() for word in ("-L", f"{HOST}:{here}:{HOST}:{there}")]
-    return [*ssh_words(reach), "-N", "-T", "-o", "ExitOnForwardFailure=yes", *forwards, "--", reach.host]
+    return [*reach.ssh, "-S", str(control), "-O", "forward", *forwards, "--", reach.host]
 
 
-def read_doors(reach: Reach, stage: str) -> tuple[Door, ...]:
-    """Raises ProvisionError when the box does not tell, or not what it should."""
+def read_doors(reach: Reach, stage: str, control: Path | None = None) -> tuple[Door, ...]:
+    """`control`: of the connection, unless it is this machine. Raises ProvisionError."""
     try:
-        if not reach.ssh:
+        if control is None:
             path = Path(reach.folder, "work", stage, BOX_FOLDER, CONNECT_FILE)
             return parse_doors(path.read_text())
-        done = subprocess.run(
-            read_argv(reach, stage), capture_output=True, text=True, timeout=READ_LIMIT_S, stdin=subprocess.DEVNULL
-        )
-        if done.returncode != 0:
-            raise ProvisionError(f"the box does not answer over SSH: {one_line(done.stderr)}")
-        return parse_doors(done.stdout)
+        return parse_doors(called(read_argv(reach, control, stage), "the box does not answer over SSH"))
     except (OSError, subprocess.TimeoutExpired, ValueError, AttributeError) as error:
         raise ProvisionError(f"the box does not say where its servers are: {type(error).__name__}") from error
+
+
+def called(argv: list[str], trouble: str) -> str:
+    """What a short command prints. Raises ProvisionError with its last words when it fails."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=READ_LIMIT_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        raise ProvisionError(f"{trouble}: it takes too long") from error
+    if done.returncode != 0:
+        raise ProvisionError(f"{trouble}: {one_line(done.stderr)}")
+    return done.stdout
 
 
 def one_line(text: str) -> str:
@@ -134,11 +147,12 @@ def free_port(usual: int) -> int:
 
 @dataclass(frozen=True)
 class Target:
-    """The machine of a box that is open, and its job."""
+    """The machine of a box, and its job. `is_open`: its servers answer."""
 
     machine: str
     job: str
     stage: str
+    is_open: bool = True
 
 
 class Doorman(threading.Thread):
@@ -149,20 +163,20 @@ class Doorman(threading.Thread):
         self._provider, self._tell, self._say = provider, tell, say
         self._target: Target | None = None
         self._ended = threading.Event()
-        self._ssh: subprocess.Popen[bytes] | None = None
+        self._way: Way | None = None
         self._here: dict[str, int] = {}  # kept when the way is made anew, so that addresses stay
         self._trouble = ""
 
     def look(self, target: Target | None) -> None:
-        """What is open now; None while there is nothing."""
+        """What there is now; None while there is no machine."""
         self._target = target
 
     def close(self) -> None:
         """The way is closed and the thread gone, or left behind in a call that hangs."""
         self._ended.set()
-        self._close_way()
         self.join(timeout=2)
-        self._close_way()
+        if self._way is not None:
+            self._way.close()
 
     def run(self) -> None:
         while not self._ended.wait(0.2):
@@ -173,45 +187,96 @@ class Doorman(threading.Thread):
                 self._serve(target)
                 self._trouble = ""
             except ProvisionError as error:
-                if error.message != self._trouble and self._target == target:
+                if error.message != self._trouble and self._goes_on(target):
                     self._say(f"{error.message}; it is tried again")
                 self._trouble = error.message
                 self._ended.wait(AGAIN_S)
             finally:
-                self._close_way()
+                if self._way is not None:
+                    self._way.close()
 
     def _serve(self, target: Target) -> None:
-        """Until the box is another one, or the way breaks (ProvisionError)."""
+        """Until there is another machine, or none, or the way breaks (ProvisionError)."""
         reach = self._provider.reach(target.machine, target.job)
-        doors = read_doors(reach, target.stage)
-        if not reach.ssh:
-            self._tell(lines_of(doors, {door.name: door.port for door in doors}))
-            while self._target == target and not self._ended.wait(0.2):
-                pass
+        way = self._way = Way(reach)
+        way.open(lambda: self._goes_on(target))
+        while self._goes_on(target) and not self._is_open():
+            way.check()
+            self._ended.wait(0.2)
+        if not self._goes_on(target):
             return
-        for door in doors:
-            self._here.setdefault(door.name, free_port(USUAL_PORTS[door.name]))
-        ssh = self._open_way(reach, doors)
+        doors = read_doors(reach, target.stage, way.control)
+        if reach.ssh:
+            for door in doors:
+                self._here.setdefault(door.name, free_port(USUAL_PORTS[door.name]))
+            way.forward({self._here[door.name]: door.port for door in doors})
+        else:
+            self._here = {door.name: door.port for door in doors}
         self._tell(lines_of(doors, self._here))
-        while self._target == target and not self._ended.wait(0.2):
-            if ssh.poll() is not None:
-                raise ProvisionError("the way to the box broke")
+        while self._goes_on(target) and self._is_open():
+            way.check()
+            self._ended.wait(0.2)
 
-    def _open_way(self, reach: Reach, doors: tuple[Door, ...]) -> subprocess.Popen[bytes]:
-        argv = forward_argv(reach, {self._here[door.name]: door.port for door in doors})
-        self._ssh = ssh = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C closes it by way of close(), when the box is closed
-        )  # fmt: skip
+    def _goes_on(self, target: Target) -> bool:
+        now = self._target
+        return not self._ended.is_set() and now is not None and (now.machine, now.job) == (target.machine, target.job)
+
+    def _is_open(self) -> bool:
+        now = self._target
+        return now is not None and now.is_open
+
+
+class Way:
+    """One SSH connection to a machine; nothing where it is this one."""
+
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
+        self._ssh: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+
+    @property
+    def control(self) -> Path | None:
+        """The socket by which others use the connection."""
+        return None if self._folder is None else self._folder / "s"
+
+    def open(self, go_on: Callable[[], bool]) -> None:
+        """Raises ProvisionError."""
+        if not self._reach.ssh:
+            return
+        self._folder = Path(tempfile.mkdtemp(prefix="kd-", dir="/tmp"))  # short: a socket's name has 104 bytes at most
+        assert self.control is not None
+        with (self._folder / "words").open("wb") as words:
+            self._ssh = subprocess.Popen(
+                connect_argv(self._reach, self.control), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=words, start_new_session=True,  # Ctrl-C closes it by way of close(), when the box is closed
+            )  # fmt: skip
         until = time.monotonic() + UP_LIMIT_S
-        while not all(listens(self._here[door.name]) for door in doors):
-            if ssh.poll() is not None or time.monotonic() > until or self._ended.is_set():
-                raise ProvisionError("the ports of the box could not be forwarded over SSH")
-            time.sleep(0.2)
-        return ssh
+        while not self.control.exists():
+            self.check()
+            if time.monotonic() > until:
+                raise ProvisionError("the machine does not answer over SSH")
+            if not go_on():
+                return
+            time.sleep(0.1)
+        called(check_argv(self._reach, self.control), "the machine does not answer over SSH")
 
-    def _close_way(self) -> None:
-        ssh, self._ssh = self._ssh, None
+    def forward(self, ports: Mapping[int, int]) -> None:
+        """Raises ProvisionError."""
+        assert self.control is not None
+        trouble = "the ports of the box could not be forwarded over SSH"
+        called(forward_argv(self._reach, self.control, ports), trouble)
+        if not all(listens(port) for port in ports):
+            raise ProvisionError(trouble)
+
+    def check(self) -> None:
+        """Raises ProvisionError when the connection has ended."""
+        if self._ssh is not None and self._ssh.poll() is not None:
+            assert self._folder is not None
+            words = (self._folder / "words").read_text(errors="replace")
+            raise ProvisionError(f"the connection to the box ended: {one_line(words)}")
+
+    def close(self) -> None:
+        ssh, folder, self._ssh, self._folder = self._ssh, self._folder, None, None
         if ssh is not None and ssh.poll() is None:
             ssh.terminate()
             try:
@@ -219,6 +284,8 @@ class Doorman(threading.Thread):
             except subprocess.TimeoutExpired:
                 ssh.kill()
                 ssh.wait()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def listens(port: int) -> bool:

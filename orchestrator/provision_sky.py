@@ -244,7 +244,9 @@ class SkyProvisioner:
         slurm = self._is_slurm(self._read(name))
         home = f"~/.sky_clusters/{shlex.quote(name)}-????????" if slurm else "~"
         config = self._api.ssh_config(name)
-        return Reach(f"{home}/.kdcloud/work/{shlex.quote(job_id)}", ("ssh", "-F", str(config)), name)
+        key = config.parent.parent / "ssh-keys" / f"{name}.key"  # there as ~, which ssh does not take from HOME
+        own = ("-i", str(key)) if key.is_file() else ()
+        return Reach(f"{home}/.kdcloud/work/{shlex.quote(job_id)}", ("ssh", "-F", str(config), *own), name)
 
     def terminate(self, name: str) -> None:
         """Cancels a launch in progress, asks SkyPilot for the teardown, then the provider itself. Drops no record."""

@@ -1,7 +1,7 @@
 """Which exact versions does an install take? Writes requirements/*.txt with uv; `--upgrade` moves to the newest ones.
 
 Two serve pip as constraints on any machine: lock.txt is for everything but the sky extra (`make demo` and `make test`
-use it), sky.txt for that too, since SkyPilot 0.14 holds click below 8.2 and with it a row of others. Two are whole
+use it), sky.txt for that too, since SkyPilot 0.14 holds click below 8.2 and with it a row of others. Four are whole
 environments of rented machines, by the hashes of their files: train.txt in the versions of lock.txt, label.txt in those
 that vLLM asks for; NAME-box.txt is NAME.txt with JupyterLab.
 """

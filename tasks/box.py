@@ -23,7 +23,7 @@ from typing import Any
 
 import tasks
 from tasks.box_servers import CODE, INPUTS, SCRATCH, WORK, Box, Running, servers
-from tasks.box_work import Gauge, Notices
+from tasks.box_work import Gauge, Notices, watched_gpus
 from tasks.contract import (
     BEFORE_PREFIX,
     BOX_READY,
@@ -195,7 +195,7 @@ def files_below(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 def keep_open(ctx: Context, settings: BoxSettings, box: Box, running: Running, saver: Saver) -> tuple[str, int]:
     """(why it ended, how often work was seen). Progress moves with work alone: the idle rule goes by it."""
-    gauge, notices = Gauge(ctx.task.watch, bool(settings.chat)), Notices(ctx.task.watch.idle_s)
+    gauge, notices = Gauge(ctx.task.watch, gpu_use=watched_gpus()), Notices(ctx.task.watch.idle_s)
     while True:
         left_s = seconds_left(ctx.work) - ctx.task.watch.flush_s
         gauge.look(running.processes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import psutil
 
@@ -27,10 +27,11 @@ def is_sign(before: Activity, after: Activity, gpu_use: float) -> bool:
 class Gauge:
     """Looks at the processes that count. `signs` grows with work, `quiet_s` without."""
 
-    def __init__(self, watch: Watch, gpu_serves: bool = False) -> None:
-        self._watch, self._gpus, self._meter = watch, Watcher(), Meter()
-        self._gpus.start()
-        self._activity = Activity(Sight(time.monotonic()))
+    def __init__(
+        self, watch: Watch, *, gpu_use: Callable[[], float], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._watch, self._gpu_use, self._now, self._meter = watch, gpu_use, now, Meter()
+        self._activity = Activity(Sight(now()))
         self._worked_s = 0.0
         self.signs = 0
 
@@ -40,10 +41,17 @@ class Gauge:
 
     def look(self, processes: Iterable[psutil.Process]) -> None:
         before, usage = self._activity, self._meter.read(processes)
-        self._activity = advance(before, Sight(time.monotonic(), usage=usage), self._watch)
-        if is_sign(before, self._activity, self._gpus.numbers.get("gpu_use", 0.0)):
+        self._activity = advance(before, Sight(self._now(), usage=usage), self._watch)
+        if is_sign(before, self._activity, self._gpu_use()):
             self.signs += 1
             self._worked_s = self._activity.awake_s
+
+
+def watched_gpus() -> Callable[[], float]:
+    """How busy the GPUs are, 0 to 1, as a thread last saw them."""
+    watcher = Watcher()
+    watcher.start()
+    return lambda: watcher.numbers.get("gpu_use", 0.0)
 
 
 class Meter:

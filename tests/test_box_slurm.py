@@ -27,7 +27,7 @@ def test_a_box_answers_over_ssh_to_its_token_alone_an_open_notebook_does_not_kee
     tmp_path, record_property
 ):
     home = make_home(tmp_path, REHEARSAL)
-    box = open_box(home, "recipe.yaml", "--yes", "--idle", "60s", "--deadline", "20min")
+    box = open_box(home, "recipe.yaml", "--yes", "--idle", "90s", "--deadline", "20min")
     assert len(allocations(home)) == 1
     assert (box.get("/api/status", box.token), box.get("/api/status"), box.get("/api/status", "x")) == (200, 403, 403)
     assert status_of(box.tensorboard) == 200
@@ -43,7 +43,7 @@ def test_a_box_answers_over_ssh_to_its_token_alone_an_open_notebook_does_not_kee
     report = is_over(home)
     assert report["state"] == "done" and report["spend_micros"] > 0
     result = json.loads((home.bucket / "first" / "result.json").read_text())
-    assert result["ended"] == "nothing worked on it for 1 min"
+    assert result["ended"] == "nothing worked on it for 2 min"
     with tarfile.open(home.bucket / "first" / "work.tar") as archive:
         assert {"mine.txt", "start.ipynb"} <= set(archive.getnames())
 
