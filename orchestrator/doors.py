@@ -71,9 +71,10 @@ def parse_doors(text: str) -> tuple[Door, ...]:
     return tuple(doors)
 
 
-def place_of(reach: Reach, stage: str) -> str:
-    """The file with ports and token, as a shell on the machine takes it."""
-    return f"{reach.folder}/work/{shlex.quote(stage)}/{BOX_FOLDER}/{CONNECT_FILE}"
+def read_script(reach: Reach, stage: str) -> str:
+    """Prints the file with ports and token, for a shell on the machine."""
+    places = [f"{folder}/work/{shlex.quote(stage)}/{BOX_FOLDER}/{CONNECT_FILE}" for folder in reach.folders]
+    return " || ".join([*(f"cat {place} 2>/dev/null" for place in places[:-1]), f"cat {places[-1]}"])
 
 
 def connect_argv(reach: Reach, control: Path) -> list[str]:
@@ -87,7 +88,7 @@ def check_argv(reach: Reach, control: Path) -> list[str]:
 
 
 def read_argv(reach: Reach, control: Path, stage: str) -> list[str]:
-    return [*reach.ssh, "-S", str(control), "-T", "--", reach.host, f"cat {place_of(reach, stage)}"]
+    return [*reach.ssh, "-S", str(control), "-T", "--", reach.host, read_script(reach, stage)]
 
 
 def forward_argv(reach: Reach, control: Path, ports: Mapping[int, int]) -> list[str]:
@@ -100,7 +101,7 @@ def read_doors(reach: Reach, stage: str, control: Path | None = None) -> tuple[D
     """`control`: of the connection, unless it is this machine. Raises ProvisionError."""
     try:
         if control is None:
-            path = Path(reach.folder, "work", stage, BOX_FOLDER, CONNECT_FILE)
+            path = Path(reach.folders[0], "work", stage, BOX_FOLDER, CONNECT_FILE)
             return parse_doors(path.read_text())
         return parse_doors(called(read_argv(reach, control, stage), "the box does not answer over SSH"))
     except (OSError, subprocess.TimeoutExpired, ValueError, AttributeError) as error:

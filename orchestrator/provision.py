@@ -152,7 +152,7 @@ class Partly(ProvisionError):
 class Reach:
     """How the owner of a machine gets at what a job has there."""
 
-    folder: str  # of the job, as a shell there takes it: quoted where it must be
+    folders: tuple[str, ...]  # where the job's folder may be, as a shell there takes it: quoted where it must be
     ssh: tuple[str, ...] = ()  # the words of an ssh command, but for `host`; none: it is this machine
     host: str = ""
 

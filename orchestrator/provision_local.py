@@ -129,7 +129,7 @@ class LocalProvisioner:
             return
 
     def reach(self, name: str, job_id: str) -> Reach:
-        return Reach(str(self._machines / name))
+        return Reach((str(self._machines / name),))
 
     def terminate(self, name: str) -> None:
         """First call: SIGTERM, so that the supervisor saves what there is; after its flush limit SIGKILL to all."""

@@ -240,13 +240,14 @@ class SkyProvisioner:
             yield from printed(self._api.log(name, min(numbers)))
 
     def reach(self, name: str, job_id: str) -> Reach:
-        """Over SkyPilot's own SSH; on Slurm that is a shell within the allocation, whose home is its own."""
+        """Over SkyPilot's own SSH; on Slurm a shell within the allocation, with the machine's home or the account's."""
         slurm = self._is_slurm(self._read(name))
-        home = f"~/.sky_clusters/{shlex.quote(name)}-????????" if slurm else "~"
+        homes = ["~", *([f"~/.sky_clusters/{shlex.quote(name)}-????????"] if slurm else [])]
         config = self._api.ssh_config(name)
         key = config.parent.parent / "ssh-keys" / f"{name}.key"  # there as ~, which ssh does not take from HOME
         own = ("-i", str(key)) if key.is_file() else ()
-        return Reach(f"{home}/.kdcloud/work/{shlex.quote(job_id)}", ("ssh", "-F", str(config), *own), name)
+        folders = tuple(f"{home}/.kdcloud/work/{shlex.quote(job_id)}" for home in homes)
+        return Reach(folders, ("ssh", "-F", str(config), *own), name)
 
     def terminate(self, name: str) -> None:
         """Cancels a launch in progress, asks SkyPilot for the teardown, then the provider itself. Drops no record."""

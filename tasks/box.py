@@ -130,8 +130,12 @@ def restore(ctx: Context, settings: BoxSettings, work: Path) -> None:
     if folder is None and settings.before:
         folder = ctx.input(BEFORE_PREFIX)
     if folder is not None and (folder / ARCHIVE).is_file():
-        with tarfile.open(folder / ARCHIVE) as archive:
-            archive.extractall(work, filter="data")  # nothing outside, no devices
+        try:
+            with tarfile.open(folder / ARCHIVE) as archive:
+                archive.extractall(work, filter="data")  # nothing outside, no devices
+        except tarfile.TarError as error:
+            hint = "delete that file in the bucket, and open a new box"
+            raise TaskError(f"the files of the earlier box cannot be put back: {error}", hint=hint) from error
 
 
 class Saver:

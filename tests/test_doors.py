@@ -33,7 +33,11 @@ TOLD = {
     "tensorboard": {"port": 40002, "path": "/abc-DEF_1/"},
     "jupyter": {"port": 40001, "path": "/lab/tree/work/start.ipynb?token=secret-token"},
 }
-SSH = Reach("~/.sky_clusters/kd-a-????????/.kdcloud/work/train-1", ("ssh", "-F", "/home/me/.sky/x"), "kd-a")
+SSH = Reach(
+    ("~/.kdcloud/work/train-1", "~/.sky_clusters/kd-a-????????/.kdcloud/work/train-1"),
+    ("ssh", "-F", "/home/me/.sky/x"),
+    "kd-a",
+)
 TARGET = Target("kd-a", "train-1", "train")
 
 
@@ -78,9 +82,9 @@ def test_both_ends_of_a_forward_are_loopback_and_no_secret_is_in_a_command() -> 
 
 def test_what_stands_in_a_command_for_a_shell_is_quoted() -> None:
     script = read_argv(SSH, Path("/tmp/kd-x/s"), "a; rm -rf ~")[-1]
-    assert script == (
-        "cat ~/.sky_clusters/kd-a-????????/.kdcloud/work/train-1/work/'a; rm -rf ~'/" + f"{BOX_FOLDER}/{CONNECT_FILE}"
-    )
+    file = f"work/'a; rm -rf ~'/{BOX_FOLDER}/{CONNECT_FILE}"
+    own, allocations = (f"{folder}/{file}" for folder in SSH.folders)
+    assert script == f"cat {own} 2>/dev/null || cat {allocations}"
 
 
 def test_addresses_are_those_of_this_machine() -> None:
@@ -126,18 +130,20 @@ class Slurm:
 
 
 @pytest.mark.parametrize(
-    ("infra", "folder"),
+    ("infra", "folders"),
     [
-        ("aws", "~/.kdcloud/work/train-1"),
-        ("slurm/lab", "~/.sky_clusters/kd-a-????????/.kdcloud/work/train-1"),
+        ("aws", SSH.folders[:1]),
+        ("slurm/lab", SSH.folders),
     ],
 )
-def test_rented_machines_are_reached_the_way_skypilot_says(tmp_path: Path, infra: str, folder: str) -> None:
+def test_rented_machines_are_reached_the_way_skypilot_says(
+    tmp_path: Path, infra: str, folders: tuple[str, ...]
+) -> None:
     provider = SkyProvisioner(tmp_path, api=Api(tmp_path), slurm=Slurm())  # type: ignore[arg-type]
     provider._write(Note("kd-a", order={"offer": {"infra": infra}}))
     reach = provider.reach("kd-a", "train-1")
     words = ("ssh", "-F", f"{tmp_path}/ssh/kd-a", "-i", f"{tmp_path}/ssh-keys/kd-a.key")
-    assert reach == Reach(folder, words, "kd-a")
+    assert reach == Reach(folders, words, "kd-a")
 
 
 STAND_IN = """
@@ -176,7 +182,7 @@ class Provider:
         self._ssh = ssh
 
     def reach(self, name: str, job_id: str) -> Reach:
-        return Reach("~/x", (sys.executable, str(self._ssh)), name)
+        return Reach(("~/x",), (sys.executable, str(self._ssh)), name)
 
 
 def until(happens, limit_s: float = 20.0) -> None:
