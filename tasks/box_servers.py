@@ -28,7 +28,7 @@ from tasks.stage import Context
 
 HOST = "127.0.0.1"
 TOKEN_BYTES = 32
-START_LIMIT_S = 180.0
+START_LIMIT_S = 300.0
 END_LIMIT_S = 3.0
 WORK, INPUTS, CODE, SCRATCH = "work", "inputs", "code", "scratch"  # folders that the browser shows
 # Not for what people run here: keys of the bucket, and what torchrun told this process of others.
@@ -78,6 +78,7 @@ class Server:
     ready: Callable[[], bool]
     door: dict[str, Any] | None = None
     counts: bool = False  # what it does itself is work: people wait for its answers
+    limit_s: float = START_LIMIT_S
 
 
 @dataclass
@@ -179,11 +180,11 @@ def start(argv: Sequence[str], box: Box, name: str, env: Mapping[str, str]) -> s
         )
 
 
-def wait_for(ctx: Context, server: Server, log: Path, limit_s: float = START_LIMIT_S) -> None:
+def wait_for(ctx: Context, server: Server, log: Path) -> None:
     began, phase = time.monotonic(), f"start {server.called}"
     while not server.ready():
         ctx.progress(phase, time.monotonic() - began, declared=True)
-        if ctx.stopping or server.process.poll() is not None or time.monotonic() - began > limit_s:
+        if ctx.stopping or server.process.poll() is not None or time.monotonic() - began > server.limit_s:
             raise TaskError(f"{server.called} did not start: {last_words(log)}", hint="resume it for another machine")
         time.sleep(0.2)
 

@@ -24,6 +24,7 @@ from tasks.stage import Context
 WEBUI = "open-webui==0.12.4"
 ENVIRONMENT = "open-webui"
 INSTALL_LIMIT_S = 1800.0
+SLOW_START_S = 900.0  # weights are loaded, and Open WebUI first writes its tables
 CALLED = "student"  # the model's name in the browser
 USER = "box@localhost.local"
 VLLM_SHARE = "0.4"  # of the GPU's memory: notebooks need some as well
@@ -83,7 +84,7 @@ def model_server(place: str, source: ModelSource, port: int, key: str, box: Box,
         write_private(orders, json.dumps(told))
         process = start([sys.executable, "-m", "tasks.chat_server", str(orders)], box, "model", env)
     ready = lambda: answers(port, "/v1/models", f"Bearer {key}")  # noqa: E731
-    return Server("the model's server", process, ready, counts=True)
+    return Server("the model's server", process, ready, counts=True, limit_s=SLOW_START_S)
 
 
 def has_cuda() -> bool:
@@ -108,7 +109,7 @@ def chat(program: str, model_port: int, key: str, box: Box, env: Mapping[str, st
     kept = {name: value for name, value in env.items() if name != "PYTHONPATH"}
     process = start([program, "serve", "--host", HOST, "--port", str(port)], box, "chat", {**kept, **own})
     door = {"port": port, "path": "/", "login": [USER, password]}
-    return Server("Open WebUI", process, lambda: answers(port, "/health"), door)
+    return Server("Open WebUI", process, lambda: answers(port, "/health"), door, limit_s=SLOW_START_S)
 
 
 def webui_env(folder: Path, model_port: int, key: str, password: str) -> dict[str, str]:

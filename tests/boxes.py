@@ -45,7 +45,7 @@ class OpenBox:
         return str(self.call("GET", f"/api/contents/{name}")["content"])
 
 
-def open_box(home: Home, *words: str, limit_s: float = 300) -> OpenBox:
+def open_box(home: Home, *words: str, limit_s: float = 480) -> OpenBox:
     """Starts `kdcloud dev` and waits for its addresses; fails with the client's own words."""
     log, began = home.folder / "client.log", time.monotonic()
     at = len(log.read_text()) if log.exists() else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tarfile
 import time
 from urllib.parse import urlsplit
@@ -13,7 +14,7 @@ import pytest
 from tests.boxes import LOOPBACK, arguments, holders_of, listeners, open_box, status_of
 from tests.slurm.scenes import REHEARSAL, allocations, is_over, machines
 from tests.slurm.table import NOTE
-from tests.whole_runs import make_home
+from tests.whole_runs import Home, make_home
 
 pytestmark = [
     pytest.mark.slurm,
@@ -23,11 +24,9 @@ pytestmark = [
 ]
 
 
-def test_a_box_answers_over_ssh_to_its_token_alone_an_open_notebook_does_not_keep_it_and_its_files_come_back(
-    tmp_path, record_property
-):
+def test_a_box_answers_over_ssh_to_its_token_alone_and_an_open_notebook_does_not_keep_it(tmp_path, record_property):
     home = make_home(tmp_path, REHEARSAL)
-    box = open_box(home, "recipe.yaml", "--yes", "--idle", "90s", "--deadline", "20min")
+    box = open_box(home, "recipe.yaml", "--yes", "--idle", "60s", "--deadline", "20min")
     assert len(allocations(home)) == 1
     assert (box.get("/api/status", box.token), box.get("/api/status"), box.get("/api/status", "x")) == (200, 403, 403)
     assert status_of(box.tensorboard) == 200
@@ -35,27 +34,31 @@ def test_a_box_answers_over_ssh_to_its_token_alone_an_open_notebook_does_not_kee
     assert listeners(int(urlsplit(box.jupyter).port or 0)) == {LOOPBACK}
     assert not [line for line in arguments() if box.token in line]
     assert holders_of(box.token, home) == []
-    box.write("work/mine.txt", "made by hand")
     assert box.call("POST", "/api/kernels", {"name": "python3"})["id"]  # and nobody runs anything in it
     began = time.monotonic()
-    assert box.client.wait(timeout=240) == 0, (tmp_path / "client.log").read_text()
+    assert box.client.wait(timeout=300) == 0, (tmp_path / "client.log").read_text()
     idle_s = time.monotonic() - began
     report = is_over(home)
     assert report["state"] == "done" and report["spend_micros"] > 0
-    result = json.loads((home.bucket / "first" / "result.json").read_text())
-    assert result["ended"] == "nothing worked on it for 2 min"
+    assert ended(home) == "nothing worked on it for 1 min"
+    record_property(NOTE, f"addresses after {box.seconds:.0f} s; gone {idle_s:.0f} s after a kernel was started")
+
+
+def test_ctrl_c_closes_a_rented_box_with_its_files_saved(tmp_path, record_property):
+    home = make_home(tmp_path, REHEARSAL)
+    box = open_box(home, "recipe.yaml", "--yes", "--deadline", "20min")
+    box.write("work/mine.txt", "made by hand")
+    began = time.monotonic()
+    box.client.send_signal(signal.SIGINT)
+    assert box.client.wait(timeout=240) == 0, (tmp_path / "client.log").read_text()
+    closed_s = time.monotonic() - began
+    report = is_over(home)
+    assert report["state"] == "done" and report["spend_micros"] > 0 and len(machines(home)) == 1
+    assert ended(home) == "its client closed it"
     with tarfile.open(home.bucket / "first" / "work.tar") as archive:
         assert {"mine.txt", "start.ipynb"} <= set(archive.getnames())
+    record_property(NOTE, f"addresses after {box.seconds:.0f} s; gone {closed_s:.0f} s after Ctrl-C")
 
-    again = open_box(home, "recipe.yaml", "--yes", "--deadline", "20min")
-    assert again.read("work/mine.txt") == "made by hand"
-    assert again.get("/api/status", box.token) == 403  # another box, another token
-    assert home.call("down", "last").returncode == 0
-    assert again.client.wait(timeout=120) in (0, 130), (tmp_path / "client.log").read_text()
-    report = is_over(home)
-    assert len(machines(home)) == 2 and report["spend_micros"] > 0
-    record_property(
-        NOTE,
-        f"addresses after {box.seconds:.0f} and {again.seconds:.0f} s; idle box ended {idle_s:.0f} s after its last "
-        f"use; {time.monotonic() - began + box.seconds:.0f} s in all",
-    )
+
+def ended(home: Home) -> str:
+    return str(json.loads((home.bucket / "first" / "result.json").read_text())["ended"])

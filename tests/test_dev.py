@@ -15,7 +15,7 @@ from orchestrator.live import PlainView
 from orchestrator.plan import plan_from_dict, plan_to_dict
 from orchestrator.provision import Latencies
 from orchestrator.provision_local import local_offer
-from orchestrator.runner import Snapshot
+from orchestrator.runner import Runner, Snapshot
 from orchestrator.states import State
 from orchestrator.testing import fake_offer
 from tasks.bucket import Manifest, commit_folder, open_bucket, read_commit
@@ -167,6 +167,19 @@ def test_prompts_of_the_stage_are_uploaded_for_its_box(tmp_path) -> None:
 )
 def test_what_a_stage_reads(settings: object, names: tuple[str, ...]) -> None:
     assert inputs_of(settings) == names  # type: ignore[arg-type]
+
+
+def test_the_idle_rule_of_a_box_is_as_long_as_asked_whatever_its_pace_was() -> None:
+    """Of other stages a stall is called after ten steps, or five minutes."""
+    plan = planned(plan_of_train(cap_micros=10_000_000), idle_s=1800.0)
+    runner = Runner.__new__(Runner)
+    runner.run_id, runner.plan = "r", plan
+    runner.lease, runner.bucket = SimpleNamespace(fence=1), SimpleNamespace(url="file:/x")
+    runner._code_sha256 = lambda: "0"
+    run = SimpleNamespace(apis={})
+    box, other = plan.stages[0], plan_of_train().stages[1]
+    watches = [runner._task(run, stage, 1, fake_offer()).watch for stage in (box, other)]
+    assert [(watch.idle_s, watch.stall_floor_s) for watch in watches] == [(1800.0, 1800.0), (1800.0, 300.0)]
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
