@@ -38,6 +38,7 @@ from tasks.contract import (
     Exit,
     Limit,
     ModelSource,
+    Progress,
     StageSettings,
 )
 
@@ -255,7 +256,7 @@ class Desk:
         self._asked_at: float | None = None
         self._closing = self._over = False
         self._warned: set[float] = set()
-        self._quiet = False
+        self._doing = self._opened = ""
 
     def go(self) -> Outcome:
         if self._doors is None:
@@ -296,7 +297,16 @@ class Desk:
         if self._asked and not self._closing and target is not None:
             self._closing = self._ask_to_close(snapshot)
         if target is not None and snapshot.progress is not None:
+            self._follow(target, snapshot.progress.phase)
             self._warn(snapshot.progress.numbers)
+
+    def _follow(self, target: Target, phase: str) -> None:
+        """What a machine does until the box is open, which may take minutes."""
+        if target.is_open:
+            self._opened = target.machine
+        elif phase not in (self._doing, Progress().phase) and self._opened != target.machine:
+            self._say("progress", self._stage.name, f"{phase} ...")
+        self._doing = phase
 
     def _ask_to_close(self, snapshot: Snapshot) -> bool:
         """Word to a rented box; one on this machine hears the signal that ends it."""

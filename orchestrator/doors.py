@@ -166,6 +166,7 @@ class Doorman(threading.Thread):
         self._ended = threading.Event()
         self._way: Way | None = None
         self._here: dict[str, int] = {}  # kept when the way is made anew, so that addresses stay
+        self._told: list[str] = []
         self._trouble = ""
 
     def look(self, target: Target | None) -> None:
@@ -213,8 +214,13 @@ class Doorman(threading.Thread):
             way.forward({self._here[door.name]: door.port for door in doors})
         else:
             self._here = {door.name: door.port for door in doors}
-        self._tell(lines_of(doors, self._here))
-        while self._goes_on(target) and self._is_open():
+        lines = lines_of(doors, self._here)
+        if lines != self._told:
+            self._tell(lines)
+        elif self._trouble:
+            self._say("the way to the box is open again, at the same addresses")
+        self._told = lines
+        while self._goes_on(target):  # also while it is at something else, such as saving
             way.check()
             self._ended.wait(0.2)
 

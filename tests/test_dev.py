@@ -371,6 +371,13 @@ def test_a_machine_is_reached_for_once_its_supervisor_works_and_is_open_when_its
     assert [dev.target_of(one) for one in (older, seen(state=State.DRAINING))] == [None, None]
 
 
+def test_what_it_does_until_it_is_open_is_told_once_each(tmp_path) -> None:
+    box, _, said = desk(tmp_path)
+    for phase in ("start", "download", "download", "start JupyterLab", BOX_READY, "checkpoint", BOX_READY):
+        box.look(replace(seen(), progress=Progress(phase, attempt=1)))
+    assert said == ["download ...", "start JupyterLab ..."]
+
+
 def test_no_picture_is_drawn_over_the_addresses() -> None:
     assert issubclass(dev.DeskView, PlainView)
     dev.DeskView(planned(plan_of_train(cap_micros=10_000_000))).update(seen())
