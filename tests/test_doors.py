@@ -185,7 +185,7 @@ class Provider:
         return Reach(("~/x",), (sys.executable, str(self._ssh)), name)
 
 
-def until(happens, limit_s: float = 20.0) -> None:
+def until(happens, limit_s: float = 90.0) -> None:
     began = time.monotonic()
     while not happens():
         assert time.monotonic() - began < limit_s
