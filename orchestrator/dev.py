@@ -45,7 +45,7 @@ from tasks.contract import (
 DEADLINE_S = 3600.0
 IDLE_S = 900.0
 LEAST_S = 300.0  # of life: less is not worth its machine
-ARCHIVE = "work.tar"  # tasks/box.py
+ARCHIVE = "work.zip"  # tasks/box.py
 CLOSING_S = 45.0  # beside the last upload: until the box has heard that it is closed
 WARN_S = (600.0, 120.0)  # before the end
 GONE_QUIET = (Exit.STALLED, Exit.TERMINATED, Exit.DEADLINE)  # of a box that could not even save: no other is rented

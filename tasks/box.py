@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tarfile
+import stat
 import time
 import zipfile
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ from tasks.supervisor import STATE_FILE, boottime_s
 
 TICK_S = 0.5
 SAVE_LIMIT_BYTES = 2 << 30  # what is larger belongs beside work/, where nothing is saved
-ARCHIVE = "work.tar"  # a file of the result and of each checkpoint: names in it may be any
+ARCHIVE = "work.zip"  # a file of the result and of each checkpoint: names in it may be any
 NOTICE = "NOTICE.txt"
 
 
@@ -114,7 +114,9 @@ def unpack_code(folder: Path) -> None:
         )
         return
     with zipfile.ZipFile(archive) as code:
-        code.extractall(folder, [name for name in code.namelist() if name.startswith("tasks/")])
+        for name in code.namelist():
+            if name.startswith("tasks/"):
+                code.extract(name, folder)
 
 
 def link(target: Path, place: Path) -> None:
@@ -131,9 +133,8 @@ def restore(ctx: Context, settings: BoxSettings, work: Path) -> None:
         folder = ctx.input(BEFORE_PREFIX)
     if folder is not None and (folder / ARCHIVE).is_file():
         try:
-            with tarfile.open(folder / ARCHIVE) as archive:
-                archive.extractall(work, filter="data")  # nothing outside, no devices
-        except tarfile.TarError as error:
+            unpack(folder / ARCHIVE, work)
+        except (zipfile.BadZipFile, ValueError) as error:
             hint = "delete that file in the bucket, and open a new box"
             raise TaskError(f"the files of the earlier box cannot be put back: {error}", hint=hint) from error
 
@@ -158,7 +159,7 @@ class Saver:
             return (
                 f"{WORK}/ holds more than {SAVE_LIMIT_BYTES >> 30} GiB and is NOT saved: move large files to {SCRATCH}/"
             )
-        with suppress(tarfile.TarError, FileNotFoundError):  # a file that changes meanwhile: next time
+        with suppress(zipfile.LargeZipFile, FileNotFoundError):  # a file that goes meanwhile: next time
             self._ctx.checkpoint(self._step, lambda folder: pack(self._work, folder / ARCHIVE))
             self._saved, self._step = stamp, self._step + 1
         return ""
@@ -172,26 +173,43 @@ class Saver:
 
 
 def pack(work: Path, archive: Path) -> None:
-    with tarfile.open(archive, "w") as out:
-        for path in sorted(work.iterdir()):
-            if path.name != ".ipynb_checkpoints":
-                out.add(path, path.name)
+    """Every file below `work`; a link is the file that it leads to."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as out:
+        for path, _ in files_below(work):
+            out.write(path, path.relative_to(work).as_posix())
+
+
+def unpack(archive: Path, work: Path) -> None:
+    """Raises ValueError for a name that leads out of `work`: buckets can be written by others."""
+    with zipfile.ZipFile(archive) as packed:
+        for entry in packed.infolist():
+            path = work.joinpath(entry.filename).resolve()
+            if not path.is_relative_to(work.resolve()):
+                raise ValueError(f"{entry.filename!r} leads out of the box")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with packed.open(entry) as source, path.open("wb") as file:
+                shutil.copyfileobj(source, file)
+            path.chmod(0o700 if entry.external_attr >> 16 & stat.S_IXUSR else 0o600)
 
 
 def stamp_of(work: Path) -> tuple[tuple[str, int, int], ...]:
-    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files_below(work))
+    return tuple((str(path), found.st_size, found.st_mtime_ns) for path, found in files_below(work))
 
 
 def size_of(work: Path) -> int:
-    return sum(stat.st_size for _, stat in files_below(work))
+    return sum(found.st_size for _, found in files_below(work))
 
 
 def files_below(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in sorted(folder.rglob("*")):
-        with suppress(FileNotFoundError):
-            stat = path.lstat()
-            if not path.is_dir() and ".ipynb_checkpoints" not in path.parts:
-                yield path, stat
+    """Plain files, and those that links lead to, but for JupyterLab's own copies."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != ".ipynb_checkpoints")
+        for name in sorted(names):
+            path = Path(parent, name)
+            with suppress(OSError):
+                found = path.stat()
+                if stat.S_ISREG(found.st_mode):
+                    yield path, found
 
 
 # --- while it is open -------------------------------------------------------------------------------------------------

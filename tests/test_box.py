@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import sys
-import tarfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,8 +78,6 @@ def test_inputs_code_and_a_notebook_lie_there_and_what_is_missing_is_said(tmp_pa
 
 
 def test_the_code_is_the_runs_own_out_of_its_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import zipfile
-
     import tasks
 
     with zipfile.ZipFile(tmp_path / "run.whl", "w") as code:
@@ -151,6 +149,10 @@ def test_files_are_saved_when_they_change_whatever_they_are_called_and_come_back
     assert saver.look(0.0) == "" and checkpoints(tmp_path) == []  # nothing changed
     (work / "a b").mkdir()
     (work / "a b" / "COMMIT").write_text("mine")
+    (work / "run.sh").write_text("x")
+    (work / "run.sh").chmod(0o700)
+    (work / "gone").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(work / "pipe")
     (work / "ü \n.py").write_text("x")
     (work / ".ipynb_checkpoints").mkdir()
     (work / ".ipynb_checkpoints" / "old").write_text("x")
@@ -167,7 +169,8 @@ def test_files_are_saved_when_they_change_whatever_they_are_called_and_come_back
     later = context(tmp_path, BoxSettings("rehearse", REHEARSE.settings, before=True), attempt=2, machine="n")
     there = Box.make(later.work).home / "work"
     restore(later, later.task.settings, there)  # type: ignore[arg-type]
-    assert sorted(path.name for path in there.iterdir()) == ["a b", "ü \n.py"]
+    assert sorted(path.name for path in there.iterdir()) == ["a b", "run.sh", "ü \n.py"]
+    assert os.access(there / "run.sh", os.X_OK) and not os.access(there / "ü \n.py", os.X_OK)
     assert (there / "a b" / "COMMIT").read_text() == "mine, longer"
     Saver(later, there).look(0.0)
     assert checkpoints(tmp_path) == ["step-1", "step-2"]
@@ -185,16 +188,15 @@ def test_a_box_begins_with_the_files_of_an_earlier_one(tmp_path: Path) -> None:
 
 def archive(files: dict[str, bytes]) -> bytes:
     memory = io.BytesIO()
-    with tarfile.open(fileobj=memory, mode="w") as out:
+    with zipfile.ZipFile(memory, "w") as out:
         for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            out.addfile(entry, io.BytesIO(data))
+            out.writestr(name, data)
     return memory.getvalue()
 
 
-def test_an_archive_in_the_bucket_writes_nothing_outside_of_the_box(tmp_path: Path) -> None:
-    commit(tmp_path, BEFORE_PREFIX, **{ARCHIVE: archive({"../../../../outside": b"x"})})
+@pytest.mark.parametrize("name", ["../../../../outside", "/{tmp}/outside", "a/../../../../outside"])
+def test_an_archive_in_the_bucket_writes_nothing_outside_of_the_box(tmp_path: Path, name: str) -> None:
+    commit(tmp_path, BEFORE_PREFIX, **{ARCHIVE: archive({name.format(tmp=tmp_path): b"x"})})
     settings = BoxSettings("rehearse", REHEARSE.settings, before=True)
     ctx = context(tmp_path, settings)
     box = Box.make(ctx.work)

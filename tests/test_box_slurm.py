@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tarfile
 import time
+import zipfile
 from urllib.parse import urlsplit
 
 import pytest
@@ -55,8 +55,8 @@ def test_ctrl_c_closes_a_rented_box_with_its_files_saved(tmp_path, record_proper
     report = is_over(home)
     assert report["state"] == "done" and report["spend_micros"] > 0 and len(machines(home)) == 1
     assert ended(home) == "its client closed it"
-    with tarfile.open(home.bucket / "first" / "work.tar") as archive:
-        assert {"mine.txt", "start.ipynb"} <= set(archive.getnames())
+    with zipfile.ZipFile(home.bucket / "first" / "work.zip") as archive:
+        assert {"mine.txt", "start.ipynb"} <= set(archive.namelist())
     record_property(NOTE, f"addresses after {box.seconds:.0f} s; gone {closed_s:.0f} s after Ctrl-C")
 
 

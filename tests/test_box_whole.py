@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -84,8 +84,8 @@ def test_jupyterlab_answers_to_its_token_alone_and_ctrl_c_saves_what_was_made_fo
     assert report["state"] == "done" and report["spend_micros"] > 0
     folder, result = result_of(home, "first")
     assert result["ended"] == "it was told to end"
-    with tarfile.open(folder / "work.tar") as archive:
-        assert {"mine.txt", "start.ipynb"} <= set(archive.getnames())
+    with zipfile.ZipFile(folder / "work.zip") as archive:
+        assert {"mine.txt", "start.ipynb"} <= set(archive.namelist())
     assert holders_of(box.token, home) == []
 
     again = open_box(home, "recipe.yaml", "--yes")

@@ -231,15 +231,15 @@ def test_files_come_from_the_newest_box_of_the_same_stage_that_left_some() -> No
     lost = run("dev-test", (), box_of="train", checkpoint="train/checkpoints/step-3", run_id="lost")
     closed = run("dev-test", ("train",), box_of="train", run_id="closed")
     other = run("dev-test", ("label",), box_of="label", run_id="other")
-    assert before(other, broken, closed, lost) == [("closed", "train", ("work.tar",))]
-    assert before(broken, lost, closed) == [("lost", "train/checkpoints/step-3", ("work.tar",))]
+    assert before(other, broken, closed, lost) == [("closed", "train", ("work.zip",))]
+    assert before(broken, lost, closed) == [("lost", "train/checkpoints/step-3", ("work.zip",))]
     assert before(other, broken) == []
 
 
 def test_what_is_laid_in_is_committed_file_by_file_and_only_what_is_wanted(tmp_path) -> None:
     source, own = (open_bucket(f"file:{tmp_path}/b").at(name) for name in ("old", "new"))
     (tmp_path / "out").mkdir()
-    for name in ("work.tar", "result.json"):
+    for name in ("work.zip", "result.json"):
         (tmp_path / "out" / name).write_text(name)
     commit_folder(source, tmp_path / "out", "train", fence=7)
     beats: list[int] = []
@@ -248,12 +248,12 @@ def test_what_is_laid_in_is_committed_file_by_file_and_only_what_is_wanted(tmp_p
     )
     pieces = [
         dev.Piece(source.url, "train", "train", "old"),
-        dev.Piece(source.url, "train", BEFORE_PREFIX, "old", ("work.tar",)),
+        dev.Piece(source.url, "train", BEFORE_PREFIX, "old", ("work.zip",)),
     ]
     dev.lay_in(pieces, session, lambda text: None)  # type: ignore[arg-type]
     whole, before = read_commit(own, "train"), read_commit(own, BEFORE_PREFIX)
-    assert whole == Manifest(0, read_commit(source, "train").files) and set(before.files) == {"work.tar"}
-    assert own.get(f"{BEFORE_PREFIX}/work.tar")[0] == b"work.tar" and len(beats) >= 3
+    assert whole == Manifest(0, read_commit(source, "train").files) and set(before.files) == {"work.zip"}
+    assert own.get(f"{BEFORE_PREFIX}/work.zip")[0] == b"work.zip" and len(beats) >= 3
 
 
 def test_the_chat_is_with_the_student_of_a_run_or_the_stages_own_model() -> None:

@@ -23,11 +23,16 @@ import orchestrator
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCKS = {
-    "lock.txt": ("local", "page", "notify", "quantized", "s3", "dev"),
-    "sky.txt": ("local", "page", "notify", "quantized", "s3", "dev", "sky"),
+    "lock.txt": ("local", "page", "notify", "quantized", "box", "s3", "dev"),
+    "sky.txt": ("local", "page", "notify", "quantized", "box", "s3", "dev", "sky"),
 }
 # Whole environments of rented machines: the extras that make them up.
-ENVIRONMENTS = {"train": ("local", "quantized", "s3"), "label": ("local", "s3", "label")}
+ENVIRONMENTS = {
+    "train": ("local", "quantized", "s3"),
+    "label": ("local", "s3", "label"),
+    "train-box": ("local", "quantized", "s3", "box"),
+    "label-box": ("local", "s3", "label", "box"),
+}
 MACHINES = [
     {
         "sys_platform": system,
