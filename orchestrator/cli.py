@@ -269,14 +269,20 @@ def run(
             _start(ledger, recipe, budget, deadline, infra, yes, detach, smoke)
 
 
-@kdcloud.command()
-@click.argument("recipe", required=False)
+@kdcloud.command(short_help="JupyterLab and TensorBoard on a stage's machine, under a cap.")
+@click.argument("recipe", required=False, shell_complete=completion.recipes)
 @click.option("--stage", metavar="NAME", help="In whose place (default: the first that trains).")
 @money_options
 @click.option("--idle", metavar="TIME", help="Ended when nothing computes on it for so long (15min).")
-@click.option("--run", "run_id", metavar="RUN", help="Take inputs and the student from this run (default: the newest).")
+@click.option(
+    "--run", "run_id", metavar="RUN", help="Take inputs and the student from this run (default: the newest).",
+    shell_complete=completion.runs,
+)
 @click.option("--chat", is_flag=True, help="Also Open WebUI before the student of --run, or the stage's own model.")
-@click.option("--resume", metavar="BOX", help="Go back to a box whose client is gone, or open it again.")
+@click.option(
+    "--resume", metavar="BOX", help="Go back to a box whose client is gone, or open it again.",
+    shell_complete=completion.runs,
+)
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before money is spent.")
 def dev(
     recipe: str | None, stage: str | None, budget: str | None, deadline: str | None, infra: str | None,
