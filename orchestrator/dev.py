@@ -255,6 +255,7 @@ class Desk:
         self._asked = 0
         self._asked_at: float | None = None
         self._closing = self._over = False
+        self._last: Snapshot | None = None  # of a machine that can be told to close
         self._warned: set[float] = set()
         self._doing = self._opened = ""
 
@@ -284,6 +285,8 @@ class Desk:
             return True
         if self._asked_at is None:
             return False
+        if not self._closing and self._last is not None:  # asked between two looks: told before anything is ended
+            self._closing = self._ask_to_close(self._last)
         limit_s = CLOSING_S + self._stage.offer.latencies.flush_s
         return not self._closing or time.monotonic() - self._asked_at > limit_s
 
@@ -294,8 +297,7 @@ class Desk:
         self._over = self._over or any(
             row.job_rc in GONE_QUIET for row in snapshot.run.machines if row.state is State.GONE
         )
-        if self._asked and not self._closing and target is not None:
-            self._closing = self._ask_to_close(snapshot)
+        self._last = snapshot if target is not None else None
         if target is not None and snapshot.progress is not None:
             self._follow(target, snapshot.progress.phase)
             self._warn(snapshot.progress.numbers)

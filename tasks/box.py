@@ -234,12 +234,10 @@ def keep_open(ctx: Context, settings: BoxSettings, box: Box, running: Running, s
 
 def why_ended(ctx: Context, running: Running, *, quiet_s: float, left_s: float) -> str:
     """Empty while the box stays open."""
-    if running.each["jupyter"].process.poll() is not None:
-        return "JupyterLab was shut down"
     if ctx.limit is not None:
         return "its client closed it"
     if not ctx.stopping:
-        return ""
+        return "JupyterLab was shut down" if running.each["jupyter"].process.poll() is not None else ""
     if left_s <= 2 * ctx.task.watch.tick_s:
         return "its time was up"
     if quiet_s >= ctx.task.watch.idle_s:

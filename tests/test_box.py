@@ -295,6 +295,7 @@ def test_what_a_server_said_last_is_told_unless_it_may_hold_the_token(tmp_path: 
         (1.0, False, 0.0, 1e4, True, "its client closed it"),
         (None, False, 0.0, 1e4, False, "JupyterLab was shut down"),
         (None, True, 0.0, 1e4, True, "it was told to end"),
+        (None, True, 0.0, 1e4, False, "it was told to end"),  # as every process of the machine was
         (None, True, 0.0, 1.0, True, "its time was up"),
         (None, True, 900.0, 1e4, True, "nothing worked on it for 15 min"),
         (None, False, 1200.0, 1e4, True, ""),  # that is for the supervisor to say
