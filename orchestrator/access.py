@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from orchestrator import spend
 from orchestrator.errors import UsageError
 from orchestrator.plan import Plan, StagePlan
-from tasks.contract import ApiTeacher, ModelSource
+from tasks.contract import ApiTeacher, BoxSettings, ModelSource
 
 INSTANCE_PROFILE = "KDCLOUD_AWS_INSTANCE_PROFILE"  # name of an IAM instance profile with no more than own_tag_policy()
 BUCKET_ROLE = "KDCLOUD_BUCKET_ROLE"  # ARN of an IAM role that is taken, narrowed to a run, for machines
@@ -242,6 +242,9 @@ def longest_s(plan: Plan) -> float:
 
 def hub_models(settings: object) -> list[str]:
     """Names of models that a stage fetches from a hub."""
+    if isinstance(settings, BoxSettings):
+        chat = settings.chat.path if settings.chat is not None and settings.chat.path else None
+        return [*hub_models(settings.settings), *([chat] if chat and not chat.startswith(("/", ".", "~")) else [])]
     sources = [value for value in vars(settings).values() if isinstance(value, ModelSource)]
     return [source.path for source in sources if source.path and not source.path.startswith(("/", ".", "~"))]
 

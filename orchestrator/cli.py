@@ -46,7 +46,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SECTIONS = {
     "Begin": ["init", "doctor", "completion"],
     "Plan": ["plan", "estimate", "offers", "recipe-schema"],
-    "Run": ["run", "attach", "status", "logs", "down", "adopt"],
+    "Run": ["run", "dev", "attach", "status", "logs", "down", "adopt"],
     "Look": ["report", "compare", "try", "artifacts", "labels", "tensorboard"],
     "Safety": ["budget", "notify", "reap", "drill"],
 }
@@ -267,6 +267,44 @@ def run(
         else:
             assert recipe is not None
             _start(ledger, recipe, budget, deadline, infra, yes, detach, smoke)
+
+
+@kdcloud.command(short_help="JupyterLab and TensorBoard on a stage's machine, under a cap.")
+@click.argument("recipe", required=False, shell_complete=completion.recipes)
+@click.option("--stage", metavar="NAME", help="In whose place (default: the first that trains).")
+@money_options
+@click.option("--idle", metavar="TIME", help="Ended when nothing computes on it for so long (15min).")
+@click.option(
+    "--run", "run_id", metavar="RUN", help="Take inputs and the student from this run (default: the newest).",
+    shell_complete=completion.runs,
+)
+@click.option("--chat", is_flag=True, help="Also Open WebUI before the student of --run, or the stage's own model.")
+@click.option(
+    "--resume", metavar="BOX", help="Go back to a box whose client is gone, or open it again.",
+    shell_complete=completion.runs,
+)
+@click.option("--yes", "-y", is_flag=True, help="Do not ask before money is spent.")
+def dev(
+    recipe: str | None, stage: str | None, budget: str | None, deadline: str | None, infra: str | None,
+    idle: str | None, run_id: str | None, chat: bool, resume: str | None, yes: bool,
+) -> None:  # fmt: skip
+    """A box to work on in a stage's place: JupyterLab and TensorBoard on its machine, reached over SSH, under a cap.
+
+    \b
+    kdcloud dev recipe.yaml --stage train
+    kdcloud dev recipe.yaml --deadline 2h --budget 20CNY --idle 30min
+    kdcloud dev recipe.yaml --chat --run last
+
+    Addresses are printed on stdout. Ctrl-C, `kdcloud down`, an hour (--deadline), the cap, and 15 minutes in which
+    nothing computes end it; files below work/ are saved, and are there again in the next box.
+    """
+    if (recipe is None) == (resume is None):
+        raise UsageError("dev needs a recipe, or --resume BOX", hint="try `kdcloud dev quickstart --stage train`")
+    with _ledger() as ledger:
+        if recipe is None:
+            _dev_resume(ledger, str(resume), budget, deadline)
+        else:
+            _dev(ledger, recipe, stage, budget, deadline, infra, idle, run_id, chat, yes)
 
 
 @kdcloud.command(short_help="Watch a run that another terminal drives.")
@@ -723,6 +761,87 @@ def _resume(ledger: Ledger, resume: str, budget: str | None, deadline: str | Non
     _warn_of_the_month((cap or known.cap_micros) - known.spent_micros)
     _talk(f"going on with {name}: {len(known.done)} of {len(made.stages)} stages are done")
     _go(session)
+
+
+def _dev(
+    ledger: Ledger, recipe: str, stage: str | None, budget: str | None, deadline: str | None, infra: str | None,
+    idle: str | None, run_id: str | None, chat: bool, yes: bool,
+) -> None:  # fmt: skip
+    from orchestrator import dev as desk
+    from orchestrator import money
+    from orchestrator.session import infra_of, local_price, newest, provider_for, start_run
+    from tasks.contract import inputs_of
+
+    whole, provider, loaded = _plan(recipe, None, None, infra, live=True)
+    chosen = desk.chosen_stage(whole, stage)
+    given = ledger.run(newest(ledger, run_id)) if run_id else None
+    settings = desk.box_settings(chosen, given, chat=chat)
+    runs = [ledger.run(name) for name in ledger.runs()]
+    inputs = desk.find_inputs(runs, whole.name, chosen.name, inputs_of(settings), given)
+    made = desk.box_plan(
+        whole, chosen, desk.with_before(settings, inputs),
+        cap_micros=money.cap_micros(_amount(budget), whole.rate) if budget else None,
+        deadline_s=_duration(deadline) if deadline else desk.DEADLINE_S,
+        idle_s=_duration(idle, "--idle") if idle else desk.IDLE_S,
+    )  # fmt: skip
+    desk.check_here(made)
+    for line in desk.words_of(made, inputs.words()):
+        _talk(line)
+    _warn_of_the_month(made.cap_micros)
+    if not yes:
+        _ask("Open it?")
+    home, config = _home()
+    if provider is None:
+        provider = provider_for(
+            infra_of(made), home, local_price_micros=local_price(made), allow_account_key=loaded.allow_account_key
+        )
+    session = start_run(
+        made, ledger=ledger, home=home, config=config, provider=provider, recipe_text=loaded.text,
+        allow_account_key=loaded.allow_account_key, say=_say,
+    )  # fmt: skip
+    _talk(f"run {session.run_id}; `kdcloud down {session.run_id}` ends it from elsewhere")
+    try:
+        desk.lay_in(inputs.pieces, session, _talk)
+    except BaseException:
+        session.lease.release()
+        raise
+    _open_box(session)
+
+
+def _dev_resume(ledger: Ledger, resume: str, budget: str | None, deadline: str | None) -> None:
+    from orchestrator import dev as desk
+    from orchestrator import money
+    from orchestrator.session import newest, plan_of, resume_run
+
+    name = newest(ledger, resume)
+    known = ledger.run(name)
+    made = plan_of(known)
+    desk.check_resumable(known, made)
+    cap = money.cap_micros(_amount(budget), made.rate) if budget else None
+    seconds = _duration(deadline) if deadline else None
+    _open_box(resume_run(name, ledger=ledger, home=_home()[0], cap_micros=cap, deadline_s=seconds))
+
+
+def _open_box(session: Session) -> None:
+    """Keeps a box open until it ends; the first Ctrl-C closes it, a second one does not wait for its files."""
+    from orchestrator import dev as desk
+
+    view = desk.DeskView(session.plan)
+    box = desk.Desk(session, view.say, click.echo)
+    for text in session.notes:
+        _talk(f"note: {text}")
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: box.close()) for number in numbers}
+    try:
+        outcome = box.go()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for line in desk.last_words(session.ledger.run(session.run_id), session.plan):
+        _talk(line)
+    if outcome.state != "done":
+        _explain(outcome.message, outcome.hint.replace("kdcloud run --resume", "kdcloud dev --resume"))
+    sys.exit(EXIT_CODES[outcome.state])
 
 
 def _leave_to_itself(ledger: Ledger, name: str, *words: str) -> None:

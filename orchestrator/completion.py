@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Iterable
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import TypeAlias
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -22,7 +23,7 @@ NEWEST = "SELECT id FROM run ORDER BY created_at DESC, rowid DESC LIMIT ?"
 SHOWN_RUNS = 20  # the newest
 VARIABLE = "_KDCLOUD_COMPLETE"
 PLAIN = re.compile(r"[A-Za-z0-9._/+-]+")  # bash splits and expands what is offered: names of anything else stay out
-Items = list[CompletionItem[str]]
+Items: TypeAlias = "list[CompletionItem[str]]"  # a string: click before 8.2, which SkyPilot holds, knows no [str]
 
 
 @click.command(short_help="Lets the tab key complete commands, recipes and runs.")

@@ -26,6 +26,7 @@ from tasks.bucket import Bucket, Manifest, files_sha256, read_commit
 from tasks.contract import (
     COMMIT_FILE,
     LABELS_PREFIX,
+    BoxSettings,
     DataSource,
     EvaluateSettings,
     ExportSettings,
@@ -50,7 +51,7 @@ HUB = ("HF_ENDPOINT", "HF_TOKEN", "KDCLOUD_HUB", "MODELSCOPE_DOMAIN")
 MIRROR = "UV_DEFAULT_INDEX"  # where packages come from instead of PyPI: passed on too, the hashes stay the same
 # Locked environments of machines, by name: requirements/NAME.txt, which lies in the wheel of kdcloud as well. They go
 # to a machine in the code's zip, as files with hashes are too large for its environment.
-LOCKED = ("label", "train")
+LOCKED = ("label", "train", "label-box", "train-box")
 LOCK_FOLDER = "environments"  # in the zip
 
 # Module -> package: what a kind of stage imports. Where no locked environment serves, the versions are those of
@@ -67,6 +68,7 @@ _LEARNING = {
 }
 _QUANTIZED = {"bitsandbytes": "bitsandbytes"}
 _EXPORT = {"gguf": "gguf"}
+_BOX = {"jupyterlab": "jupyterlab", "tensorboard": "tensorboard"}
 
 
 def code_wheel() -> tuple[bytes, str]:
@@ -111,6 +113,8 @@ def upload_data(bucket: Bucket, settings: S) -> S:
 
     A folder of labels goes to LABELS_PREFIX with the hash of all its files, which the machine compares.
     """
+    if isinstance(settings, BoxSettings):
+        return replace(settings, settings=upload_data(bucket, settings.settings))
     if not is_dataclass(settings):
         return settings
     changed: dict[str, Any] = {}
@@ -218,12 +222,12 @@ def machine_env(
     link = grants.link(bucket, f"code/{wheel.stem}.whl", seconds, keys) if keys else None
     if link is not None:
         env[CODE_URL] = link
-    env[PACKAGES] = json.dumps(packages(kind, s3=bool(keys), quantized=_quantized(settings)))
+    env[PACKAGES] = json.dumps(_packages_of(kind, settings, s3=bool(keys)))
     env[CONSTRAINTS] = json.dumps(lock())  # no line ends: it may pass through a shell's export
     env[ENVIRONMENTS] = " ".join(environments(kind, settings))
     if then:
         later = [
-            {PACKAGES: packages(one, s3=bool(keys), quantized=_quantized(own)), ENVIRONMENTS: environments(one, own)}
+            {PACKAGES: _packages_of(one, own, s3=bool(keys)), ENVIRONMENTS: environments(one, own)}
             for one, own in then
         ]
         env[THEN] = json.dumps(later)
@@ -250,6 +254,8 @@ def environments(kind: str, settings: object) -> tuple[str, ...]:
 
     Answers are written by vLLM where the machine can, and else by transformers, unless the recipe names one of them.
     """
+    if isinstance(settings, BoxSettings):
+        return tuple(f"{name}-box" for name in environments(settings.kind, settings.settings))
     if kind == "rehearse":
         return ()
     if not isinstance(settings, LabelSettings | EvaluateSettings) or getattr(settings, "api", None) is not None:
@@ -263,6 +269,13 @@ def _quantized(settings: object) -> bool:
     return settings.method == "qlora" or settings.optimizer == "adamw_8bit"
 
 
+def _packages_of(kind: str, settings: object, *, s3: bool) -> dict[str, str]:
+    if isinstance(settings, BoxSettings):
+        own = _packages_of(settings.kind, settings.settings, s3=s3)
+        return own | _pinned(_BOX)
+    return packages(kind, s3=s3, quantized=_quantized(settings))
+
+
 def packages(kind: str, *, s3: bool, quantized: bool = False) -> dict[str, str]:
     """{module: requirement} of a kind of stage, in the locked versions.
 
@@ -270,9 +283,12 @@ def packages(kind: str, *, s3: bool, quantized: bool = False) -> dict[str, str]:
     PyPI's torch brings its CUDA.
     """
     learning = {} if kind == "rehearse" else {**_LEARNING, **(_QUANTIZED if quantized else {})}
-    needed = {**_SUPERVISOR, **(_STORE if s3 else {}), **learning, **(_EXPORT if kind == "export" else {})}
+    return _pinned({**_SUPERVISOR, **(_STORE if s3 else {}), **learning, **(_EXPORT if kind == "export" else {})})
+
+
+def _pinned(packages: Mapping[str, str]) -> dict[str, str]:
     pins = locked(lock())
-    return {module: pins.get(package, package) for module, package in needed.items()}
+    return {module: pins.get(package, package) for module, package in packages.items()}
 
 
 def check_installed(stages: Iterable[StagePlan], there: Callable[[str], object] = importlib.util.find_spec) -> None:

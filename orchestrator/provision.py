@@ -148,6 +148,24 @@ class Partly(ProvisionError):
         self.found = tuple(found)
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How the owner of a machine gets at what a job has there."""
+
+    folders: tuple[str, ...]  # where the job's folder may be, as a shell there takes it: quoted where it must be
+    ssh: tuple[str, ...] = ()  # the words of an ssh command, but for `host`; none: it is this machine
+    host: str = ""
+
+
+@runtime_checkable
+class Reachable(Protocol):
+    """A Provisioner whose machines can be worked on (`kdcloud dev`)."""
+
+    def reach(self, name: str, job_id: str) -> Reach:
+        """Asks the provider where it must. Raises ProvisionError."""
+        ...
+
+
 @runtime_checkable
 class Provisioner(Protocol):
     """All calls may be repeated after a crash at any point; none may be assumed to have happened."""

@@ -32,6 +32,7 @@ from orchestrator.provision import (
     Offer,
     Order,
     ProvisionError,
+    Reach,
     Status,
 )
 
@@ -126,6 +127,9 @@ class LocalProvisioner:
                 yield from (line.rstrip("\n") for line in lines)
         except FileNotFoundError:
             return
+
+    def reach(self, name: str, job_id: str) -> Reach:
+        return Reach((str(self._machines / name),))
 
     def terminate(self, name: str) -> None:
         """First call: SIGTERM, so that the supervisor saves what there is; after its flush limit SIGKILL to all."""

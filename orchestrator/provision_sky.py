@@ -39,6 +39,7 @@ from orchestrator.provision import (
     Offer,
     Order,
     ProvisionError,
+    Reach,
     Status,
 )
 from tasks.contract import install_hint
@@ -237,6 +238,16 @@ class SkyProvisioner:
         numbers = [row[0] for row in self._api.queue(name) if row[1] == job_id]
         if numbers:
             yield from printed(self._api.log(name, min(numbers)))
+
+    def reach(self, name: str, job_id: str) -> Reach:
+        """Over SkyPilot's own SSH; on Slurm a shell within the allocation, with the machine's home or the account's."""
+        slurm = self._is_slurm(self._read(name))
+        homes = ["~", *([f"~/.sky_clusters/{shlex.quote(name)}-????????"] if slurm else [])]
+        config = self._api.ssh_config(name)
+        key = config.parent.parent / "ssh-keys" / f"{name}.key"  # there as ~, which ssh does not take from HOME
+        own = ("-i", str(key)) if key.is_file() else ()
+        folders = tuple(f"{home}/.kdcloud/work/{shlex.quote(job_id)}" for home in homes)
+        return Reach(folders, ("ssh", "-F", str(config), *own), name)
 
     def terminate(self, name: str) -> None:
         """Cancels a launch in progress, asks SkyPilot for the teardown, then the provider itself. Drops no record."""
@@ -776,6 +787,18 @@ class SkyApi:
         with translated(f"read the log of {name}"):
             sdk.tail_logs(name, number, follow=False, output_stream=text)
         return text.getvalue()
+
+    def ssh_config(self, name: str) -> Path:
+        """The file in which SkyPilot says how to reach a machine, written anew. Not public SDK: `sky status NAME`."""
+        self._sky()
+        from sky.client.cli import command
+
+        with translated(f"find the way to {name}"):
+            command._get_cluster_records_and_set_ssh_config([name])
+        path = Path.home() / ".sky" / "generated" / "ssh" / name
+        if not path.is_file():
+            raise ProvisionError(f"SkyPilot knows no way to {name}", hint="`sky status` says whether it is up")
+        return path
 
     def keys_that_travel(self) -> list[str]:
         """Files with keys that SkyPilot copies to every machine all the same. Not public SDK."""

@@ -6,7 +6,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from orchestrator.provision import Job, Need, NotYetGone, Observation, Offer, Order, Provisioner, ProvisionError, Status
+from orchestrator.provision import (
+    Job,
+    Need,
+    NotYetGone,
+    Observation,
+    Offer,
+    Order,
+    Provisioner,
+    ProvisionError,
+    Reach,
+    Reachable,
+    Status,
+)
 
 
 class Routed:
@@ -59,6 +71,12 @@ class Routed:
 
     def logs(self, name: str, job_id: str) -> Iterator[str]:
         return self._where(name).logs(name, job_id)
+
+    def reach(self, name: str, job_id: str) -> Reach:
+        where = self._where(name)
+        if not isinstance(where, Reachable):
+            raise ProvisionError(f"the machine {name} cannot be reached", hint="name another infra in the recipe")
+        return where.reach(name, job_id)
 
     def terminate(self, name: str) -> None:
         known = self._of(name)

@@ -51,6 +51,7 @@ from orchestrator.states import FAILED, LOST, LOST_ORDER, SHORT, TWINS, Do, Even
 from tasks.bucket import Bucket, BucketError, NotFound, read_commit
 from tasks.contract import (
     API_SPENT_FILE,
+    BOX,
     COMMIT_FILE,
     ENDED_FILE,
     LIMIT_FILE,
@@ -378,6 +379,7 @@ class Runner:
             code_sha256=self._code_sha256(),
             watch=Watch(
                 idle_s=self.plan.idle_s,
+                stall_floor_s=self.plan.idle_s if stage.kind == BOX else Watch.stall_floor_s,  # people think, too
                 tick_s=offer.latencies.tick_s,
                 flush_s=offer.latencies.flush_s,
                 client_lease_s=LEASE_S if offer.infra == "local" else None,

@@ -1,9 +1,9 @@
 """Which exact versions does an install take? Writes requirements/*.txt with uv; `--upgrade` moves to the newest ones.
 
 Two serve pip as constraints on any machine: lock.txt is for everything but the sky extra (`make demo` and `make test`
-use it), sky.txt for that too, since SkyPilot 0.14 holds click below 8.2 and with it a row of others. Two are whole
+use it), sky.txt for that too, since SkyPilot 0.14 holds click below 8.2 and with it a row of others. Four are whole
 environments of rented machines, by the hashes of their files: train.txt in the versions of lock.txt, label.txt in those
-that vLLM asks for.
+that vLLM asks for; NAME-box.txt is NAME.txt with JupyterLab.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "2.13.0"
 LOCKS = {
-    "lock.txt": ("local", "page", "notify", "quantized", "s3", "dev"),
-    "sky.txt": ("local", "page", "notify", "quantized", "s3", "dev", "sky"),
+    "lock.txt": ("local", "page", "notify", "quantized", "box", "s3", "dev"),
+    "sky.txt": ("local", "page", "notify", "quantized", "box", "s3", "dev", "sky"),
 }
 # CUDA comes with the torch build that needs it, which names its exact versions itself; a CPU build needs none of it.
 LEFT_OUT = re.compile(r"(nvidia|cuda)-|triton\b")
 
 # --- whole environments of rented machines: extras, and the file whose versions are taken over. They hold CUDA too:
 # a machine has to get the files that were resolved here and no others, and only what is named can have a hash.
-MACHINES = {"train.txt": (("local", "quantized", "s3"), "lock.txt"), "label.txt": (("local", "s3", "label"), None)}
+MACHINES = {
+    "train.txt": (("local", "quantized", "s3"), "lock.txt"),
+    "label.txt": (("local", "s3", "label"), None),
+    "train-box.txt": (("local", "quantized", "s3", "box"), "lock.txt"),
+    "label-box.txt": (("local", "s3", "label", "box"), "label.txt"),
+}
 PYTHONS = (11, 12, 13)  # CPython 3.x
 GLIBC = 39  # 2.x, of Ubuntu 24.04: the newest that a file may ask for
 OLD_PLATFORMS = ("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64")
@@ -89,7 +94,7 @@ def machine_lock(path: Path, extras: tuple[str, ...], like: Path | None, *, upgr
     """The text of such a file: every package, with the hashes of the wheels that fit Linux on x86-64."""
     with tempfile.TemporaryDirectory() as folder:
         pins, lock, limits = Path(folder) / "pins.txt", Path(folder) / "pylock.toml", Path(folder) / "limits.txt"
-        limits.write_text("" if like is None else like.read_text())
+        limits.write_text("" if like is None else "".join(f"{line}\n" for line in versions(like.read_text())))
         if path.exists() and not upgrade:  # uv keeps what stands in its output
             pins.write_text("".join(f"{line}\n" for line in versions(path.read_text())))
         wanted_by = (ROOT / "pyproject.toml").read_text().partition("[tool.uv]")[0]

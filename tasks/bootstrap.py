@@ -52,7 +52,8 @@ LOCKS = "environments"  # folder in the code's zip
 OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that tasks are written for and the locks hold for
 UV = "uv==0.13.9"  # where a machine has none
 READY = "kdcloud-ready.json"  # written last
-EXTRA_MODULES = {"label": ("vllm",)}  # beside those of PACKAGES
+VLLM = ("label", "label-box")  # environments with vLLM in them
+EXTRA_MODULES = dict.fromkeys(VLLM, ("vllm",))  # beside those of PACKAGES
 
 # NVIDIA, "CUDA Compatibility", minor version compatibility: 13.x runs on drivers from 580 on, 12.x from 525 on. CUDA 13
 # has no code for cards below 7.5 any more (V100: 7.0); torch's build for CUDA 12.6 has, but none for 10.0 and above.
@@ -237,7 +238,7 @@ def choose(wanted: Wanted, seen: Seen) -> Choice:
 def unfit(name: str, seen: Seen) -> str | None:
     """Why an environment cannot work on a machine."""
     card = ".".join(map(str, seen.card or ()))
-    if name == "label":
+    if name in VLLM:
         if seen.driver is None:
             return "vLLM needs an NVIDIA GPU, and there is none"
         if seen.driver < CUDA13_DRIVER:
@@ -256,7 +257,7 @@ def unfit(name: str, seen: Seen) -> str | None:
 
 
 def torch_build(name: str, seen: Seen) -> str:
-    if name == "label" or seen.driver is None:
+    if name in VLLM or seen.driver is None:
         return ""
     new = seen.driver >= CUDA13_DRIVER and (seen.card is None or seen.card >= CUDA13_CARD)
     return "" if new else OLDER_TORCH

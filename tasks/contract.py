@@ -32,6 +32,7 @@ VLLM_SHARE = 0.9  # of a card, for vLLM: the plan counts with it, so the engine 
 STAGE_PREFIX = "stage:"
 LABELS_PREFIX = "data/labels-"  # and the sha256 of a folder of labels that came with the recipe
 GGUF_FAMILIES = ("qwen2", "qwen3", "llama")  # model types that an export writes as GGUF files
+BEFORE_PREFIX = "data/before"  # what was made by hand in an earlier box
 PROMPT_OVERHEAD_TOKENS = 256  # an API's chat template, and what a provider puts before a prompt unasked
 
 
@@ -258,7 +259,27 @@ class RehearseSettings:
     payload_bytes: int = 65536
 
 
-Settings = PretrainSettings | LabelSettings | TrainSettings | EvaluateSettings | ExportSettings | RehearseSettings
+StageSettings = (
+    PretrainSettings | LabelSettings | TrainSettings | EvaluateSettings | ExportSettings | RehearseSettings
+)
+BOX = "box"
+BOX_READY = "open"  # phase of a box's progress once its servers answer
+BOX_FOLDER = "box"  # below the stage's work on the machine, for its owner only
+CONNECT_FILE = "connect.json"  # in it: ports and token. Read over SSH, never uploaded
+
+
+@dataclass(frozen=True)
+class BoxSettings:
+    """A machine to work on by hand in a stage's place: its environment and inputs, JupyterLab and TensorBoard."""
+
+    kind: str  # of the stage
+    settings: StageSettings  # of the stage
+    before: bool = False  # files of an earlier box lie at BEFORE_PREFIX
+    chat: ModelSource | None = None  # Open WebUI before a server of this model
+    save_every_s: float = 60.0  # what was made by hand goes to the bucket, if it changed
+
+
+Settings = StageSettings | BoxSettings
 SETTINGS: dict[str, type[Any]] = {
     "pretrain": PretrainSettings,
     "label": LabelSettings,
@@ -266,7 +287,26 @@ SETTINGS: dict[str, type[Any]] = {
     "evaluate": EvaluateSettings,
     "export": ExportSettings,
     "rehearse": RehearseSettings,
+    BOX: BoxSettings,
 }
+
+
+def inputs_of(settings: Settings) -> tuple[str, ...]:
+    """Stages, or folders of labels, whose committed results a stage reads."""
+    match settings:
+        case TrainSettings():
+            found = [settings.labels, settings.student.stage]
+        case LabelSettings():
+            found = [settings.teacher.stage]
+        case EvaluateSettings():
+            found = [settings.student, settings.teacher.stage if settings.teacher else None]
+        case ExportSettings():
+            found = [settings.student]
+        case BoxSettings():
+            found = [*inputs_of(settings.settings), settings.chat.stage if settings.chat else None]
+        case _:
+            found = []
+    return tuple(dict.fromkeys(name for name in found if name is not None))
 
 
 @dataclass(frozen=True)
@@ -462,6 +502,7 @@ _NESTED: dict[tuple[str, str], type[Any]] = {
     ("EvaluateSettings", "teacher"): ModelSource,
     ("EvaluateSettings", "held_out"): DataSource,
     ("ExportSettings", "origin"): Origin,
+    ("BoxSettings", "chat"): ModelSource,
 }
 
 
@@ -480,7 +521,8 @@ def build(cls: type[T], raw: Any) -> T:
         )
     values: dict[str, Any] = {}
     for key, value in raw.items():
-        nested = _NESTED.get((cls.__name__, key))
+        nested = SETTINGS.get(raw.get("kind", "")) if (cls, key) == (BoxSettings, "settings") else None
+        nested = nested or _NESTED.get((cls.__name__, key))
         if nested is not None and value is not None:
             value = build(nested, value)
         elif isinstance(value, list):

@@ -37,6 +37,7 @@ import psutil
 from tasks.bootstrap import SETUP
 from tasks.bucket import Bucket, BucketError, NotFound, open_bucket, os_trouble, read_commit, sha256_of
 from tasks.contract import (
+    BOX,
     ENDED_FILE,
     LIMIT_FILE,
     LOG_FILE,
@@ -285,7 +286,8 @@ class _Supervision:
         if sys.platform == "linux":  # what a child of the stage leaves behind becomes ours, and can be found
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         own = ["-m", "tasks.stage", "--task", str(self._work / TASK_FILE), "--work", str(self._work)]
-        argv = child_argv or stage_argv(own, os.environ)
+        alone = self._task.kind == BOX  # what people start there takes the GPUs
+        argv = child_argv or ([sys.executable, *own] if alone else stage_argv(own, os.environ))
         env = {**os.environ, MARK_ENV: self._state.mark, SUPERVISOR_ENV: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         child = subprocess.Popen(
             argv, env=env, start_new_session=True,

@@ -127,7 +127,8 @@ def test_an_older_python_can_read_it() -> None:
 
 def test_both_ends_mean_the_same_by_the_locks() -> None:
     assert all(getattr(handover, name) == getattr(bootstrap, name) for name in ("PACKAGES", "ENVIRONMENTS", "THEN"))
-    assert LOCK_FOLDER == LOCKS and set(LOCKED) == {"label", "train"} and set(bootstrap.EXTRA_MODULES) < set(LOCKED)
+    assert LOCK_FOLDER == LOCKS and set(bootstrap.EXTRA_MODULES) == set(bootstrap.VLLM) < set(LOCKED)
+    assert set(LOCKED) == {"label", "train", "label-box", "train-box"}
 
 
 # -- whole jobs

@@ -23,11 +23,16 @@ import orchestrator
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCKS = {
-    "lock.txt": ("local", "page", "notify", "quantized", "s3", "dev"),
-    "sky.txt": ("local", "page", "notify", "quantized", "s3", "dev", "sky"),
+    "lock.txt": ("local", "page", "notify", "quantized", "box", "s3", "dev"),
+    "sky.txt": ("local", "page", "notify", "quantized", "box", "s3", "dev", "sky"),
 }
 # Whole environments of rented machines: the extras that make them up.
-ENVIRONMENTS = {"train": ("local", "quantized", "s3"), "label": ("local", "s3", "label")}
+ENVIRONMENTS = {
+    "train": ("local", "quantized", "s3"),
+    "label": ("local", "s3", "label"),
+    "train-box": ("local", "quantized", "s3", "box"),
+    "label-box": ("local", "s3", "label", "box"),
+}
 MACHINES = [
     {
         "sys_platform": system,
@@ -151,11 +156,12 @@ def exact(name: str) -> dict[str, str]:
 
 
 @environments
-def test_the_readme_says_how_much_a_machine_fetches(name: str) -> None:
+def test_the_documents_say_how_much_a_machine_fetches(name: str) -> None:
     found = re.search(r"(\d+) bytes to fetch", (ROOT / "requirements" / f"{name}.txt").read_text())
     assert found is not None
     said = rf"`requirements/{name}\.txt` \([^)]*{int(found[1]) / 1e9:.1f} GB"
-    assert re.search(said, (ROOT / "README.md").read_text()), said
+    place = "docs/dev.md" if name.endswith("-box") else "README.md"
+    assert re.search(said, (ROOT / place).read_text()), said
 
 
 def test_machines_train_with_the_versions_that_are_tested() -> None:

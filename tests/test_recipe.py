@@ -25,6 +25,7 @@ from orchestrator.recipe import (
 )
 from orchestrator.shipped import builtin_recipes
 from tasks.contract import (
+    BOX,
     SETTINGS,
     LabelSettings,
     TrainSettings,
@@ -268,8 +269,10 @@ def test_every_setting_a_user_may_want_has_a_key() -> None:
         "pretrain": {"checkpoint_every_s"},
         "export": {"origin"},
     }
-    assert set(KINDS) == set(SETTINGS)
+    assert set(KINDS) == set(SETTINGS) - {BOX}  # which no recipe asks for: `kdcloud dev` does
     for kind, settings in SETTINGS.items():
+        if kind == BOX:
+            continue
         assert KINDS[kind].model_fields["kind"].annotation == Literal[kind]  # type: ignore[valid-type]
         keys = set(KINDS[kind].model_fields)
         missing = set(settings.__dataclass_fields__) - keys - elsewhere.get(kind, set())

@@ -29,7 +29,7 @@ if [ "${1:-}" = --measure ]; then
 fi
 scenarios() {
     python -m pytest -m slurm -o cache_dir="$KDSLURM_ROOT/tmp/cache" -p tests.slurm.table -W ignore::DeprecationWarning \
-        -q --dist load --maxschedchunk 1 tests/test_sky_slurm.py "$@"
+        -q --dist load --maxschedchunk 1 tests/test_sky_slurm.py tests/test_box_slurm.py "$@"
 }
 scenarios -n "${AT_ONCE:-4}" "$@" && exit
 echo "What failed is tried once more, one by one: on a busy machine SkyPilot is slower than the scenarios allow for."
