@@ -125,7 +125,7 @@ def test_when_nobody_could_be_asked_that_is_an_error_and_what_was_known_is_shown
             keep(home, NORTH)
         done = CliRunner().invoke(kdcloud, ["offers", "--refresh"])
         assert isinstance(done.exception, UsageError) and done.exception.exit_code == 2
-        assert "no prices were asked: SkyPilot is not installed (in a clone: pip" in done.exception.message
+        assert "no prices were asked: SkyPilot is not installed (install it)" in done.exception.message
         assert done.exception.hint.endswith(
             "what was asked before" if before else "the table in this version of kdcloud"
         )
