@@ -40,6 +40,7 @@ from tasks.contract import (
     ModelSource,
     Progress,
     StageSettings,
+    install_hint,
 )
 
 DEADLINE_S = 3600.0
@@ -398,5 +399,5 @@ def check_here(plan: Plan) -> None:
     if lacking:
         raise UsageError(
             f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed here",
-            hint="in a clone: pip install '.[local,box]', or name rented machines with --infra",
+            hint=f"{install_hint('box')}, or name rented machines with --infra",
         )

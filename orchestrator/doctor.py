@@ -37,7 +37,7 @@ PRICES_OLD = timedelta(days=7)
 RATE_OLD_DAYS = 90
 CREDENTIALS_SHORT = timedelta(hours=1)
 EXTRAS: Mapping[str, tuple[str, ...]] = {  # what each brings, by the names it is imported by
-    "local": ("torch", "numpy", "transformers", "peft", "safetensors", "tensorboard", "math_verify"),
+    "local": ("torch", "numpy", "transformers", "peft", "safetensors", "tensorboard", "math_verify", "gguf"),
     "page": ("jinja2", "matplotlib"),
     "s3": ("boto3",),
 }

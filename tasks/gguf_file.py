@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from tasks import models
-from tasks.contract import GGUF_FAMILIES, TaskError
+from tasks.contract import GGUF_FAMILIES, TaskError, install_hint
 
 FORMS = ("f16", "q8_0")  # what an export writes; f32 is there for comparisons
 BLOCK = 32  # values that share a scale in q8_0
@@ -65,7 +65,7 @@ def library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        hint = "in a clone: pip install '.[local]' once more, or leave gguf out of formats"
+        hint = f"{install_hint('local')}, or leave gguf out of formats"
         raise TaskError("export to gguf needs the package gguf, which is not installed here", hint=hint) from error
     return gguf
 

@@ -514,10 +514,11 @@ def test_every_package_that_a_stage_imports_is_brought() -> None:
     needed = found - sys.stdlib_module_names - {"tasks"}
     assert {"torch", "boto3", "psutil"} <= needed
     implied = {"botocore": "boto3", "tokenizers": "transformers", "numpy": "torch", "triton": "torch"}
-    implied["huggingface_hub"] = "transformers"
+    implied |= {"huggingface_hub": "transformers", "yaml": "transformers", "jinja2": "torch"}
     optional = {"vllm", "lm_eval"}  # used where a machine has it
     brought = packages("train", s3=True, quantized=True)
-    assert {implied.get(name, name) for name in needed - optional} <= set(brought)
+    assert set(packages("export", s3=True)) == set(packages("train", s3=True)) | {"gguf"}
+    assert {implied.get(name, name) for name in needed - optional} <= {*brought, "gguf"}
     distributions = {requirement.partition("==")[0] for requirement in brought.values()} - {"bitsandbytes"}
     assert len(distributions) == 8
     for name in LOCKED:

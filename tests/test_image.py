@@ -54,7 +54,8 @@ def test_what_is_copied_is_there_and_is_all_that_the_builder_is_sent() -> None:
 def test_each_stage_lays_the_environments_of_its_name() -> None:
     runs = [line for line in WORDS.splitlines() if "lay_environments.py" in line and line.startswith("RUN")]
     laid = [line.split()[-1] for line in runs]
-    assert laid == ["label", "train", "label"] and set(laid) == set(handover.LOCKED)
+    assert laid == ["label", "train", "label"]
+    assert set(laid) == {name for name in handover.LOCKED if not name.endswith("-box")}  # a box has its own, fetched
 
 
 def test_what_compiles_on_the_way_is_installed_and_no_secret_is_passed() -> None:

@@ -39,8 +39,8 @@ def test_the_slower_of_line_and_disk_sets_the_pace(monkeypatch: pytest.MonkeyPat
     usual = setup_s("train")
     monkeypatch.setattr(setup_time, "UNPACK_GB_S", Range(1.0, 1.0, 1.0))  # a disk that is never waited for
     line = setup_s("train")
-    # 2.876309944 GB at 0.06 GB/s, and 8 s + 6 s
-    assert line.expected == pytest.approx(2.876309944 / 0.06 + 14)
+    # what is fetched, at 0.06 GB/s, and 8 s + 6 s
+    assert line.expected == pytest.approx(fetched_bytes("train") / 0.06e9 + 14)
     assert line.low <= usual.low and line.expected <= usual.expected
 
 

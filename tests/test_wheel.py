@@ -61,7 +61,16 @@ def test_the_sdist_holds_the_sources_their_locks_and_the_documents_and_no_tests(
     with tarfile.open(sdist_in(dist)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tops = {"orchestrator", "tasks", "recipes", "docs", "requirements"}
-    files = {"README.md", "CHANGELOG.md", "README.zh-CN.md", "SECURITY.md", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore"}
+    files = {
+        "README.md",
+        "CHANGELOG.md",
+        "README.zh-CN.md",
+        "SECURITY.md",
+        "LICENSE",
+        "pyproject.toml",
+        "PKG-INFO",
+        ".gitignore",
+    }
     assert {name.partition("/")[0] for name in names} == tops | files
     for top in tops:
         tracked = tracked_below(top)
