@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 
 from orchestrator.clock import Clock, Mark, SystemClock, age_s
@@ -40,14 +43,43 @@ def watch(run_id: str, *, ledger: Ledger, say: Callable[[str], None], until_left
         view.state, view.note = ("interrupted", f"{LEFT}; Ctrl-C leaves it so") if gone else ("running", goes_on)
 
     try:
-        with view:
+        with heard() as check, view:
+
+            def turn(snapshot: Snapshot) -> None:
+                check()
+                view.update(snapshot)
+
             return watch_run(
-                run_id, ledger=ledger, plan=made, on_turn=view.update, tell=view.say, left=None if until_left else left
+                run_id, ledger=ledger, plan=made, on_turn=turn, tell=view.say, left=None if until_left else left
             )
     except KeyboardInterrupt:
         alone = view.state == "interrupted"
         say(resume if alone else f"{run_id} goes on without this window; `kdcloud attach {run_id}` looks again, {end}")
         return None
+
+
+@contextmanager
+def heard() -> Iterator[Callable[[], None]]:
+    """Ctrl-C interrupts, and if that is lost (Python drops it inside a finalizer) the next call of the result does."""
+    pressed = False
+
+    def press(number: int, frame: object) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def watch_run(

@@ -16,7 +16,7 @@ import pytest
 
 from tests.whole_runs import Home, make_home
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # keys are pressed while a short run goes on
 
 RECIPE = """
 name: seen

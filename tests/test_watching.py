@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from orchestrator import watching
@@ -126,6 +128,17 @@ def test_a_bucket_that_does_not_answer_says_nothing_of_the_client(monkeypatch):
     world = Watched(lambda w: monkeypatch.setattr(watching, "is_driven", away), nothing, lambda w: w.end())
     assert world.watch(monkeypatch, left=words.append).state == "done"
     assert not any(words)
+
+
+def test_a_ctrl_c_that_python_dropped_is_heard_at_the_next_turn():
+    usual = signal.getsignal(signal.SIGINT)
+    with watching.heard() as check:
+        check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+    assert signal.getsignal(signal.SIGINT) is usual
 
 
 def test_watching_changes_neither_ledger_nor_lease(monkeypatch):
