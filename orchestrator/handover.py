@@ -21,6 +21,7 @@ from orchestrator.access import head, hub_models
 from orchestrator.catalog import LICENCES
 from orchestrator.errors import UsageError
 from orchestrator.label_folder import entries_of, label_files
+from orchestrator.locks import environments, requirements
 from orchestrator.plan import Plan, StagePlan
 from tasks.bucket import Bucket, Manifest, files_sha256, read_commit
 from tasks.contract import (
@@ -30,7 +31,6 @@ from tasks.contract import (
     DataSource,
     EvaluateSettings,
     ExportSettings,
-    LabelSettings,
     Link,
     Origin,
     Settings,
@@ -249,20 +249,6 @@ def api_env(settings: object, env: Mapping[str, str]) -> dict[str, str]:
     return {name: env[name]} if name is not None and env.get(name) else {}
 
 
-def environments(kind: str, settings: object) -> tuple[str, ...]:
-    """Locked environments that a stage can work in, the best first; none where a few packages do.
-
-    Answers are written by vLLM where the machine can, and else by transformers, unless the recipe names one of them.
-    """
-    if isinstance(settings, BoxSettings):
-        return tuple(f"{name}-box" for name in environments(settings.kind, settings.settings))
-    if kind == "rehearse":
-        return ()
-    if not isinstance(settings, LabelSettings | EvaluateSettings) or getattr(settings, "api", None) is not None:
-        return ("train",)
-    return {"vllm": ("label",), "transformers": ("train",)}.get(settings.engine, ("label", "train"))
-
-
 def _quantized(settings: object) -> bool:
     if not isinstance(settings, TrainSettings):
         return False
@@ -317,12 +303,3 @@ def locked(lines: Sequence[str]) -> dict[str, str]:
 def lock() -> tuple[str, ...]:
     """The locked versions, a line each."""
     return tuple(line for line in requirements("lock").read_text().splitlines() if line and not line.startswith("#"))
-
-
-def requirements(name: str) -> Path:
-    """A file of locked versions: beside this file in a wheel, in requirements/ of a checkout."""
-    here = Path(__file__).resolve().parent
-    for path in (here / f"{name}.txt", here.parent / "requirements" / f"{name}.txt"):
-        if path.is_file():
-            return path
-    raise UsageError(f"kdcloud is not installed whole: its {name}.txt is missing", hint="install it again")

@@ -28,7 +28,7 @@ from orchestrator.config import Config
 from orchestrator.errors import NothingFits, UsageError
 from orchestrator.forecast import LEAST_SHARE
 from orchestrator.fronts import Point, Spans, cheapest_in_time, fastest, needed_hours, whole_front, worth_a_look
-from orchestrator.handover import environments
+from orchestrator.locks import environments
 from orchestrator.market import MACHINES_AN_INFRA, PLACES_A_MACHINE, Lot, lots_of
 from orchestrator.offers import known_price
 from orchestrator.plan import Micros, Overhead, Part, Plan, Range, Rejected, StagePlan, digest_of, ending_hours

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
@@ -25,10 +25,14 @@ from pydantic import (
 
 from orchestrator.catalog import GPUS, ModelShape, UnknownModel, shape_of
 from orchestrator.errors import UsageError
-from orchestrator.label_folder import LabelFolder, read_label_folder
 from orchestrator.money import Amount, parse_amount, parse_budget, parse_duration
 from orchestrator.shipped import builtin_recipes
 from tasks.contract import GGUF_FAMILIES
+
+if TYPE_CHECKING:
+    from orchestrator.label_folder import LabelFolder
+else:
+    LabelFolder = Any  # read_label_folder makes them; few recipes name one, and its module loads much
 
 Loc = tuple[str | int, ...]
 MOST_GPUS = 16  # of one machine
@@ -514,7 +518,10 @@ def _find(path_or_name: str) -> Path:
     raise UsageError(f"there is no recipe {path_or_name}", hint=f"{hint}built in are: {', '.join(known)}")
 
 
-class _Loader(yaml.SafeLoader):
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where PyYAML was built with it: ten times as fast
+
+
+class _Loader(_Base):  # type: ignore[misc]
     """YAML with the traps of version 1.1 taken out: 3e-3 is a number; 1:30 and 2026-01-01 are text."""
 
 
@@ -524,7 +531,7 @@ _Loader.yaml_implicit_resolvers = {
         for tag, regexp in resolvers
         if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
     ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    for first, resolvers in _Base.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
@@ -748,6 +755,8 @@ class _Beside:
 
     def label_folder(self, text: str) -> str | None:
         """What is wrong with a folder of labels; None when it is good."""
+        from orchestrator.label_folder import read_label_folder
+
         if text in self.labels:
             return None
         try:

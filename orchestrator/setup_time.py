@@ -12,7 +12,7 @@ import re
 from functools import cache
 
 from orchestrator.catalog import Gpu
-from orchestrator.handover import environments, requirements
+from orchestrator.locks import environments, requirements
 from orchestrator.plan import Range
 from tasks.contract import Settings
 
