@@ -748,6 +748,8 @@ def _resume(ledger: Ledger, resume: str, budget: str | None, deadline: str | Non
     name = newest(ledger, resume)
     known = ledger.run(name)
     made = plan_from_dict(known.data["plan"])
+    if made.stages[0].kind == "box":
+        raise UsageError(f"{name} is a box", hint=f"`kdcloud dev --resume {name}` opens it again")
     if len(known.done) == len(made.stages) and not known.live:
         _talk(f"{name} is done already")
         _report(ledger, name, as_json=False)
@@ -826,6 +828,7 @@ def _dev_resume(ledger: Ledger, resume: str, budget: str | None, deadline: str |
 def _open_box(session: Session) -> None:
     """Keeps a box open until it ends; the first Ctrl-C closes it, a second one does not wait for its files."""
     from orchestrator import dev as desk
+    from orchestrator.scene import clean
 
     view = desk.DeskView(session.plan)
     box = desk.Desk(session, view.say, click.echo)
@@ -839,9 +842,9 @@ def _open_box(session: Session) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     for line in desk.last_words(session.ledger.run(session.run_id), session.plan):
-        _talk(line)
+        _talk(clean(line))
     if outcome.state != "done":
-        _explain(outcome.message, outcome.hint.replace("kdcloud run --resume", "kdcloud dev --resume"))
+        _explain(clean(outcome.message), outcome.hint.replace("kdcloud run --resume", "kdcloud dev --resume"))
     sys.exit(EXIT_CODES[outcome.state])
 
 

@@ -63,7 +63,9 @@ def parse_doors(text: str) -> tuple[Door, ...]:
             raise ValueError(f"{name} has no usable port")
         if not isinstance(path, str) or not _PATH.fullmatch(path):
             raise ValueError(f"{name} has no usable address")
-        if login is not None and not (len(login) == 2 and all(_WORD.fullmatch(str(word)) for word in login)):
+        if login is not None and not (
+            isinstance(login, list) and len(login) == 2 and all(_WORD.fullmatch(str(word)) for word in login)
+        ):
             raise ValueError(f"{name} has no usable login")
         doors.append(Door(name, port, path, (str(login[0]), str(login[1])) if login else None))
     if not doors:

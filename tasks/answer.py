@@ -207,6 +207,11 @@ def _weights(asked: Asked, source: ModelSource | None, root: Path) -> Path:
     folder = root / asked.stage / asked.part
     while (folder / models.STUDENT_FILE).exists():
         base = build(ModelSource, json.loads((folder / models.STUDENT_FILE).read_text())["base"])
+        if base.trust_remote_code:  # the file came from a machine: it may not choose what runs here
+            raise TaskError(
+                f"the student is an adapter on {base.path}, whose own code would run on this machine",
+                hint="ask the model of an export stage, or load it yourself if you trust that code",
+            )
         if base.stage is None:
             folder = Path(at_hand(base) or hub.local_path(base))
             if not folder.is_dir():

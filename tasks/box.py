@@ -173,15 +173,20 @@ class Saver:
 
 
 def pack(work: Path, archive: Path) -> None:
-    """Every file below `work`; a link is the file that it leads to."""
+    """Every file below `work` that can be read; a link is the file that it leads to."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as out:
         for path, _ in files_below(work):
-            out.write(path, path.relative_to(work).as_posix())
+            try:
+                out.write(path, path.relative_to(work).as_posix())
+            except (PermissionError, UnicodeError) as error:  # one file must not cost the others
+                print(f"{path.name!a} is not saved: {type(error).__name__}", flush=True)
 
 
 def unpack(archive: Path, work: Path) -> None:
-    """Raises ValueError for a name that leads out of `work`: buckets can be written by others."""
+    """Raises ValueError for a name that leads out of `work`, or more than is ever saved: others may have written it."""
     with zipfile.ZipFile(archive) as packed:
+        if sum(entry.file_size for entry in packed.infolist()) > SAVE_LIMIT_BYTES:
+            raise ValueError(f"{archive.name} holds more than {SAVE_LIMIT_BYTES >> 30} GiB")
         for entry in packed.infolist():
             path = work.joinpath(entry.filename).resolve()
             if not path.is_relative_to(work.resolve()):
@@ -236,12 +241,12 @@ def why_ended(ctx: Context, running: Running, *, quiet_s: float, left_s: float) 
     """Empty while the box stays open."""
     if ctx.limit is not None:
         return "its client closed it"
+    if quiet_s >= ctx.task.watch.idle_s:  # saving is progress, and no work: the supervisor alone would wait on
+        return f"nothing worked on it for {quiet_s / 60:.0f} min"
     if not ctx.stopping:
         return "JupyterLab was shut down" if running.each["jupyter"].process.poll() is not None else ""
     if left_s <= 2 * ctx.task.watch.tick_s:
         return "its time was up"
-    if quiet_s >= ctx.task.watch.idle_s:
-        return f"nothing worked on it for {quiet_s / 60:.0f} min"
     return "it was told to end"
 
 

@@ -86,6 +86,7 @@ class Watcher(threading.Thread):
         while seen := gpus.read():
             self.numbers = numbers_of(seen)
             time.sleep(self._every_s)
+        self.numbers = {}  # a GPU that no longer answers is not at work
 
 
 def numbers_of(gpus: list[Gpu]) -> dict[str, float]:

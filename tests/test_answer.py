@@ -20,7 +20,7 @@ from orchestrator.student import Found, Model, Role
 from tasks import answer, models
 from tasks.answer import Words, at_hand, cached_values, fitting_dtype, need_bytes, weights_in
 from tasks.bucket import commit_folder, open_bucket
-from tasks.contract import Architecture, LoraSettings, ModelSource, TrainSettings
+from tasks.contract import Architecture, LoraSettings, ModelSource, TaskError, TrainSettings
 from tasks.generate import TransformersGenerator
 from tests.recorded_runs import recorded, stages
 
@@ -92,6 +92,17 @@ def test_a_model_of_the_hub_is_at_hand_only_where_it_was_fetched(
 def test_the_memory_of_an_adapter_is_that_of_its_base(root: Path):
     asked = answer.Asked("student", "x", "lora", adapter=True)
     assert answer._weights(asked, None, root) == root / "base/model"
+
+
+def test_a_machine_cannot_name_code_that_runs_here(root: Path):
+    description = root / "lora" / "model" / models.STUDENT_FILE
+    said = json.loads(description.read_text())
+    description.write_text(json.dumps({"base": {**said["base"], "trust_remote_code": True}}))
+    try:
+        with pytest.raises(TaskError, match="own code would run on this machine"):
+            answer._weights(answer.Asked("student", "x", "lora", adapter=True), None, root)
+    finally:
+        description.write_text(json.dumps(said))
 
 
 def test_words_come_whole_and_join_to_the_text():

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tasks import box_servers, notebook
-from tasks.box import ARCHIVE, Saver, lay_out, restore, unpack_code, why_ended
+from tasks.box import ARCHIVE, Saver, lay_out, pack, restore, unpack, unpack_code, why_ended
 from tasks.box_board import words_of
 from tasks.box_servers import Box, Running, Server, jupyter, jupyter_config, last_words, people_env, tensorboard
 from tasks.bucket import Manifest, commit_folder, open_bucket
@@ -288,6 +288,28 @@ def test_what_a_server_said_last_is_told_unless_it_may_hold_the_token(tmp_path: 
 # --- its end ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_file_that_cannot_be_kept_does_not_cost_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, again = tmp_path / "work", tmp_path / "again"
+    work.mkdir(), again.mkdir()
+    (work / "good").write_text("kept")
+    (work / os.fsdecode(b"bad\xff")).write_text("lost")
+    pack(work, tmp_path / ARCHIVE)
+    unpack(tmp_path / ARCHIVE, again)
+    assert [path.name for path in again.iterdir()] == ["good"] and (again / "good").read_text() == "kept"
+    assert "'bad\\udcff' is not saved" in capsys.readouterr().out
+
+
+def test_more_than_is_ever_saved_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / ARCHIVE, "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("zeros", bytes(4096))
+    monkeypatch.setattr("tasks.box.SAVE_LIMIT_BYTES", 4095)
+    with pytest.raises(ValueError, match="holds more than"):
+        unpack(tmp_path / ARCHIVE, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize(
     ("limit", "stopping", "quiet_s", "left_s", "alive", "why"),
     [
@@ -298,7 +320,7 @@ def test_what_a_server_said_last_is_told_unless_it_may_hold_the_token(tmp_path: 
         (None, True, 0.0, 1e4, False, "it was told to end"),  # as every process of the machine was
         (None, True, 0.0, 1.0, True, "its time was up"),
         (None, True, 900.0, 1e4, True, "nothing worked on it for 15 min"),
-        (None, False, 1200.0, 1e4, True, ""),  # that is for the supervisor to say
+        (None, False, 1200.0, 1e4, True, "nothing worked on it for 20 min"),  # whatever was saved meanwhile
     ],
 )
 def test_why_a_box_ends(

@@ -97,6 +97,13 @@ def test_a_driver_that_hangs_holds_up_nobody():
     assert not watcher.is_alive()  # no GPU: nothing to look at
 
 
+def test_a_gpu_that_no_longer_answers_is_not_at_work():
+    answers = iter([[Gpu(0.98, 10.0, 80.0)], []])
+    watcher = Watcher(lambda: SimpleNamespace(read=lambda: next(answers)), every_s=0.0)
+    watcher.run()
+    assert watcher.numbers == {} and next(answers, "read to the end") == "read to the end"
+
+
 # --- what the supervisor makes of it
 
 
