@@ -31,7 +31,7 @@ scenarios() {
     python -m pytest -m slurm -o cache_dir="$KDSLURM_ROOT/tmp/cache" -p tests.slurm.table -W ignore::DeprecationWarning \
         -q --dist load --maxschedchunk 1 tests/test_sky_slurm.py tests/test_box_slurm.py "$@"
 }
-scenarios -n "${AT_ONCE:-4}" "$@" && exit
+scenarios -n "${AT_ONCE:-3}" "$@" && exit
 echo "What failed is tried once more, one by one: on a busy machine SkyPilot is slower than the scenarios allow for."
 status=0
 scenarios -n 1 --again "$@" --last-failed --last-failed-no-failures none || status=$?
