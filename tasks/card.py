@@ -289,7 +289,7 @@ def _use(files: Mapping[str, int], notes: tuple[str, ...]) -> Iterator[str]:
     if files:
         sizes = ", ".join(f"`{name}` ({size / 1e6:,.1f} MB)" for name, size in files.items())
         yield f"\nBeside this folder, in `gguf/`: {sizes} for llama.cpp, LM Studio and Ollama:\n"
-        yield "```sh\ncd gguf && ollama create student -f Modelfile && ollama run student"
+        yield "```sh\n(cd gguf && ollama create student -f Modelfile) && ollama run student"
         yield f"llama-cli -m gguf/{list(files)[-1]} --jinja\n```"
     yield from (f"\nNote: {text(note)}." for note in notes)
 

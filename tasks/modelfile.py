@@ -77,6 +77,7 @@ def modelfile(
     lines.append(f"PARAMETER temperature {temperature:g}")
     if top_p is not None:
         lines.append(f"PARAMETER top_p {top_p:g}")
+    lines.append("PARAMETER repeat_penalty 1")  # else Ollama, before late 2026, holds 1.1 against digits said again
     lines.append(f"PARAMETER num_ctx {context}")
     return "\n".join(lines) + "\n"
 

@@ -288,7 +288,7 @@ def test_a_modelfile_stops_where_the_student_ends_and_breaks_on_no_token() -> No
         context=4096, temperature=0.6, top_p=0.95,
     )  # fmt: skip
     assert re.findall(r"^PARAMETER (.*)$", text, re.MULTILINE) == [
-        'stop "<|end|>"', "temperature 0.6", "top_p 0.95", "num_ctx 4096",
+        'stop "<|end|>"', "temperature 0.6", "top_p 0.95", "repeat_penalty 1", "num_ctx 4096",
     ]  # fmt: skip
     assert "<|assistant|><think>\n{{ end }}" in text  # as the student was asked while it learned
 
