@@ -178,10 +178,15 @@ def _before(boxes: Iterator[Run]) -> Iterator[Piece]:
     """Of the newest box that left files: its result, else its newest checkpoint."""
     for run in boxes:
         (stage,) = (one["name"] for one in run.data["plan"]["stages"])
-        prefix = stage if stage in run.done else _checkpoint_of(run)
+        prefix = stage if _saved_all(run, stage) else _checkpoint_of(run)
         if prefix is not None:
             yield Piece(run.bucket, prefix, BEFORE_PREFIX, run.id, (ARCHIVE,))
             return
+
+
+def _saved_all(run: Run, stage: str) -> bool:
+    """Whether it ended with its files: where they were too large for that, its newest checkpoint is all there is."""
+    return bool(run.done.get(stage, {}).get("result", {}).get("saved_bytes"))
 
 
 def _checkpoint_of(run: Run) -> str | None:
@@ -253,6 +258,8 @@ class Desk:
         self._doors: Doorman | None = None
         if isinstance(session.provider, Reachable):
             self._doors = Doorman(session.provider, self._told, lambda text: say("warn", self._stage.name, text))
+        # Machines of earlier sessions: how those ended does not end this one.
+        self._before = {row.name for row in session.ledger.run(session.run_id).machines if row.state is State.GONE}
         self._asked = 0
         self._asked_at: float | None = None
         self._closing = self._over = False
@@ -296,7 +303,9 @@ class Desk:
         assert self._doors is not None
         self._doors.look(target)
         self._over = self._over or any(
-            row.job_rc in GONE_QUIET for row in snapshot.run.machines if row.state is State.GONE
+            row.job_rc in GONE_QUIET
+            for row in snapshot.run.machines
+            if row.state is State.GONE and row.name not in self._before
         )
         self._last = snapshot if target is not None else None
         if target is not None and snapshot.progress is not None:
@@ -369,15 +378,17 @@ def last_words(run: Run, plan: Plan) -> list[str]:
     """How it ended, what it cost, and where the files are."""
     (stage,) = plan.stages
     result: Mapping[str, Any] = run.done.get(stage.name, {}).get("result", {})
-    ended = result.get("ended")
-    kept = ended or any(row.facts.get("checkpoint") for row in run.machines)
+    ended, whole, checkpoint = result.get("ended"), _saved_all(run, stage.name), _checkpoint_of(run)
     spent, cap = shown(run.spent_micros, plan.rate, plan.currency), both(run.cap_micros, plan.rate, plan.currency)
-    last = "the box ended before it could save everything" if kept else "the box was not open"
+    last = "the box ended before it could save everything" if checkpoint else "the box was not open"
     lines = [f"the box was closed: {ended}" if ended else last]
     lines.append(f"spent {spent} of {cap}")
-    if kept:
-        where = f"{run.bucket}/{stage.name}/{ARCHIVE if ended else 'checkpoints'}"
-        lines.append(f"your files: {where}; the next box of this stage begins with them")
+    if ended and not whole:
+        lines.append("the files below work/ were too many for its end, or its disk was full: they are NOT saved")
+    if whole or checkpoint:
+        where = f"{run.bucket}/{stage.name}/{ARCHIVE if whole else 'checkpoints'}"
+        what = "your files" if whole or not ended else "your files as they were earlier"
+        lines.append(f"{what}: {where}; the next box of this stage begins with them")
     return lines
 
 
@@ -387,6 +398,8 @@ def check_resumable(run: Run, plan: Plan) -> None:
         raise UsageError(f"{run.id} is no box", hint=f"go on with it by `kdcloud run --resume {run.id}`")
     if plan.stages[0].name in run.done and not run.live:
         raise UsageError(f"the box {run.id} was closed", hint="open a new one: it begins with the files of that one")
+    if not run.machines:  # perhaps ended before its inputs were there
+        raise UsageError(f"the box {run.id} had no machine yet: there is nothing to go on with", hint="open a new one")
 
 
 def check_here(plan: Plan) -> None:

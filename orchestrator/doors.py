@@ -190,14 +190,18 @@ class Doorman(threading.Thread):
             try:
                 self._serve(target)
                 self._trouble = ""
-            except ProvisionError as error:
-                if error.message != self._trouble and self._goes_on(target):
-                    self._say(f"{error.message}; it is tried again")
-                self._trouble = error.message
+            except Exception as error:  # noqa: BLE001  # whatever it is, the box costs money: the way is tried again
+                self._troubled(error, target)
                 self._ended.wait(AGAIN_S)
             finally:
                 if self._way is not None:
                     self._way.close()
+
+    def _troubled(self, error: Exception, target: Target) -> None:
+        text = error.message if isinstance(error, ProvisionError) else f"the way to the box: {error!r:.200}"
+        if text != self._trouble and self._goes_on(target):
+            self._say(f"{text}; it is tried again")
+        self._trouble = text
 
     def _serve(self, target: Target) -> None:
         """Until there is another machine, or none, or the way breaks (ProvisionError)."""
@@ -255,10 +259,13 @@ class Way:
         self._folder = Path(tempfile.mkdtemp(prefix="kd-", dir="/tmp"))  # short: a socket's name has 104 bytes at most
         assert self.control is not None
         with (self._folder / "words").open("wb") as words:
-            self._ssh = subprocess.Popen(
-                connect_argv(self._reach, self.control), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=words, start_new_session=True,  # Ctrl-C closes it by way of close(), when the box is closed
-            )  # fmt: skip
+            try:
+                self._ssh = subprocess.Popen(
+                    connect_argv(self._reach, self.control), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    stderr=words, start_new_session=True,  # Ctrl-C closes it by way of close(), when the box is closed
+                )  # fmt: skip
+            except FileNotFoundError as error:
+                raise ProvisionError("there is no ssh on this computer (Debian: apt install openssh-client)") from error
         until = time.monotonic() + UP_LIMIT_S
         while not self.control.exists():
             self.check()

@@ -24,6 +24,7 @@ from typing import Any
 import tasks
 from tasks.box_servers import CODE, INPUTS, SCRATCH, WORK, Box, Running, servers
 from tasks.box_work import Gauge, Notices, watched_gpus
+from tasks.bucket import BucketError
 from tasks.contract import (
     BEFORE_PREFIX,
     BOX_READY,
@@ -159,16 +160,25 @@ class Saver:
             return (
                 f"{WORK}/ holds more than {SAVE_LIMIT_BYTES >> 30} GiB and is NOT saved: move large files to {SCRATCH}/"
             )
-        with suppress(zipfile.LargeZipFile, FileNotFoundError):  # a file that goes meanwhile: next time
+        try:
             self._ctx.checkpoint(self._step, lambda folder: pack(self._work, folder / ARCHIVE))
-            self._saved, self._step = stamp, self._step + 1
+        except FileNotFoundError:  # a file that goes meanwhile: next time
+            return ""
+        except (zipfile.LargeZipFile, OSError, BucketError) as error:  # the box goes on: next time may be better
+            return f"the files below {WORK}/ could not be saved: {getattr(error, 'message', error)}"
+        self._saved, self._step = stamp, self._step + 1
         return ""
 
     def finish(self, archive: Path) -> int:
-        """Bytes of the archive that goes with the result; 0 where the files are too large for it."""
+        """Bytes of the archive that goes with the result; 0 where the files are too large for it, or for the disk."""
         if size_of(self._work) > SAVE_LIMIT_BYTES:
             return 0
-        pack(self._work, archive)
+        try:
+            pack(self._work, archive)
+        except (zipfile.LargeZipFile, OSError) as error:
+            archive.unlink(missing_ok=True)
+            print(f"the files below {WORK}/ could not be saved: {error}", flush=True)
+            return 0
         return archive.stat().st_size
 
 
@@ -178,7 +188,7 @@ def pack(work: Path, archive: Path) -> None:
         for path, _ in files_below(work):
             try:
                 out.write(path, path.relative_to(work).as_posix())
-            except (PermissionError, UnicodeError) as error:  # one file must not cost the others
+            except (PermissionError, FileNotFoundError, UnicodeError) as error:  # one file must not cost the others
                 print(f"{path.name!a} is not saved: {type(error).__name__}", flush=True)
 
 

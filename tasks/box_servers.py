@@ -29,6 +29,7 @@ from tasks.stage import Context
 HOST = "127.0.0.1"
 TOKEN_BYTES = 32
 START_LIMIT_S = 300.0
+PEOPLE_ENV = "KDCLOUD_BOX_PEOPLE"  # in the environment of what people start, also of what leaves its terminal (tmux)
 END_LIMIT_S = 3.0
 WORK, INPUTS, CODE, SCRATCH = "work", "inputs", "code", "scratch"  # folders that the browser shows
 # Not for what people run here: keys of the bucket, and what torchrun told this process of others.
@@ -83,19 +84,37 @@ class Server:
 
 @dataclass
 class Running:
-    """Every server, by name."""
+    """Every server, by name. `mark`: of what people start, in PEOPLE_ENV."""
 
     each: dict[str, Server] = field(default_factory=dict)
+    mark: str = field(default_factory=lambda: secrets.token_hex(8))
+    _marked: dict[psutil.Process, bool] = field(default_factory=dict)  # of every process, looked at once
 
     def processes(self) -> list[psutil.Process]:
-        """Those whose work keeps the box: below JupyterLab, not itself; the chat's model as a whole."""
-        found = []
-        for name, server in self.each.items():
-            if name == "jupyter" or server.counts:
-                with suppress(psutil.NoSuchProcess):
+        """Those whose work keeps the box: what people started, JupyterLab itself not; the chat's model as a whole."""
+        found = self._of_people()
+        for server in self.each.values():
+            with suppress(psutil.NoSuchProcess):
+                if server.counts:
                     one = psutil.Process(server.process.pid)
-                    found += [*one.children(recursive=True), *([one] if server.counts else [])]
+                    found |= {one, *one.children(recursive=True)}
+        return list(found)
+
+    def _of_people(self) -> set[psutil.Process]:
+        """By descent from JupyterLab, and by the mark: a terminal's jobs may outlive it."""
+        now = set(psutil.process_iter())
+        self._marked = {one: self._marked[one] if one in self._marked else self._has_mark(one) for one in now}
+        found = {one for one, marked in self._marked.items() if marked}
+        with suppress(psutil.NoSuchProcess, KeyError):
+            server = psutil.Process(self.each["jupyter"].process.pid)
+            found = (found | set(server.children(recursive=True))) - {server}
         return found
+
+    def _has_mark(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(PEOPLE_ENV) == self.mark
+        except (psutil.Error, OSError):  # gone, or somebody else's
+            return False
 
     def end(self) -> None:
         for server in self.each.values():
@@ -113,7 +132,7 @@ def servers(ctx: Context, settings: BoxSettings, box: Box) -> Iterator[Running]:
     """Everything that listens, up and told of. Raises TaskError when something does not start."""
     running, env = Running(), people_env(os.environ, ctx.work, box)
     try:
-        running.each["jupyter"] = jupyter(box, env)
+        running.each["jupyter"] = jupyter(box, {**env, PEOPLE_ENV: running.mark})
         running.each["tensorboard"] = tensorboard(box, env)
         if settings.chat is not None:
             from tasks import chat
@@ -147,6 +166,8 @@ def jupyter(box: Box, env: Mapping[str, str]) -> Server:
 
 def jupyter_config(home: Path, port: int, token: str) -> dict[str, Any]:
     """What JupyterLab is told in a file, since arguments can be seen by everybody on the machine."""
+    import zmq
+
     return {
         "ServerApp": {
             "ip": HOST,
@@ -159,6 +180,8 @@ def jupyter_config(home: Path, port: int, token: str) -> dict[str, Any]:
             "shutdown_no_activity_timeout": 0,  # the supervisor's rule ends an idle box
         },
         "IdentityProvider": {"token": token},
+        # Others on the machine see its ports, too.
+        "KernelManager": {"transport_encryption": "auto" if zmq.has("curve") else "disabled"},
         "PasswordIdentityProvider": {"hashed_password": "", "allow_password_change": False},
         "LabApp": {"news_url": None, "check_for_updates_class": "jupyterlab.NeverCheckForUpdate"},
     }
@@ -169,7 +192,10 @@ def tensorboard(box: Box, env: Mapping[str, str]) -> Server:
     port, place = free_port(), f"/{secrets.token_urlsafe(TOKEN_BYTES)}/"
     orders = box.root / "tensorboard.json"
     write_private(orders, json.dumps({"logdir": str(box.home), "port": port, "path": place.rstrip("/")}))
-    process = start([sys.executable, "-m", "tasks.box_board", str(orders)], box, "tensorboard", env)
+    own = box.root / "tmp"  # it leaves a file with its path in the folder for these, which everybody can read
+    own.mkdir(exist_ok=True)
+    words = [sys.executable, "-m", "tasks.box_board", str(orders)]
+    process = start(words, box, "tensorboard", {**env, "TMPDIR": str(own)})
     return Server("TensorBoard", process, lambda: answers(port, place), {"port": port, "path": place})
 
 

@@ -25,6 +25,7 @@ WEBUI = "open-webui==0.12.4"
 ENVIRONMENT = "open-webui"
 INSTALL_LIMIT_S = 1800.0
 SLOW_START_S = 900.0  # weights are loaded, and Open WebUI first writes its tables
+NOT_FOR_WEBUI = ("PYTHONPATH", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # it has versions of its own, and fetches nothing
 CALLED = "student"  # the model's name in the browser
 USER = "box@localhost.local"
 VLLM_SHARE = "0.4"  # of the GPU's memory: notebooks need some as well
@@ -106,7 +107,7 @@ def chat(program: str, model_port: int, key: str, box: Box, env: Mapping[str, st
     port, password = free_port(), secrets.token_urlsafe(TOKEN_BYTES)
     own = webui_env(box.root / "open-webui", model_port, key, password)
     (box.root / "open-webui").mkdir(exist_ok=True)
-    kept = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+    kept = {name: value for name, value in env.items() if name not in NOT_FOR_WEBUI}
     process = start([program, "serve", "--host", HOST, "--port", str(port)], box, "chat", {**kept, **own})
     door = {"port": port, "path": "/", "login": [USER, password]}
     return Server("Open WebUI", process, lambda: answers(port, "/health"), door, limit_s=SLOW_START_S)

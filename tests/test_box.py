@@ -17,7 +17,7 @@ from tasks import box_servers, notebook
 from tasks.box import ARCHIVE, Saver, lay_out, pack, restore, unpack, unpack_code, why_ended
 from tasks.box_board import words_of
 from tasks.box_servers import Box, Running, Server, jupyter, jupyter_config, last_words, people_env, tensorboard
-from tasks.bucket import Manifest, commit_folder, open_bucket
+from tasks.bucket import BucketError, Manifest, commit_folder, open_bucket
 from tasks.contract import (
     BEFORE_PREFIX,
     BOX,
@@ -214,6 +214,26 @@ def test_what_is_too_large_to_save_is_told_and_not_saved(tmp_path: Path, monkeyp
         file.truncate((1 << 30) + 1)  # takes no disk
     assert "NOT saved" in saver.look(0.0) and checkpoints(tmp_path) == []
     assert saver.finish(tmp_path / ARCHIVE) == 0
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), BucketError("the bucket is away")])
+def test_a_save_that_fails_is_told_tried_again_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    ctx = context(tmp_path)
+    work = Box.make(ctx.work).home / "work"
+    saver = Saver(ctx, work)
+    (work / "mine").write_text("x")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr("tasks.box.pack", fail)
+        assert "could not be saved" in saver.look(0.0) and checkpoints(tmp_path) == []
+        if isinstance(error, OSError):
+            assert saver.finish(tmp_path / ARCHIVE) == 0
+    assert saver.look(0.0) == "" and checkpoints(tmp_path) == ["step-1"]
 
 
 def test_the_result_holds_the_files_as_they_are_at_the_end(tmp_path: Path) -> None:

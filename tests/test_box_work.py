@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections import namedtuple
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
 
-from tasks.box_servers import Running, Server
+from tasks.box_servers import PEOPLE_ENV, Running, Server
 from tasks.box_work import Gauge, Meter, Notices
 from tasks.contract import Exit, Progress, Watch
 from tasks.watch import Activity, Sight, View, advance, decide
@@ -129,6 +131,32 @@ def test_of_jupyter_only_what_it_started_counts_and_of_the_chats_model_all() -> 
         for process in [*psutil.Process(server.pid).children(), psutil.Process(server.pid)]:
             process.kill()
         server.wait()
+
+
+def test_what_left_its_terminal_is_work_as_well(tmp_path) -> None:
+    """A job of tmux or nohup descends from nobody here: it is known by its environment."""
+    running = Running()
+    leave = "import subprocess as s, sys; s.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+    wait = "import os, time; open(os.environ['PID'], 'w').write(str(os.getpid())); time.sleep(60)"
+    left = []
+    for name, mark in (("mine", running.mark), ("other", "of another box")):
+        env = {**os.environ, PEOPLE_ENV: mark, "PID": str(tmp_path / name)}
+        subprocess.run([sys.executable, "-c", leave, wait], env=env, check=True)
+    try:
+        until = time.monotonic() + 20
+        while len(left) < 2 and time.monotonic() < until:
+            left = [int(text) for name in ("mine", "other") if (text := read(tmp_path / name))]
+        server = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        running.each["jupyter"] = Server("jupyter", server, lambda: True)
+        assert [one.pid for one in running.processes()] == left[:1]
+        server.communicate(b"\n")
+    finally:
+        for pid in left:
+            psutil.Process(pid).kill()
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def test_the_supervisors_rule_ends_a_box_whose_signs_of_work_stand_still_and_no_other() -> None:

@@ -186,12 +186,14 @@ def test_the_idle_rule_of_a_box_is_as_long_as_asked_whatever_its_pace_was() -> N
 
 
 def run(
-    name: str, done: tuple[str, ...], *, box_of: str | None = None, checkpoint: str | None = None, run_id: str = ""
-):
+    name: str, done: tuple[str, ...], *, box_of: str | None = None, checkpoint: str | None = None, run_id: str = "",
+    saved: int = 9,
+):  # fmt: skip
     stages = [{"name": box_of, "kind": BOX}] if box_of else [{"name": "train", "kind": "train"}]
     row = replace(make_row("kd-x", State.GONE), facts={"checkpoint": checkpoint} if checkpoint else {})
     return SimpleNamespace(
-        id=run_id or f"{name}-1", name=name, bucket=f"file:/b/{run_id or name}", done={key: {} for key in done},
+        id=run_id or f"{name}-1", name=name, bucket=f"file:/b/{run_id or name}", spent_micros=5, cap_micros=10,
+        done={key: {"result": {"ended": "its time was up", "saved_bytes": saved}} for key in done}, live=(),
         data={"plan": {"stages": stages}}, machines=(row,),
     )  # fmt: skip
 
@@ -234,6 +236,29 @@ def test_files_come_from_the_newest_box_of_the_same_stage_that_left_some() -> No
     assert before(other, broken, closed, lost) == [("closed", "train", ("work.zip",))]
     assert before(broken, lost, closed) == [("lost", "train/checkpoints/step-3", ("work.zip",))]
     assert before(other, broken) == []
+    full = run("dev-test", ("train",), box_of="train", checkpoint="train/checkpoints/step-9", run_id="full", saved=0)
+    assert before(full, closed) == [("full", "train/checkpoints/step-9", ("work.zip",))]  # what it saved before
+    assert before(run("dev-test", ("train",), box_of="train", saved=0), closed) == [("closed", "train", ("work.zip",))]
+
+
+def test_the_last_words_say_what_is_saved_and_what_is_not() -> None:
+    plan = planned(plan_of_train())
+    words = lambda *names, **more: " ".join(dev.last_words(run("dev-test", names, box_of="train", **more), plan))  # noqa: E731
+    assert "not open" in words() and "work.zip" not in words()
+    assert "train/work.zip" in words("train") and "NOT" not in words("train")
+    full = words("train", checkpoint="train/checkpoints/step-9", saved=0)
+    assert "NOT saved" in full and "train/checkpoints" in full and "work.zip" not in full
+    assert "NOT saved" in words("train", saved=0) and "next box" not in words("train", saved=0)
+
+
+def test_a_box_that_never_had_a_machine_is_not_gone_on_with() -> None:
+    """Its client may have ended before the inputs were there."""
+    plan = planned(plan_of_train())
+    known = run("dev-test", (), box_of="train")
+    dev.check_resumable(known, plan)
+    known.machines = ()
+    with pytest.raises(UsageError, match="no machine yet"):
+        dev.check_resumable(known, plan)
 
 
 def test_what_is_laid_in_is_committed_file_by_file_and_only_what_is_wanted(tmp_path) -> None:
@@ -287,11 +312,14 @@ class Doors:
     def reach(self, name: str, job_id: str): ...
 
 
-def desk(tmp_path, infra: str = "slurm/lab"):
+def desk(tmp_path, infra: str = "slurm/lab", before: tuple[object, ...] = ()):
     offer = replace(fake_offer(), infra=infra, latencies=Latencies(flush_s=60.0))
     plan = planned(plan_of_train(cap_micros=10_000_000, offers=(offer,)), deadline_s=7200.0)
     bucket = open_bucket(f"file:{tmp_path}").at("run1")
-    session = SimpleNamespace(plan=plan, provider=Doors(), bucket=bucket, lease=SimpleNamespace(fence=3), run_id="r")
+    session = SimpleNamespace(
+        plan=plan, provider=Doors(), bucket=bucket, lease=SimpleNamespace(fence=3), run_id="r",
+        ledger=SimpleNamespace(run=lambda _: SimpleNamespace(machines=before)),
+    )  # fmt: skip
     said: list[str] = []
     return dev.Desk(session, lambda kind, stage, text: said.append(text), said.append), bucket, said
 
@@ -348,6 +376,13 @@ def test_no_second_machine_is_rented_for_a_box_that_ended_without_saving(tmp_pat
     box, _, _ = desk(tmp_path)
     box.look(seen(state=State.GONE, rc=rc))
     assert box.stops()
+
+
+def test_how_an_earlier_session_ended_does_not_end_the_one_that_goes_on(tmp_path) -> None:
+    ended = seen(state=State.GONE, rc=Exit.STALLED)
+    box, _, _ = desk(tmp_path, before=ended.run.machines)
+    box.look(ended)
+    assert not box.stops()
 
 
 def test_a_machine_that_was_lost_is_replaced_as_in_any_run(tmp_path) -> None:

@@ -15,6 +15,7 @@ from orchestrator.doors import (
     Door,
     Doorman,
     Target,
+    Way,
     connect_argv,
     forward_argv,
     free_port,
@@ -224,6 +225,31 @@ def test_the_way_is_opened_told_made_anew_when_it_breaks_and_closed(tmp_path: Pa
         doorman.close()
     assert not any(listens(port) for port in ports) and not doorman.is_alive()
     assert (tmp_path / "starts").read_text() == "xx"
+
+
+def test_the_way_is_tried_again_whatever_went_wrong_and_the_same_is_said_once(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("orchestrator.doors.AGAIN_S", 0.01)
+    calls: list[str] = []
+
+    class Broken:
+        def reach(self, name: str, job_id: str) -> Reach:
+            calls.append(name)
+            raise KeyError("a bug")
+
+    said: list[str] = []
+    doorman = Doorman(Broken(), lambda lines: None, said.append)
+    doorman.start()
+    try:
+        doorman.look(TARGET)
+        until(lambda: len(calls) > 2)
+        assert said == ["the way to the box: KeyError('a bug'); it is tried again"]
+    finally:
+        doorman.close()
+
+
+def test_without_ssh_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ProvisionError, match="no ssh on this computer"):
+        Way(Reach(("~/x",), (str(tmp_path / "no-ssh"),), "m")).open(lambda: True)
 
 
 def test_a_usual_port_that_is_taken_is_left_to_whoever_has_it() -> None:
