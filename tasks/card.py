@@ -49,6 +49,16 @@ class Licence:
 
 
 @dataclass(frozen=True)
+class Use:
+    """The folder that a card lies in, and what else there is."""
+
+    folder: str  # hf or gguf
+    made: tuple[str, ...]
+    files: Mapping[str, int]  # GGUF files by name, bytes
+    notes: tuple[str, ...] = ()  # in words
+
+
+@dataclass(frozen=True)
 class Story:
     """What the earlier stages were asked and what came out; None for what is not known here."""
 
@@ -79,9 +89,10 @@ def story(ctx: Context, settings: ExportSettings) -> Story:
     )  # fmt: skip
 
 
-def card(ctx: Context, settings: ExportSettings, told: Story, *, arm: Mapping[str, Any], parameters: int,
-         files: Mapping[str, int], notes: tuple[str, ...]) -> str:  # fmt: skip
-    """README.md. `arm`: how the exported student was trained; `files`: sizes of GGUF files; `notes`: in words."""
+def card(
+    ctx: Context, settings: ExportSettings, told: Story, *, arm: Mapping[str, Any], parameters: int, use: Use
+) -> str:
+    """README.md. `arm`: how the exported student was trained."""
     parts = [
         _front(told),
         f"# {text(ctx.task.run)}: {text(told.base) if told.base else 'a small model'}, distilled",
@@ -90,7 +101,7 @@ def card(ctx: Context, settings: ExportSettings, told: Story, *, arm: Mapping[st
         "## Data\n\n" + "\n".join(_data(told)),
         "## Training\n\n" + _table(("", ""), _training(told, arm)),
         "## Licences\n\n" + "\n".join(_licences(told)),
-        "## How to run it\n\n" + "\n".join(_use(files, notes)),
+        "## How to run it\n\n" + "\n".join(_use(use)),
         "## Where it comes from\n\n" + "\n".join(_origin(ctx, settings)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -168,11 +179,16 @@ def _front(told: Story) -> str:
     if licence in _HUB_LICENCES:
         front["license"] = licence
     elif licence != UNKNOWN:
-        front |= {"license": "other", "license_name": licence[:_LONGEST]}
+        front |= {"license": "other", "license_name": _slug(licence)}
     if told.base is not None and _HUB_NAME.fullmatch(told.base):
         front["base_model"] = told.base
     front["tags"] = ["knowledge-distillation", "kdcloud"]
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
+
+
+def _slug(name: str) -> str:
+    """As the hub wants the name of a licence that it does not know."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")[:_LONGEST] or UNKNOWN
 
 
 def _summary(told: Story, parameters: int) -> str:
@@ -275,23 +291,32 @@ def _licence_words(licence: Licence | None) -> str:
     return UNKNOWN if licence is None else f"{text(licence.name)} ({text(licence.source)})"
 
 
-def _use(files: Mapping[str, int], notes: tuple[str, ...]) -> Iterator[str]:
-    yield (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'tokenizer = AutoTokenizer.from_pretrained("hf")\n'
-        'model = AutoModelForCausalLM.from_pretrained("hf", dtype="auto")\n'
-        'asked = [{"role": "user", "content": "What is 12+34?"}]\n'
-        "inputs = tokenizer.apply_chat_template(\n"
-        '    asked, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
-        "answer = model.generate(**inputs, max_new_tokens=512)\n"
-        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]))\n```'
-    )
-    if files:
-        sizes = ", ".join(f"`{name}` ({size / 1e6:,.1f} MB)" for name, size in files.items())
-        yield f"\nBeside this folder, in `gguf/`: {sizes} for llama.cpp, LM Studio and Ollama:\n"
-        yield "```sh\n(cd gguf && ollama create student -f Modelfile) && ollama run student"
-        yield f"llama-cli -m gguf/{list(files)[-1]} --jinja\n```"
-    yield from (f"\nNote: {text(note)}." for note in notes)
+def _use(use: Use) -> Iterator[str]:
+    """Commands for the folder that the card lies in: it may have been copied somewhere without the other one."""
+    sizes = ", ".join(f"`{name}` ({size / 1e6:,.1f} MB)" for name, size in use.files.items())
+    if use.folder == "hf":
+        yield (
+            "In this folder (or with its name on the hub instead of the dot):\n\n"
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+            'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
+            'asked = [{"role": "user", "content": "What is 12+34?"}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    asked, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
+            "answer = model.generate(**inputs, max_new_tokens=512)\n"
+            'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]))\n```'
+        )
+        if use.files:
+            yield f"\nFor llama.cpp, LM Studio and Ollama, in `gguf/` beside this folder (on the hub, in it): {sizes}."
+    else:
+        yield f"In this folder, with llama.cpp, LM Studio and Ollama: {sizes}.\n"
+    if use.files:
+        yield "\n```sh" if use.folder == "hf" else "```sh"
+        yield "ollama create student -f Modelfile && ollama run student"
+        yield f"llama-cli -m {list(use.files)[-1]} --jinja\n```"
+    if use.folder == "gguf" and "hf" in use.made:
+        yield "\nFor transformers and vLLM: `hf/` beside this folder."
+    yield from (f"\nNote: {text(note)}." for note in use.notes)
 
 
 def _origin(ctx: Context, settings: ExportSettings) -> Iterator[str]:

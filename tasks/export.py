@@ -46,9 +46,10 @@ def run(ctx: Context, settings: ExportSettings) -> dict[str, Any]:
         files, notes = _gguf(ctx, settings, out, tokenizer, told)
     arm = json.loads((folder / STUDENTS_FILE).read_text())["arms"][0]  # the one under model/
     said = (*notes, *([] if refused is None else [refused]))
-    text = card.card(ctx, settings, told, arm=arm, parameters=parameters, files=files, notes=said)
     made = [name for name in settings.formats if name == "hf" or files]
     for name in made:
+        use = card.Use(name, tuple(made), files, said)
+        text = card.card(ctx, settings, told, arm=arm, parameters=parameters, use=use)
         (ctx.out / name / "README.md").write_text(text)
     size = sum(path.stat().st_size for name in made for path in (ctx.out / name).rglob("*") if path.is_file())
     ctx.progress("export", 1, 1, "formats")
@@ -89,7 +90,7 @@ def _gguf(
         path = out / f"student-{form}.gguf"
         words = gguf_file.write(folder, path, form, tokenizer, name=ctx.task.run, moved=moved)
         sizes[path.name] = path.stat().st_size
-    temperature, top_p = _sampling(told)
+    temperature, top_p = _sampling(told, thinks=modelfile.thinks(tokenizer))
     text = modelfile.modelfile(
         tokenizer, f"student-{OLLAMA_TAKES}.gguf", add_bos=words.add_bos, stops=_stops(folder, tokenizer),
         context=_context(folder, told), temperature=temperature, top_p=top_p,
@@ -98,11 +99,16 @@ def _gguf(
     return sizes, words.notes
 
 
-def _sampling(told: card.Story) -> tuple[float, float | None]:
-    """Temperature and top-p as in the evaluation, else as in the answers that it learned from."""
-    if told.evaluate is not None:
+def _sampling(told: card.Story, *, thinks: bool) -> tuple[float, float | None]:
+    """Temperature and top-p as in the evaluation, else as in the answers that it learned from.
+
+    A student that thinks is sampled, however it was evaluated: DeepSeek's and Qwen's cards warn that greedy thoughts
+    may repeat without end.
+    """
+    if told.evaluate is not None and (told.evaluate.seeds > 1 or not thinks):
         return (told.evaluate.temperature, told.evaluate.top_p) if told.evaluate.seeds > 1 else (0.0, None)
-    return (told.label.temperature, told.label.top_p) if told.label is not None else (0.6, 0.95)
+    asked = told.label
+    return (asked.temperature, asked.top_p) if asked is not None and asked.temperature else (0.6, 0.95)
 
 
 def _stops(folder: Path, tokenizer: Any) -> list[str]:

@@ -127,12 +127,17 @@ def _check_model(config: Any) -> None:
         "attention over a sliding window": not layers.issubset({"full_attention"}),
         f"activation {config.hidden_act}": config.hidden_act != "silu",
         "biases": bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)),
-        f"positions of type {rope['rope_type']}": rope["rope_type"] not in ("default", "linear", "llama3"),
+        f"positions of type {rope['rope_type']}": rope["rope_type"] not in _ropes_of(kind),
         "positions on a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
     }
     for what, there in troubles.items():
         if there:
             raise TaskError(f"no GGUF file is written for a {kind} model with {what}", hint=_CONVERT)
+
+
+def _ropes_of(kind: str) -> tuple[str, ...]:
+    """llama.cpp reads the factors of Llama 3 in its own family's files only."""
+    return ("default", "linear", "llama3") if kind == "llama" else ("default", "linear")
 
 
 def _rope(config: Any) -> dict[str, Any]:

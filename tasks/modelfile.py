@@ -57,14 +57,19 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     return turns if good else None
 
 
+def thinks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its template knows thoughts."""
+    return _OPEN in (template_of(tokenizer) or "")
+
+
 def modelfile(
     tokenizer: PreTrainedTokenizerBase, file: str, *, add_bos: bool, stops: Iterable[str], context: int,
     temperature: float, top_p: float | None,
 ) -> str:  # fmt: skip
     """The text of a Modelfile beside the GGUF `file`."""
     turns = turns_of(tokenizer)
-    thinks = _OPEN in (template_of(tokenizer) or "")
-    template = None if turns is None else go_template(turns, begins=_begin(tokenizer, add_bos), thinks=thinks)
+    begins = _begin(tokenizer, add_bos)
+    template = None if turns is None else go_template(turns, begins=begins, thinks=thinks(tokenizer))
     lines = ["# ollama create student -f Modelfile && ollama run student", f"FROM ./{file}", ""]
     if template is None:
         lines += [
@@ -75,6 +80,8 @@ def modelfile(
         lines.append(f"TEMPLATE {_QUOTES}{template}{_QUOTES}")
     lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if _quotable(stop)]
     lines.append(f"PARAMETER temperature {temperature:g}")
+    if temperature:
+        lines.append("PARAMETER top_k 0")  # else Ollama draws from the 40 likeliest only
     if top_p is not None:
         lines.append(f"PARAMETER top_p {top_p:g}")
     lines.append("PARAMETER repeat_penalty 1")  # else Ollama, before late 2026, holds 1.1 against digits said again

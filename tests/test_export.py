@@ -130,6 +130,7 @@ def test_a_value_that_half_precision_cannot_hold_is_an_error_and_no_infinity(fol
         ({"mlp_bias": True}, "with biases"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "positions of type yarn"),
+        ({"model_type": "qwen2", "rope_parameters": {"rope_type": "llama3"}}, "positions of type llama3"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "a part of each head"),
     ],
 )
@@ -288,7 +289,7 @@ def test_a_modelfile_stops_where_the_student_ends_and_breaks_on_no_token() -> No
         context=4096, temperature=0.6, top_p=0.95,
     )  # fmt: skip
     assert re.findall(r"^PARAMETER (.*)$", text, re.MULTILINE) == [
-        'stop "<|end|>"', "temperature 0.6", "top_p 0.95", "repeat_penalty 1", "num_ctx 4096",
+        'stop "<|end|>"', "temperature 0.6", "top_k 0", "top_p 0.95", "repeat_penalty 1", "num_ctx 4096",
     ]  # fmt: skip
     assert "<|assistant|><think>\n{{ end }}" in text  # as the student was asked while it learned
 
@@ -329,7 +330,8 @@ def told(tmp_path: Path, *, base: str = "Qwen/Qwen2.5-1.5B", teacher: str = "dee
 
 
 def made(ctx: FolderContext, settings: ExportSettings, **changes: Any) -> str:
-    given: dict[str, Any] = {"arm": ARM, "parameters": 1_543_714_304, "files": {}, "notes": (), **changes}
+    use = card.Use("hf", ("hf",), changes.pop("files", {}))
+    given: dict[str, Any] = {"arm": ARM, "parameters": 1_543_714_304, "use": use, **changes}
     return card.card(ctx, settings, card.story(ctx, settings), **given)
 
 
@@ -370,6 +372,36 @@ def test_a_licence_is_what_the_folder_says_else_the_catalogues_else_unknown(tmp_
     assert "ask who gave you that folder" in made(*told(tmp_path, base=str(own)))
     (own / "LICENSE").write_text("MIT")
     assert "see its LICENSE" in made(*told(tmp_path, base=str(own)))
+
+
+def test_a_card_speaks_of_the_folder_that_it_lies_in(tmp_path: Path) -> None:
+    files = {"student-f16.gguf": 3_000_000, "student-q8_0.gguf": 1_500_000}
+
+    def used(folder: str, *made_: str) -> str:
+        text = made(*told(tmp_path), use=card.Use(folder, made_, files, ("it is small",)))
+        return text.split("## How to run it")[1].split("## Where")[0]
+
+    alone, beside, plain = used("gguf", "gguf"), used("gguf", "hf", "gguf"), used("hf", "hf", "gguf")
+    assert "transformers" not in alone and "llama-cli -m student-q8_0.gguf" in alone and "hf/" not in alone
+    assert "`hf/` beside this folder" in beside
+    assert 'from_pretrained(".")' in plain and "gguf/" in plain and "1.5 MB" in plain
+    assert all("Note: it is small." in text for text in (alone, beside, plain))
+
+
+def test_a_licence_of_ones_own_has_a_name_as_the_hub_wants_it(tmp_path: Path) -> None:
+    front = yaml.safe_load(made(*told(tmp_path, base="deepseek-ai/DeepSeek-R1-Distill-Llama-8B")).split("---")[1])
+    assert front["license"] == "other" and front["license_name"] == "mit-on-top-of-llama3.1"
+
+
+def test_a_student_that_thinks_is_sampled_though_it_was_evaluated_greedily(tmp_path: Path) -> None:
+    story = card.story(*told(tmp_path))
+    assert story.evaluate is not None and story.label is not None and story.evaluate.seeds == 1
+    assert export._sampling(story, thinks=False) == (0.0, None)
+    assert export._sampling(story, thinks=True) == (story.label.temperature, story.label.top_p)
+    several = replace(story, evaluate=replace(story.evaluate, seeds=4, temperature=0.5, top_p=0.9))
+    assert export._sampling(several, thinks=True) == (0.5, 0.9)
+    greedy = replace(story, label=replace(story.label, temperature=0.0))
+    assert export._sampling(greedy, thinks=True) == (0.6, 0.95)
 
 
 def test_a_card_without_evaluation_or_labels_of_this_run_says_so(tmp_path: Path) -> None:
