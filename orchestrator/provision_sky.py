@@ -13,12 +13,13 @@ import math
 import os
 import re
 import shlex
+import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_CEILING, Decimal
@@ -983,6 +984,7 @@ class SlurmQueue:
             "StrictHostKeyChecking": "accept-new",
             "UserKnownHostsFile": str(self._folder / "known_hosts"),
             "LogLevel": "ERROR",
+            **shared_connection(),
         }
         flags = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
         command = ["ssh", "-F", str(self._config), *flags, "--", cluster, script]
@@ -996,6 +998,21 @@ class SlurmQueue:
                 hint=f"try `ssh -F {self._config} {cluster} squeue`",
             )
         return str(done.stdout)
+
+
+def shared_connection(folder: Path | None = None) -> dict[str, str]:
+    """Options of ssh by which every look at a login node goes over one connection: a handshake a second is a burden.
+
+    Nothing where `folder` (this user's own, in /tmp: a socket's name has 104 bytes at most) is somebody else's.
+    """
+    place = folder or Path("/tmp", f"kdcloud-ssh-{os.getuid()}")
+    with suppress(OSError):
+        place.mkdir(mode=0o700, exist_ok=True)
+        found = place.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+            alive = {"ServerAliveInterval": "5", "ServerAliveCountMax": "3"}
+            return {"ControlMaster": "auto", "ControlPath": f"{place}/%C", "ControlPersist": "60", **alive}
+    return {}
 
 
 CUT = "-- work --"

@@ -79,7 +79,7 @@ class Session:
             month_cap_micros=month_cap_micros(config),
         )
         try:
-            outcome = runner.run(on_turn=turned)
+            outcome = runner.run(on_turn=turned, turn_s=turn_s(self.plan))
             teller.end(outcome.state, outcome.message, outcome.hint, self._may_bill())
             return outcome
         except TeardownUnconfirmed as error:
@@ -331,6 +331,11 @@ def _ec2(ledger: Ledger | None, infra: Sequence[str]) -> dict[str, Provisioner]:
 def infra_of(plan: Plan) -> tuple[str, ...]:
     """Every infra on which the plan may have machines; `provider_for` takes them."""
     return tuple(dict.fromkeys(offer.infra for stage in plan.stages for offer in stage.candidates))
+
+
+def turn_s(plan: Plan) -> float:
+    """Between two looks of the client: a login node or a cloud is asked once a second at most."""
+    return 0.3 if all(infra == "local" for infra in infra_of(plan)) else 1.0
 
 
 def ordered_on(run: Run, name: str) -> str | None:

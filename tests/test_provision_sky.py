@@ -41,6 +41,7 @@ from orchestrator.provision_sky import (
     micros,
     no_upload,
     printed,
+    shared_connection,
     time_to_live,
     timer_minutes,
     translated,
@@ -597,6 +598,18 @@ def test_what_slurm_prints_is_read_and_only_its_own_job_is_ended(tmp_path, monke
     assert (other.state, other.began_at, other.work) == ("PENDING", None, ())
     slurm.cancel(mine)
     assert commands[-1][-1] == f"scancel --name {NAME}-93c70de0 7"
+
+
+def test_looks_at_a_login_node_share_a_connection_in_a_folder_of_ones_own(tmp_path):
+    own = tmp_path / "own"
+    options = shared_connection(own)
+    assert options["ControlPath"] == f"{own}/%C" and options["ControlMaster"] == "auto"
+    assert own.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "open").mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to(own)
+    (tmp_path / "file").touch()
+    assert [shared_connection(tmp_path / name) for name in ("open", "link", "file")] == [{}, {}, {}]
+    assert len(shared_connection()["ControlPath"]) - len("%C") + 40 + len(".0123456789abcdef") < 104  # ssh's own suffix
 
 
 def test_a_cluster_that_does_not_answer_is_an_error_and_never_an_empty_queue(tmp_path, monkeypatch):
