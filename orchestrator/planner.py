@@ -1269,6 +1269,8 @@ def _nothing_fits(stage: Stage, world: World, considered: _Considered, scene: _S
             hint="\n  -> ".join(_other_teachers(stage, world, scene)),
         )
     hint = _widen(stage, world, scene)
+    if not considered.refused and need.infra == ("local",) and need.gpus:
+        return NothingFits(f"stage {stage.name}: this machine has no {' or '.join(need.gpus)}", hint=hint)
     if not considered.refused:
         where = f" on {', '.join(need.infra)}" if need.infra else ""
         which = f" with {', '.join(need.gpus)}" if need.gpus else ""
@@ -1310,7 +1312,8 @@ def _widen(stage: Stage, world: World, scene: _Scene) -> str:
             return f"teacher: {smaller} would fit"
     found = fits(replace(need, gpus=(), infra=()), stage) if need.infra else None
     if found is not None:
-        return f"allow infra: [{', '.join((*need.infra, found.offer.infra))}], where a {found.offer.gpu} fits"
+        wider = (*need.infra, found.offer.infra)
+        return f"allow infra: [{', '.join(wider)}] (--infra {','.join(wider)}), where a {found.offer.gpu} fits"
     return "choose a smaller model or other machines"
 
 
