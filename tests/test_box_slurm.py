@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.boxes import LOOPBACK, arguments, holders_of, listeners, open_box, status_of
-from tests.slurm.scenes import REHEARSAL, allocations, is_over, machines
-from tests.slurm.table import NOTE
+from tests.slurm.scenes import REHEARSAL, absences, allocations, is_over, machines
+from tests.slurm.table import ABSENT_AFTER_S, NOTE
 from tests.whole_runs import Home, make_home
 
 pytestmark = [
@@ -41,6 +41,7 @@ def test_a_box_answers_over_ssh_to_its_token_alone_and_an_open_notebook_does_not
     report = is_over(home)
     assert report["state"] == "done" and report["spend_micros"] > 0
     assert ended(home) == "nothing worked on it for 1 min"
+    record_property(ABSENT_AFTER_S, absences(home))
     record_property(NOTE, f"addresses after {box.seconds:.0f} s; gone {idle_s:.0f} s after a kernel was started")
 
 
@@ -57,6 +58,7 @@ def test_ctrl_c_closes_a_rented_box_with_its_files_saved(tmp_path, record_proper
     assert ended(home) == "its client closed it"
     with zipfile.ZipFile(home.bucket / "first" / "work.zip") as archive:
         assert {"mine.txt", "start.ipynb"} <= set(archive.namelist())
+    record_property(ABSENT_AFTER_S, absences(home))
     record_property(NOTE, f"addresses after {box.seconds:.0f} s; gone {closed_s:.0f} s after Ctrl-C")
 
 

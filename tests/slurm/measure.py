@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import cycle
 from pathlib import Path
 
 from tests.slurm.scenes import REHEARSAL, absences, is_over, reach, steps_done
@@ -13,6 +14,7 @@ from tests.slurm.table import LEAST_READINGS, LIMIT_S, percentile_95, sample
 from tests.whole_runs import make_home
 
 STAGE = REHEARSAL.splitlines()[-1]
+CARDS = ("RTX3090", "A10G")  # in turn, so that no stage goes on on the machine of the one before
 
 
 def main() -> None:
@@ -22,7 +24,10 @@ def main() -> None:
 
     sdk.api_stop()
     first_step(folder / "cold", REHEARSAL, "without an API server")
-    stages = [STAGE.replace("first", name) for name in ("first", *(f"s{n}" for n in range(2, LEAST_READINGS + 1)))]
+    stages = [
+        STAGE.replace("first", name).replace("rehearse", f"rehearse, gpus: [{gpu}]")
+        for name, gpu in zip(("first", *(f"s{n}" for n in range(2, LEAST_READINGS + 1))), cycle(CARDS))
+    ]
     recipe = REHEARSAL.replace(STAGE, "\n".join(stages)).replace("0.50 USD", "2 USD")
     readings = first_step(folder / "warm", recipe, "with a warm API server")
     print(f"COMMIT until absent from squeue, 95th percentile of {len(readings)}: {percentile_95(readings):.1f} s")
