@@ -166,8 +166,6 @@ def jupyter(box: Box, env: Mapping[str, str]) -> Server:
 
 def jupyter_config(home: Path, port: int, token: str) -> dict[str, Any]:
     """What JupyterLab is told in a file, since arguments can be seen by everybody on the machine."""
-    import zmq
-
     return {
         "ServerApp": {
             "ip": HOST,
@@ -180,8 +178,7 @@ def jupyter_config(home: Path, port: int, token: str) -> dict[str, Any]:
             "shutdown_no_activity_timeout": 0,  # the supervisor's rule ends an idle box
         },
         "IdentityProvider": {"token": token},
-        # Others on the machine see its ports, too.
-        "KernelManager": {"transport_encryption": "auto" if zmq.has("curve") else "disabled"},
+        "KernelManager": {"transport_encryption": "auto"},  # others on the machine see its ports, too
         "PasswordIdentityProvider": {"hashed_password": "", "allow_password_change": False},
         "LabApp": {"news_url": None, "check_for_updates_class": "jupyterlab.NeverCheckForUpdate"},
     }
