@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any
 
 import click
 
@@ -21,8 +21,10 @@ from orchestrator.artifacts import bytes_bar, human_bytes
 from orchestrator.config import Home
 from orchestrator.errors import KdcloudError, UsageError
 from orchestrator.ledger import Run
+from orchestrator.scene import clean
 from orchestrator.student import EXPORTED, Role, bring, find
 from tasks.bucket import FileEntry, Manifest, open_bucket
+from tasks.hub import unreachable
 
 SCHEMA = 1
 REPO_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -136,7 +138,7 @@ def lines_of(push: Push) -> list[str]:
         f"repository   {target.repo} at {target.endpoint}, {state}; as {target.user}",
         f"visibility   {seen_by}",
         f"licence      {push.licence or 'the model card states none: add `license:` to its head if others may use it'}",
-        *(f"  {item.path:<{width}}  {human_bytes(item.size):>7}{_instead(item, target)}" for item in push.items),
+        *(f"  {clean(item.path):<{width}}  {human_bytes(item.size):>7}{_instead(item, target)}" for item in push.items),
         f"{len(push.items)} files, {human_bytes(sum(item.size for item in push.items))}",
     ]
 
@@ -244,15 +246,13 @@ def _explained(api: Any, repo: str) -> Iterator[None]:
     """What the hub or the way to it says, as a UsageError; the token is in none of it."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Of the HTTP client, which was requests, then httpx, then httpx2.
-    unreachable = cast(type[Exception], HfHubHTTPError.__bases__[0])
     try:
         yield
     except KdcloudError:
         raise
     except HfHubHTTPError as error:
         raise _refused(error.response.status_code, repo, _first_line(error, api)) from None
-    except (OSError, unreachable, ValueError) as error:
+    except (OSError, unreachable(), ValueError) as error:
         raise UsageError(
             f"cannot reach the hub at {api.endpoint}: {_first_line(error, api)}",
             hint="check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and try again: what is there already stays",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, urlencode
 
 from tasks.bucket import BucketError, check_key
@@ -84,7 +84,6 @@ def check_file(path: Path, file: HubFile) -> None:
 @cache
 def _from_hugging_face(name: str, revision: str | None, weights: bool, code: bool) -> str:
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
@@ -92,13 +91,21 @@ def _from_hugging_face(name: str, revision: str | None, weights: bool, code: boo
         files = [file for file in listed if wanted(file.path, weights=weights, code=code)]
         with ThreadPoolExecutor(4) as pool:
             paths = list(pool.map(lambda file: hf_hub_download(name, file.path, revision=info.sha), files))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (unreachable(), OSError, ValueError) as error:
         raise _trouble(name, error) from error
     if not files:
         raise _empty(name)
     for path, file in zip(paths, files, strict=True):
         check_file(Path(path), file)
     return str(Path(paths[0]).parent)
+
+
+def unreachable() -> type[Exception]:
+    """What huggingface_hub raises when the hub refuses or does not answer: it lets its HTTP client's errors through,
+    which was requests, then httpx, then httpx2."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 
 def _described(item: Any) -> HubFile:

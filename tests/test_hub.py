@@ -185,6 +185,13 @@ def test_a_model_that_is_not_there_is_one_sentence_with_the_ways_out(place: Hub,
     assert "KDCLOUD_HUB=modelscope" in clean.stderr and "hf_hush" not in clean.stderr
 
 
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_is_one_sentence_too(tmp_path: Path) -> None:
+    alone = load(tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_TELEMETRY="1")  # nobody listens there
+    assert alone.returncode == 1 and "Traceback" not in alone.stderr
+    assert f"cannot fetch {NAME} from the hub" in alone.stderr and "HF_ENDPOINT to a mirror" in alone.stderr
+
+
 @pytest.mark.parametrize("path", ["../evil.json", "/etc/evil.json", "a/../../evil.json"])
 def test_a_hub_cannot_write_outside_of_its_folder(
     place: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str

@@ -87,6 +87,8 @@ def test_the_question_names_everything():
         "  model.safetensors   2.5 MB",
         "2 files, 2.5 MB",
     ]
+    steering = lines_of(Push(RUN, target, (Item("a\x1b[2J.json", Path("z"), 9),), False, None))
+    assert "\x1b" not in "".join(steering)
     public = lines_of(Push(RUN, replace(target, private=None), items, True, "mit"))
     assert public[1:4] == [
         "repository   ada/student at https://hub, new; as ada",
