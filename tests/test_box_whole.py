@@ -98,6 +98,11 @@ def test_jupyterlab_answers_to_its_token_alone_and_ctrl_c_saves_what_was_made_fo
         end(again)
     home.check_over()
 
+    refused = home.call("run", "--resume", "last")
+    assert refused.returncode == 2 and "kdcloud dev --resume" in refused.stderr
+    closed = home.call("dev", "--resume", "last")
+    assert closed.returncode == 2 and "was closed" in closed.stderr
+
 
 def test_a_kernel_that_computes_keeps_the_box_and_one_that_waits_does_not(tmp_path: Path) -> None:
     home = make_home(tmp_path, REHEARSAL)
