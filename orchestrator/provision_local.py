@@ -178,15 +178,13 @@ class LocalProvisioner:
 
 def local_offer(price_micros_per_hour: int) -> Offer:
     """This machine as an offer: no GPU, the memory that is there, the price the recipe gives."""
-    import psutil
-
     return Offer(
         infra="local",
         region=None,
-        instance=f"{psutil.cpu_count() or 1} cores",
+        instance=f"{os.cpu_count() or 1} cores",
         gpu=None,
         gpus=0,
-        vram_gib=psutil.virtual_memory().total / 2**30,
+        vram_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
         spot=False,
         price_micros_per_hour=price_micros_per_hour,
         as_of=_now(),
