@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -24,7 +24,6 @@ from orchestrator.ledger import Run
 from orchestrator.scene import clean
 from orchestrator.student import EXPORTED, Role, bring, find
 from tasks.bucket import FileEntry, Manifest, open_bucket
-from tasks.hub import unreachable
 
 SCHEMA = 1
 REPO_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -246,13 +245,15 @@ def _explained(api: Any, repo: str) -> Iterator[None]:
     """What the hub or the way to it says, as a UsageError; the token is in none of it."""
     from huggingface_hub.errors import HfHubHTTPError
 
+    # Of the HTTP client, which was requests, then httpx, then httpx2.
+    unreachable = cast(type[Exception], HfHubHTTPError.__bases__[0])
     try:
         yield
     except KdcloudError:
         raise
     except HfHubHTTPError as error:
         raise _refused(error.response.status_code, repo, _first_line(error, api)) from None
-    except (OSError, unreachable(), ValueError) as error:
+    except (OSError, unreachable, ValueError) as error:
         raise UsageError(
             f"cannot reach the hub at {api.endpoint}: {_first_line(error, api)}",
             hint="check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and try again: what is there already stays",
