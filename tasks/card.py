@@ -307,7 +307,7 @@ def _use(use: Use) -> Iterator[str]:
             'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]))\n```'
         )
         if use.files:
-            yield f"\nFor llama.cpp, LM Studio and Ollama, in `gguf/` beside this folder (on the hub, in it): {sizes}."
+            yield f"\nFor llama.cpp and Ollama, in `gguf/` beside this folder (on the hub, in it): {sizes}. There:"
     else:
         yield f"In this folder, with llama.cpp, LM Studio and Ollama: {sizes}.\n"
     if use.files:
