@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -83,7 +82,7 @@ def kdcloud() -> None:
     """Distil a reasoning model on rented GPUs, under a hard cap.
 
     \b
-    kdcloud init                   five questions, and a recipe of your own
+    kdcloud init                   a few questions, and a recipe of your own
     kdcloud plan quickstart        what it needs and costs, before a cent is spent
     kdcloud run quickstart         does it; on your own CPU, in minutes
 
@@ -132,7 +131,7 @@ def money_options(function: F) -> F:
 @click.option("--yes", "-y", is_flag=True, help="Take the default of every question that no option answers.")
 @click.option("--force", is_flag=True, help="Replace FILE, and data beside it, without asking.")
 def init(file: str, template: str | None, yes: bool, force: bool, **given: str | None) -> None:
-    """Ask five questions and write a recipe in which every key is explained; ends with what it would cost.
+    """Ask up to five questions and write a recipe in which every key is explained; ends with what it would cost.
 
     \b
     kdcloud init
@@ -829,18 +828,14 @@ def _open_box(session: Session) -> None:
     """Keeps a box open until it ends; the first Ctrl-C closes it, a second one does not wait for its files."""
     from orchestrator import dev as desk
     from orchestrator.scene import clean
+    from orchestrator.signals import heard_by
 
     view = desk.DeskView(session.plan)
     box = desk.Desk(session, view.say, click.echo)
     for text in session.notes:
         _talk(f"note: {text}")
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda *_: box.close()) for number in numbers}
-    try:
+    with heard_by(box.close):
         outcome = box.go()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     for line in desk.last_words(session.ledger.run(session.run_id), session.plan):
         _talk(clean(line))
     if outcome.state != "done":
@@ -866,25 +861,22 @@ def _leave_to_itself(ledger: Ledger, name: str, *words: str) -> None:
 def _go(session: Session) -> None:
     """Runs a session under a live view; the first Ctrl-C saves and tears down, and says so."""
     from orchestrator.live import note_of_run, stopping_words, view_for
+    from orchestrator.signals import heard_by
 
-    asked: list[int] = []
+    asked = 0
     view = view_for(session.plan, session.bucket.url, note=note_of_run(session.run_id))
     for text in session.notes:
         _talk(f"note: {text}")
 
-    def stop(number: int, frame: object) -> None:
-        asked.append(number)
-        text = stopping_words(session.run_id, session.plan, len(asked))
+    def stop() -> None:
+        nonlocal asked
+        asked += 1
+        text = stopping_words(session.run_id, session.plan, asked)
         view.state, view.note = "stopping", text
         view.say("stop", None, text)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with view:
-            outcome = session.go(say=view.say, stop=lambda: bool(asked), on_turn=view.update)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with heard_by(stop), view:
+        outcome = session.go(say=view.say, stop=lambda: asked > 0, on_turn=view.update)
     _finish(session.ledger, session.run_id, outcome)
 
 

@@ -17,6 +17,7 @@ from orchestrator.errors import KdcloudError
 from orchestrator.ledger import Ledger
 from orchestrator.reap import Reaped, reap
 from orchestrator.session import opened_ledger, reapable_providers
+from orchestrator.signals import heard_by
 
 SCHEMA = 1
 NOTHING = Reaped((), (), (), (), {}, {})
@@ -124,10 +125,5 @@ def document(result: Reaped, at: datetime) -> dict[str, Any]:
 def until_told() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set, instead of ending this process in the middle of a teardown."""
     told = threading.Event()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: told.set()) for number in numbers}
-    try:
+    with heard_by(told.set, [signal.SIGTERM, signal.SIGINT]):
         yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

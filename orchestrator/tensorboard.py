@@ -22,6 +22,7 @@ from orchestrator.errors import UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.mirror import Follower
 from orchestrator.session import plan_of
+from orchestrator.signals import heard_by
 from orchestrator.watching import outcome_of
 from tasks.bucket import Bucket, BucketError, Stat, open_bucket
 from tasks.contract import install_hint
@@ -53,14 +54,12 @@ def show(run_id: str, *, ledger: Ledger, home: Home, port: int | None, say: Call
         return outcome_of(ledger.run(run_id)) is not None
 
     stages = [stage.name for stage in plan_of(run).stages]
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends as well
     try:
-        status = serve(bucket, stages, home.runs / run_id / "tensorboard", port=port, say=say, ended=ended)
+        with heard_by(lambda: sys.exit(143), [signal.SIGTERM]):  # so that the server ends as well
+            status = serve(bucket, stages, home.runs / run_id / "tensorboard", port=port, say=say, ended=ended)
     except KeyboardInterrupt:
         say("\nTensorBoard has ended")
         return
-    finally:
-        signal.signal(signal.SIGTERM, before)
     raise UsageError(f"TensorBoard ended by itself, with status {status}", hint="start it again")
 
 

@@ -14,6 +14,7 @@ import click
 
 from orchestrator import completion
 from orchestrator.errors import UsageError
+from orchestrator.signals import heard_by
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -194,15 +195,12 @@ def _roles(asking: Asking) -> list[Role]:
 def _ctrl_c(first: Callable[[], None]) -> Iterator[None]:
     """The first Ctrl-C calls `first`, the next ones end the command."""
 
-    def pressed(number: int, frame: object) -> None:
+    def pressed() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         first()
 
-    before = signal.signal(signal.SIGINT, pressed)
-    try:
+    with heard_by(pressed, [signal.SIGINT]):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

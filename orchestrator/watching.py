@@ -17,6 +17,7 @@ from orchestrator.news import news_of
 from orchestrator.plan import Plan
 from orchestrator.runner import Outcome, Snapshot, snapshot_of
 from orchestrator.session import is_driven, is_left, plan_of
+from orchestrator.signals import heard_by
 from tasks.bucket import Bucket, BucketError, open_bucket
 
 OLD_NEWS = 8  # what happened before is told that far back
@@ -63,7 +64,7 @@ def heard() -> Iterator[Callable[[], None]]:
     """Ctrl-C interrupts, and if that is lost (Python drops it inside a finalizer) the next call of the result does."""
     pressed = False
 
-    def press(number: int, frame: object) -> None:
+    def press() -> None:
         nonlocal pressed
         pressed = True
         raise KeyboardInterrupt
@@ -75,11 +76,8 @@ def heard() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
         yield check
         return
-    before = signal.signal(signal.SIGINT, press)
-    try:
+    with heard_by(press, [signal.SIGINT]):
         yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def watch_run(
