@@ -13,7 +13,7 @@ from orchestrator.provision import Job, Need, NotYetGone, Observation, Offer, Or
 from orchestrator.provision_local import LocalProvisioner
 from orchestrator.provision_sky import SkyProvisioner
 from orchestrator.routing import Routed
-from orchestrator.session import infra_of, provider_for
+from orchestrator.session import infra_of, provider_for, turn_s
 from orchestrator.testing import fake_offer
 from tests.plans import make_plan
 
@@ -142,3 +142,9 @@ def test_a_plan_may_mix_this_machine_slurm_and_clouds(tmp_path: Path) -> None:
     assert isinstance(provider_for(where, Home(tmp_path)), Routed)
     assert isinstance(provider_for(("slurm/lab", "aws"), Home(tmp_path)), SkyProvisioner)
     assert isinstance(provider_for("local", Home(tmp_path)), LocalProvisioner)
+
+
+@pytest.mark.parametrize(("where", "s"), [(("local",), 0.3), (("slurm/lab",), 1.0), (("local", "slurm/lab"), 1.0), (("aws",), 1.0)])
+def test_a_login_node_or_a_cloud_is_asked_once_a_second_at_most(where: tuple[str, ...], s: float) -> None:
+    plan = make_plan({"train": 60.0}, offers=tuple(fake_offer(infra=one) for one in where))
+    assert turn_s(plan) == s
