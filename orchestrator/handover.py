@@ -52,6 +52,7 @@ MIRROR = "UV_DEFAULT_INDEX"  # where packages come from instead of PyPI: passed 
 # Locked environments of machines, by name: requirements/NAME.txt, which lies in the wheel of kdcloud as well. They go
 # to a machine in the code's zip, as files with hashes are too large for its environment.
 LOCKED = ("label", "train", "label-box", "train-box")
+CHAT = "chat"  # no stage works in it: a box makes it for Open WebUI
 LOCK_FOLDER = "environments"  # in the zip
 
 # Module -> package: what a kind of stage imports. Where no locked environment serves, the versions are those of
@@ -76,7 +77,7 @@ def code_wheel() -> tuple[bytes, str]:
     bytes for the same sources, on every machine."""
     root = Path(tasks.__file__).parent
     files = {f"tasks/{source.relative_to(root).as_posix()}": source for source in sorted(root.glob("**/*.py"))}
-    files |= {f"{LOCK_FOLDER}/{name}.txt": requirements(name) for name in LOCKED}
+    files |= {f"{LOCK_FOLDER}/{name}.txt": requirements(name) for name in (*LOCKED, CHAT)}
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as wheel:
         for name, source in files.items():

@@ -1,13 +1,14 @@
 """Which exact versions does an install take? Writes requirements/*.txt with uv; `--upgrade` moves to the newest ones.
 
 Two serve pip as constraints on any machine: lock.txt is for everything but the sky extra (`make demo` and `make test`
-use it), sky.txt for that too, since SkyPilot 0.14 holds click below 8.2 and with it a row of others. Four are whole
+use it), sky.txt for that too, since SkyPilot 0.14 holds click below 8.2 and with it a row of others. Five are whole
 environments of rented machines, by the hashes of their files: train.txt in the versions of lock.txt, label.txt in those
-that vLLM asks for; NAME-box.txt is NAME.txt with JupyterLab.
+that vLLM asks for; NAME-box.txt is NAME.txt with JupyterLab; chat.txt is Open WebUI for `kdcloud dev --chat`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -35,7 +36,15 @@ MACHINES = {
     "label.txt": (("local", "s3", "label"), None),
     "train-box.txt": (("local", "quantized", "s3", "box"), "lock.txt"),
     "label-box.txt": (("local", "s3", "label", "box"), "label.txt"),
+    "chat.txt": (("chat",), None),
 }
+# What reads pictures, speech and documents, and loads models for that: a box has Open WebUI for a talk with a student.
+WITHOUT = {
+    "chat.txt": (
+        "torch", "accelerate", "faster-whisper", "opencv-python-headless", "rapidocr", "sentence-transformers",
+        "transformers",
+    )
+}  # fmt: skip
 PYTHONS = (11, 12, 13)  # CPython 3.x
 GLIBC = 39  # 2.x, of Ubuntu 24.04: the newest that a file may ask for
 OLD_PLATFORMS = ("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64")
@@ -98,7 +107,9 @@ def machine_lock(path: Path, extras: tuple[str, ...], like: Path | None, *, upgr
         if path.exists() and not upgrade:  # uv keeps what stands in its output
             pins.write_text("".join(f"{line}\n" for line in versions(path.read_text())))
         wanted_by = (ROOT / "pyproject.toml").read_text().partition("[tool.uv]")[0]
-        (Path(folder) / "pyproject.toml").write_text(f'{wanted_by}[tool.uv]\nenvironments = ["{MACHINE}"]\n')
+        never = [f"{name} ; sys_platform == 'never'" for name in WITHOUT.get(path.name, ())]
+        settings = f"environments = {json.dumps([MACHINE])}\noverride-dependencies = {json.dumps(never)}\n"
+        (Path(folder) / "pyproject.toml").write_text(f"{wanted_by}[tool.uv]\n{settings}")
         for output, more in (
             (pins, ["--constraints", str(limits), *["--upgrade"] * upgrade]),
             (lock, ["--constraints", str(pins), "--format", "pylock.toml"]),
@@ -127,7 +138,10 @@ def versions(text: str) -> list[str]:
 
 def locked(package: Mapping[str, Any]) -> tuple[str, int]:
     """One package's lines, and the bytes that the machine fetches of it: those of the file that fits CPython 3.12."""
-    fitting = {python: fits(package, python) for python in PYTHONS if wanted(package, python)}
+    pythons = [python for python in PYTHONS if wanted(package, python)]
+    if not pythons:  # what the first releases of a Python lack (async-timeout: 3.11.0 to 3.11.2) harms no later one
+        pythons = [python for python in PYTHONS if wanted(package, python, release=0)]
+    fitting = {python: fits(package, python) for python in pythons}
     for python, wheels in fitting.items():
         if not wheels:
             sys.exit(f"{package['name']} {package['version']} has no wheel for CPython 3.{python} on Linux x86-64")
@@ -138,13 +152,14 @@ def locked(package: Mapping[str, Any]) -> tuple[str, int]:
     return " \\\n".join(lines) + "\n", size
 
 
-def wanted(package: Mapping[str, Any], python: int) -> bool:
+def wanted(package: Mapping[str, Any], python: int, release: int = 4) -> bool:
+    """Whether CPython 3.`python`.`release` needs it."""
     from packaging.markers import Marker
 
     machine = {
         "sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "platform_machine": "x86_64",
-        "python_version": f"3.{python}", "python_full_version": f"3.{python}.4", "implementation_name": "cpython",
-        "platform_python_implementation": "CPython",
+        "python_version": f"3.{python}", "python_full_version": f"3.{python}.{release}",
+        "implementation_name": "cpython", "platform_python_implementation": "CPython",
     }  # fmt: skip
     return "marker" not in package or Marker(package["marker"]).evaluate(machine)
 

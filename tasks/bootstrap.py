@@ -366,11 +366,17 @@ def by_version(own: Path, wanted: Wanted, until_s: float) -> tuple[str, bool]:
 
 
 def made_once(
-    own: Path, name: str, contents: str, install: Callable[[Path, str], None], until_s: float
+    own: Path,
+    name: str,
+    contents: str,
+    install: Callable[[Path, str], None],
+    until_s: float,
+    *,
+    newest: tuple[int, int] = NEWEST,
 ) -> tuple[str, bool]:
     """The Python of the environment with such contents, made if need be: by one process at a time, ready at the end.
 
-    `install` fills its folder, with the uv that it is told.
+    `install` fills its folder, with the uv that it is told; `newest` is the last Python that the packages are for.
     """
     folder = own / "envs" / f"{name}-{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -383,7 +389,7 @@ def made_once(
             return python_of(folder), False
         shutil.rmtree(str(folder), ignore_errors=True)  # one that was interrupted
         began_s, uv = time.monotonic(), find_uv(own, until_s)
-        make_venv(uv, folder, until_s)
+        make_venv(uv, folder, until_s, newest)
         try:
             install(folder, uv)
         except Failed as error:
@@ -424,12 +430,12 @@ def find_uv(own: Path, until_s: float) -> str:
     return str(mine / "bin" / "uv")
 
 
-def make_venv(uv: str, folder: Path, until_s: float) -> None:
+def make_venv(uv: str, folder: Path, until_s: float, newest: tuple[int, int] = NEWEST) -> None:
     """An environment on this Python where it is new enough and has its headers (Triton compiles against them), else on
     one that uv brings, else on any that it finds."""
     version = sys.version_info[:2]
-    here = OLDEST <= version <= NEWEST and (Path(sysconfig.get_path("include")) / "Python.h").exists()
-    low, high = ".".join(map(str, OLDEST)), ".".join(map(str, (NEWEST[0], NEWEST[1] + 1)))
+    here = OLDEST <= version <= newest and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    low, high = ".".join(map(str, OLDEST)), ".".join(map(str, (newest[0], newest[1] + 1)))
     some = [f">={low},<{high}"]
     tries = [[sys.executable]] if here else [["3.12", "--python-preference", "only-managed"], some]
     for last, words in enumerate(tries, 1 - len(tries)):
@@ -490,7 +496,7 @@ def without_torch(text: str) -> str:
 
 def locks_in(wheel: Path | None) -> dict[str, str]:
     """Texts of the locked environments that came with the code; none from before there were any."""
-    if wheel is None:
+    if wheel is None or not zipfile.is_zipfile(str(wheel)):
         return {}
     with zipfile.ZipFile(str(wheel)) as code:
         names = [name for name in code.namelist() if name.startswith(f"{LOCKS}/")]

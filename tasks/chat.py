@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 import sys
@@ -21,8 +23,8 @@ from tasks.box_servers import HOST, TOKEN_BYTES, Box, Server, answers, free_port
 from tasks.contract import ModelSource, TaskError
 from tasks.stage import Context
 
-WEBUI = "open-webui==0.12.4"
-ENVIRONMENT = "open-webui"
+ENVIRONMENT = "chat"  # of the locked ones
+NEWEST = (3, 12)  # that Open WebUI is for
 INSTALL_LIMIT_S = 1800.0
 SLOW_START_S = 900.0  # weights are loaded, and Open WebUI first writes its tables
 NOT_FOR_WEBUI = ("PYTHONPATH", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # it has versions of its own, and fetches nothing
@@ -63,16 +65,32 @@ def webui(ctx: Context) -> str:
         return found
     ctx.progress("make Open WebUI", declared=True)
     own, until_s = Path(os.environ.get("KDCLOUD_HOME") or Path.home() / ".kdcloud"), time.monotonic() + INSTALL_LIMIT_S
+    text = lock()
 
     def install(folder: Path, uv: str) -> None:
-        words = [uv, "pip", "install", "--quiet", "--python", bootstrap.python_of(folder), WEBUI]
-        bootstrap.call(words, until_s)
+        (folder / "lock.txt").write_text(text)
+        bootstrap.call([uv, "pip", *wanted(text, folder), "--quiet", "--python", bootstrap.python_of(folder)], until_s)
 
     try:
-        python, _ = bootstrap.made_once(own, ENVIRONMENT, WEBUI, install, until_s)
+        python, _ = bootstrap.made_once(own, ENVIRONMENT, text, install, until_s, newest=NEWEST)
     except ValueError as error:
         raise TaskError(f"Open WebUI cannot be had: {error}", hint="leave --chat out, or see log.txt") from error
     return str(Path(python).parent / "open-webui")
+
+
+def lock() -> str:
+    """The locked environment that came with this code. Raises TaskError."""
+    text = bootstrap.locks_in(Path(__file__).parents[1]).get(ENVIRONMENT)
+    if text is None:
+        raise TaskError("Open WebUI cannot be had: its lock is not with this code", hint="leave --chat out")
+    return text
+
+
+def wanted(text: str, folder: Path) -> list[str]:
+    """What uv is to install: the lock by its hashes, which are of Linux on x86-64; elsewhere the same version."""
+    if (sys.platform, platform.machine()) == ("linux", "x86_64"):
+        return ["sync", str(folder / "lock.txt"), "--require-hashes", "--no-build"]
+    return ["install", *re.findall(r"^open-webui==[0-9.]+", text, re.MULTILINE)]
 
 
 def model_server(place: str, source: ModelSource, port: int, key: str, box: Box, env: Mapping[str, str]) -> Server:
@@ -128,6 +146,7 @@ def webui_env(folder: Path, model_port: int, key: str, password: str) -> dict[st
         "OPENAI_API_KEY": key,
         "DEFAULT_MODELS": CALLED,
         "OFFLINE_MODE": "True",
+        "USE_SLIM_DOCKER": "True",  # it loads no model of its own: the lock has neither torch nor what needs it
         "HF_HUB_OFFLINE": "1",
         "ENABLE_VERSION_UPDATE_CHECK": "False",
         "ENABLE_TITLE_GENERATION": "False",  # each would be a question to the student

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from tasks import chat
+from orchestrator.handover import code_wheel
+from orchestrator.locks import requirements
+from tasks import bootstrap, chat
 from tasks.box_servers import Box, answers, people_env
 from tasks.chat import model_place, vllm_argv, webui_env
 from tasks.chat_server import question_of, serve
@@ -173,10 +175,51 @@ def test_model_and_open_webui_are_started_with_a_key_of_their_own(
 def test_open_webui_that_cannot_be_made_says_what_to_leave_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    def made_once(*_: object) -> tuple[str, bool]:
+    def made_once(*_: object, **__: object) -> tuple[str, bool]:
         raise ValueError("environment open-webui could not be made: no network")
 
+    monkeypatch.setattr(chat, "lock", lambda: "open-webui==1.0\n")
     monkeypatch.setattr(chat.bootstrap, "made_once", made_once)
     with pytest.raises(TaskError) as caught:
         chat.webui(context(tmp_path))
     assert "no network" in caught.value.message and "--chat" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [
+        (("linux", "x86_64"), ["sync", "LOCK", "--require-hashes", "--no-build"]),
+        (("darwin", "arm64"), ["install", "open-webui==0.12.4"]),
+    ],
+)
+def test_open_webui_is_made_from_the_lock_that_came_with_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: tuple[str, str], words: list[str]
+) -> None:
+    data, _ = code_wheel()
+    (tmp_path / "code.whl").write_bytes(data)
+    monkeypatch.setattr(chat, "__file__", str(tmp_path / "code.whl" / "tasks" / "chat.py"))
+    monkeypatch.setattr(chat.sys, "platform", machine[0])
+    monkeypatch.setattr(chat.platform, "machine", lambda: machine[1])
+    monkeypatch.setenv("KDCLOUD_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    called: list[list[str]] = []
+    monkeypatch.setattr(bootstrap, "find_uv", lambda own, until_s: "uv")
+
+    def make_venv(uv: str, folder: Path, until_s: float, newest: tuple[int, int]) -> None:
+        folder.mkdir()
+        called.append([*map(str, newest)])
+
+    monkeypatch.setattr(bootstrap, "make_venv", make_venv)
+    monkeypatch.setattr(bootstrap, "call", lambda command, until_s: called.append(command))
+    place = Path(chat.webui(context(tmp_path / "run"))).parent
+    assert place.parts[-2].startswith("chat-") and called[0] == ["3", "12"]  # it is not for 3.13
+    listed = place.parent / "lock.txt"
+    assert listed.read_bytes() == requirements("chat").read_bytes()
+    told = [str(listed) if word == "LOCK" else word for word in words]
+    assert called[1] == ["uv", "pip", *told, "--quiet", "--python", bootstrap.python_of(place.parent)]
+
+
+def test_code_without_its_lock_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "__file__", str(tmp_path / "tasks" / "chat.py"))
+    with pytest.raises(TaskError, match="lock is not with this code"):
+        chat.lock()

@@ -144,7 +144,9 @@ def test_a_plan_may_mix_this_machine_slurm_and_clouds(tmp_path: Path) -> None:
     assert isinstance(provider_for("local", Home(tmp_path)), LocalProvisioner)
 
 
-@pytest.mark.parametrize(("where", "s"), [(("local",), 0.3), (("slurm/lab",), 1.0), (("local", "slurm/lab"), 1.0), (("aws",), 1.0)])
+@pytest.mark.parametrize(
+    ("where", "s"), [(("local",), 0.3), (("slurm/lab",), 1.0), (("local", "slurm/lab"), 1.0), (("aws",), 1.0)]
+)
 def test_a_login_node_or_a_cloud_is_asked_once_a_second_at_most(where: tuple[str, ...], s: float) -> None:
     plan = make_plan({"train": 60.0}, offers=tuple(fake_offer(infra=one) for one in where))
     assert turn_s(plan) == s
