@@ -141,15 +141,8 @@ def at_hand(source: ModelSource) -> str | None:
     assert source.path is not None
     if Path(source.path).expanduser().is_dir():
         return str(Path(source.path).expanduser())
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        found = snapshot_download(source.path, revision=source.revision, local_files_only=True)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
-        return None
-    whole = (Path(found) / "config.json").is_file() and any(Path(found).glob("*.safetensors"))
-    return found if whole else None
+    found = hub.fetched(source)
+    return None if found is None else str(found)
 
 
 @dataclass

@@ -81,8 +81,8 @@ def story(ctx: Context, settings: ExportSettings) -> Story:
     evaluation = settings.origin.evaluation if settings.origin else None
     evaluate, evaluated = _told(ctx, evaluation, EvaluateSettings)
     known = settings.origin.licences if settings.origin else {}
-    base = _model(ctx, train.student) if train else None
-    teacher = _model(ctx, label.teacher) if label and label.api is None else None
+    base = origin(ctx, train.student) if train else None
+    teacher = origin(ctx, label.teacher) if label and label.api is None else None
     return Story(
         train, trained, label, labelled, evaluate, evaluated, _name(base), _name(teacher) if label else None,
         _licence(base, known), _licence(teacher, known),
@@ -125,7 +125,7 @@ def _told(ctx: Context, stage: str | None, kind: type[S]) -> tuple[S | None, Map
     return found[0].settings, found[1]
 
 
-def _model(ctx: Context, source: ModelSource) -> ModelSource:
+def origin(ctx: Context, source: ModelSource) -> ModelSource:
     """The model that it began with, before the stages of this run."""
     for _ in range(20):  # each stage refers to an earlier one
         if source.stage is None:

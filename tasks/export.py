@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-from tasks import card, gguf_file, modelfile, models
-from tasks.contract import ExportSettings, TaskError
+from tasks import card, gguf_file, hub, modelfile, models
+from tasks.contract import ExportSettings, ModelSource, TaskError
 from tasks.stage import Context
 from tasks.train import STUDENTS_FILE
 
@@ -36,25 +39,44 @@ def run(ctx: Context, settings: ExportSettings) -> dict[str, Any]:
     refused = _refusal(loaded, settings) if "gguf" in settings.formats else None
     out = (ctx.out if "hf" in settings.formats else ctx.work) / "hf"
     models.save(out, loaded.model, loaded.tokenizer)
+    told = card.story(ctx, settings)
+    manner = _manner(told, loaded.tokenizer)
+    _say_how(out, manner)
+    _for_older_readers(out)
     parameters, tokenizer = sum(p.numel() for p in loaded.model.parameters()), loaded.tokenizer
     del loaded  # from here on the weights are on the disk
     gc.collect()
-    told = card.story(ctx, settings)
     files: dict[str, int] = {}
     notes: tuple[str, ...] = ()
     if "gguf" in settings.formats and refused is None:
-        files, notes = _gguf(ctx, settings, out, tokenizer, told)
+        files, notes = _gguf(ctx, out, tokenizer, told, manner)
     arm = json.loads((folder / STUDENTS_FILE).read_text())["arms"][0]  # the one under model/
     said = (*notes, *([] if refused is None else [refused]))
     made = [name for name in settings.formats if name == "hf" or files]
+    licences = _licences(ctx, told)
     for name in made:
         use = card.Use(name, tuple(made), files, said)
         text = card.card(ctx, settings, told, arm=arm, parameters=parameters, use=use)
         (ctx.out / name / "README.md").write_text(text)
+        for path in licences:
+            shutil.copyfile(path, ctx.out / name / path.name)
     size = sum(path.stat().st_size for name in made for path in (ctx.out / name).rglob("*") if path.is_file())
     ctx.progress("export", 1, 1, "formats")
     result = {"formats": made, "path": made[0], "parameters": parameters, "bytes": size, "gguf": files}
     return result if refused is None else {**result, "note": refused}
+
+
+def _licences(ctx: Context, told: card.Story) -> list[Path]:
+    """Texts of the licence that the student's model had before: most ask to be handed on with it."""
+    source = card.origin(ctx, told.train.student) if told.train is not None else ModelSource()
+    if source.path is None:
+        return []
+    try:
+        folder = Path(source.path) if Path(source.path).is_dir() else Path(hub.local_path(source, weights=False))
+    except TaskError as error:  # fetched before, perhaps on another machine: no reason to fail now
+        print(f"{error.message}: its licence is not beside the student", flush=True)
+        return []
+    return sorted(path for name in hub.LICENCES for path in folder.glob(name) if path.is_file())
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
@@ -76,7 +98,7 @@ def _refusal(loaded: models.Loaded, settings: ExportSettings) -> str | None:
 
 
 def _gguf(
-    ctx: Context, settings: ExportSettings, folder: Path, tokenizer: Any, told: card.Story
+    ctx: Context, folder: Path, tokenizer: Any, told: card.Story, manner: Manner
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """gguf/student-FORM.gguf and a Modelfile: sizes in bytes by name, and what llama.cpp does otherwise."""
     out = ctx.out / "gguf"
@@ -90,13 +112,61 @@ def _gguf(
         path = out / f"student-{form}.gguf"
         words = gguf_file.write(folder, path, form, tokenizer, name=ctx.task.run, moved=moved)
         sizes[path.name] = path.stat().st_size
-    temperature, top_p = _sampling(told, thinks=modelfile.thinks(tokenizer))
     text = modelfile.modelfile(
         tokenizer, f"student-{OLLAMA_TAKES}.gguf", add_bos=words.add_bos, stops=_stops(folder, tokenizer),
-        context=_context(folder, told), temperature=temperature, top_p=top_p,
+        context=_context(folder, told), temperature=manner.temperature, top_p=manner.top_p, thinks=manner.thinks,
     )  # fmt: skip
     (out / "Modelfile").write_text(text)
     return sizes, words.notes
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How the student is best asked."""
+
+    thinks: bool  # its answers begin with thoughts
+    temperature: float  # 0: greedily
+    top_p: float | None
+
+
+def _manner(told: card.Story, tokenizer: Any) -> Manner:
+    """Thoughts are known to the template, or stood in most of the answers that it learned from."""
+    taught = 2 * int(told.labelled.get("thoughts", 0)) > int(told.labelled.get("kept", 0))
+    thinks = taught or modelfile.knows_thoughts(tokenizer)
+    return Manner(thinks, *_sampling(told, thinks=thinks))
+
+
+def _say_how(folder: Path, manner: Manner) -> None:
+    """In generation_config.json, which transformers' `generate` and vLLM's server follow, as in the Modelfile."""
+    if manner.temperature:
+        config = GenerationConfig.from_pretrained(str(folder))
+        config.update(do_sample=True, temperature=manner.temperature, top_p=manner.top_p or 1.0, top_k=0)
+        config.save_pretrained(str(folder))
+
+
+def _for_older_readers(folder: Path) -> None:
+    """The same said in the names of transformers 4 as well, which would read other positions and no tokenizer at all.
+
+    Since version 5, `rope_parameters` holds the base and the scaling of the positions, `dtype` was `torch_dtype`, a
+    tokenizer that is none of a family's is a TokenizersBackend and lists its special tokens under another name.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", {name: value for name, value in rope.items() if name != "rope_theta"})
+    if "dtype" in config:
+        config.setdefault("torch_dtype", config["dtype"])
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    path = folder / "tokenizer_config.json"
+    tokenizer = json.loads(path.read_text())
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n")
 
 
 def _sampling(told: card.Story, *, thinks: bool) -> tuple[float, float | None]:
@@ -122,7 +192,8 @@ def _stops(folder: Path, tokenizer: Any) -> list[str]:
 
 
 def _context(folder: Path, told: card.Story) -> int:
-    """Tokens that Ollama makes room for: the longest answer learned from and as much as a prompt takes."""
+    """Tokens that Ollama makes room for: the longest answer learned from or judged, and as much as a prompt takes."""
     most = int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
-    wanted = (told.label.max_new_tokens if told.label is not None else 0) + OLLAMA_CONTEXT // 4
-    return min(most, max(OLLAMA_CONTEXT, wanted))
+    answers = [asked.max_new_tokens for asked in (told.label, told.evaluate) if asked is not None]
+    learned = told.train.max_seq_len if told.train is not None and told.label is None else 0  # others' labels
+    return min(most, max(OLLAMA_CONTEXT, learned, max(answers, default=0) + OLLAMA_CONTEXT // 4))

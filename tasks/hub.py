@@ -23,11 +23,13 @@ from urllib.parse import quote, urlencode
 from tasks.bucket import BucketError, check_key
 from tasks.contract import ModelSource, TaskError
 
-SMALL = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration, tokenizer, template
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")  # which say what goes along with a model made from this one
+SMALL = ("*.json", "*.txt", "*.model", "*.jinja", *LICENCES)  # configuration, tokenizer, template
 WEIGHTS = "*.safetensors"
 DOUBLE = "consolidated*"  # the same weights once more, in their maker's own layout
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 60
+MODELSCOPE_MAIN = "master"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,36 @@ def _from_hugging_face(name: str, revision: str | None, weights: bool, code: boo
         raise _empty(name)
     for path, file in zip(paths, files, strict=True):
         check_file(Path(path), file)
-    return str(Path(paths[0]).parent)
+    folder = Path(paths[0]).parent
+    _remember(folder, revision or "main")
+    return str(folder)
+
+
+def _remember(folder: Path, revision: str) -> None:
+    """Notes in the hub's cache which commit a name stood for, as its own tools do: offline they look there."""
+    if folder.name != revision:  # no commit itself
+        ref = folder.parent.parent / "refs" / check_name(revision)
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        part = ref.with_name(f".{ref.name}.{os.getpid()}")
+        part.write_text(folder.name)
+        part.replace(ref)
+
+
+def fetched(source: ModelSource) -> Path | None:
+    """Where the hub in use keeps a model on this machine; None where it was not fetched whole. Asks nobody."""
+    assert source.path is not None
+    if os.environ.get("KDCLOUD_HUB") == "modelscope":
+        folder = _modelscope_folder(source.path, source.revision)
+    else:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            folder = Path(snapshot_download(source.path, revision=source.revision, local_files_only=True))
+        except (HfHubHTTPError, HFValidationError, OSError, ValueError):
+            return None
+    whole = (folder / "config.json").is_file() and any(folder.glob(WEIGHTS))
+    return folder if whole else None
 
 
 def unreachable() -> type[Exception]:
@@ -133,9 +164,8 @@ def _empty(name: str) -> TaskError:
 def _from_modelscope(name: str, revision: str | None, weights: bool, code: bool) -> str:
     domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     base = f"{domain if '://' in domain else f'https://{domain}'}/api/v1/models/{quote(name)}/repo"
-    version = {"Revision": revision or "master"}
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kdcloud", "modelscope")
-    folder = folder / check_name(name) / check_name(version["Revision"])
+    version = {"Revision": revision or MODELSCOPE_MAIN}
+    folder = _modelscope_folder(name, revision)
     try:
         with _opened(f"{base}/files?{urlencode({**version, 'Recursive': 'true'})}") as answer:
             files = [file for file in _listed(json.load(answer)) if wanted(file.path, weights=weights, code=code)]
@@ -149,6 +179,11 @@ def _from_modelscope(name: str, revision: str | None, weights: bool, code: bool)
             f"cannot fetch {name} from ModelScope: {error}", hint="check the name there, and MODELSCOPE_DOMAIN"
         ) from error
     return str(folder)
+
+
+def _modelscope_folder(name: str, revision: str | None) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kdcloud", "modelscope")
+    return cache / check_name(name) / check_name(revision or MODELSCOPE_MAIN)
 
 
 def check_name(text: str) -> str:

@@ -947,6 +947,7 @@ def _result(
         "prompts": prompts,
         "generated": len(rows),
         "kept": len(kept),
+        "thoughts": sum("</think>" in row["text"] for row in kept),
         "dropped": dict(Counter(row["reason"] for row in dropped)),
         "tokens": sum(len(row["completion_ids"]) for row in kept),
         "generated_tokens": sum(len(row["completion_ids"]) for row in rows),

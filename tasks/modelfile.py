@@ -6,6 +6,7 @@ the template itself over several conversations. Where that fails the Modelfile h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ Messages = Sequence[Mapping[str, str]]
 _OPEN, _CLOSE = "<think>", "</think>"
 _SYSTEM, _ASKED, _SAID, _AGAIN = "kdcloud:system", "kdcloud:asked", "kdcloud:said", "kdcloud:again"
 _SHORT = (("user", _ASKED), ("assistant", _SAID), ("user", _AGAIN))
+_DATES = re.compile(r"strftime_now|date_string")
 _QUOTES = '"""'  # what ends a text in a Modelfile
 
 
@@ -57,26 +59,30 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     return turns if good else None
 
 
-def thinks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether its template knows thoughts."""
+def knows_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its template does."""
     return _OPEN in (template_of(tokenizer) or "")
 
 
 def modelfile(
     tokenizer: PreTrainedTokenizerBase, file: str, *, add_bos: bool, stops: Iterable[str], context: int,
-    temperature: float, top_p: float | None,
+    temperature: float, top_p: float | None, thinks: bool,
 ) -> str:  # fmt: skip
-    """The text of a Modelfile beside the GGUF `file`."""
-    turns = turns_of(tokenizer)
+    """The text of a Modelfile beside the GGUF `file`. `thinks`: its answers begin with thoughts."""
+    turns, own = turns_of(tokenizer), template_of(tokenizer)
     begins = _begin(tokenizer, add_bos)
-    template = None if turns is None else go_template(turns, begins=begins, thinks=thinks(tokenizer))
+    template = None if turns is None else go_template(turns, begins=begins, thinks=thinks)
     lines = ["# ollama create student -f Modelfile && ollama run student", f"FROM ./{file}", ""]
-    if template is None:
+    if own is None:
+        lines += ["# The student has no chat template: Ollama hands a question over as it is, to be gone on with."]
+    elif template is None:
         lines += [
             "# The student's own chat template has no equal in Ollama's language. The GGUF file holds it as it is:",
             "# llama.cpp uses it (llama-server --jinja), and Ollama guesses one from it, or takes one written here.",
         ]
     else:
+        if _DATES.search(own):
+            lines.append("# The student's own template tells the day: here it stays the one of this export.")
         lines.append(f"TEMPLATE {_QUOTES}{template}{_QUOTES}")
     lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if _quotable(stop)]
     lines.append(f"PARAMETER temperature {temperature:g}")

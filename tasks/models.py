@@ -346,8 +346,27 @@ def save(
         model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
         (folder / STUDENT_FILE).write_text(json.dumps({"base": asdict(base)}))
     else:
+        as_taught(model, tokenizer)
         model.save_pretrained(folder, state_dict=values)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
+
+
+def as_taught(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """It ends as the tokenizer of its lessons does, or as it did before; sampling and limits of its base's are gone.
+
+    A base's generation_config that transformers load and would not write again (a temperature without `do_sample`)
+    goes with them.
+    """
+    from transformers import GenerationConfig
+
+    before = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    others = before if isinstance(before, list) else [] if before is None else [before]
+    marks = [i for i in others if i in tokenizer.added_tokens_decoder]  # no default of a configuration's class
+    ends = list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *marks) if i is not None))
+    told = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(eos_token_id=ends[0] if len(ends) == 1 else ends or None, **told)
+    for name, value in {"eos_token_id": tokenizer.eos_token_id, **told}.items():
+        setattr(model.config, name, value)
 
 
 def with_lora(model: PreTrainedModel, settings: LoraSettings, *, special_ids: list[int], seed: int) -> nn.Module:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from orchestrator.catalog import LICENCES, MODELS
 from orchestrator.errors import UsageError
@@ -275,19 +285,35 @@ def test_ollamas_template_says_what_the_students_own_says(name: str) -> None:
     assert (turns.system is None) == (name == "own")
 
 
-@pytest.mark.parametrize("template", [None, COUNTED, GO_IN_IT, "{{ broken("])
-def test_a_template_that_does_not_come_apart_is_left_to_the_gguf_file_in_words(template: str | None) -> None:
-    text = modelfile.modelfile(
-        worded(template), "a.gguf", add_bos=False, stops=["<|end|>"], context=4096, temperature=0.6, top_p=0.95
+def ollama(template: str | None, *, stops: Sequence[str] = ("<|end|>",), thinks: bool = True) -> str:
+    return modelfile.modelfile(
+        worded(template), "a.gguf", add_bos=False, stops=stops, context=4096, temperature=0.6, top_p=0.95, thinks=thinks
     )
+
+
+@pytest.mark.parametrize("template", [COUNTED, GO_IN_IT, "{{ broken("])
+def test_a_template_that_does_not_come_apart_is_left_to_the_gguf_file_in_words(template: str) -> None:
+    text = ollama(template)
     assert "TEMPLATE" not in text and "has no equal in Ollama's language" in text and "FROM ./a.gguf" in text
 
 
+def test_a_student_without_a_template_is_not_said_to_have_one() -> None:
+    assert "has no chat template" in ollama(None) and "holds it as it is" not in ollama(None)
+
+
+def test_a_template_that_tells_the_day_keeps_the_one_of_the_export_and_says_so() -> None:
+    text = ollama("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    assert f"{datetime.now().astimezone():%d %b %Y}" in text and "stays the one of this export" in text
+    assert "this export" not in ollama(CHATML)
+
+
+def test_thoughts_of_a_student_whose_template_knows_none_are_shown_apart() -> None:
+    """Reasoning that an API told was taught between the marks."""
+    assert ".Thinking" in ollama(CHATML, thinks=True) and ".Thinking" not in ollama(CHATML, thinks=False)
+
+
 def test_a_modelfile_stops_where_the_student_ends_and_breaks_on_no_token() -> None:
-    text = modelfile.modelfile(
-        worded(models.TEMPLATE), "a.gguf", add_bos=False, stops=["<|end|>", 'a"b', "c\nPARAMETER d", "<|end|>", ""],
-        context=4096, temperature=0.6, top_p=0.95,
-    )  # fmt: skip
+    text = ollama(models.TEMPLATE, stops=["<|end|>", 'a"b', "c\nPARAMETER d", "<|end|>", ""])
     assert re.findall(r"^PARAMETER (.*)$", text, re.MULTILINE) == [
         'stop "<|end|>"', "temperature 0.6", "top_k 0", "top_p 0.95", "repeat_penalty 1", "num_ctx 4096",
     ]  # fmt: skip
@@ -404,6 +430,28 @@ def test_a_student_that_thinks_is_sampled_though_it_was_evaluated_greedily(tmp_p
     assert export._sampling(greedy, thinks=True) == (0.6, 0.95)
 
 
+@pytest.mark.parametrize(("template", "thoughts", "thinks"), [(CHATML, 300, True), (CHATML, 90, False), (R1, 0, True)])
+def test_a_student_thinks_where_its_template_or_most_of_its_lessons_do(
+    tmp_path: Path, template: str, thoughts: int, thinks: bool
+) -> None:
+    story = card.story(*told(tmp_path))
+    story = replace(story, labelled={**story.labelled, "thoughts": thoughts})
+    assert export._manner(story, worded(template)).thinks == thinks
+
+
+def test_ollama_makes_room_for_the_longest_answer_learned_or_judged(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 32768}')
+    story = card.story(*told(tmp_path))
+    assert story.label is not None and story.evaluate is not None and story.train is not None
+    both = replace(
+        story, label=replace(story.label, max_new_tokens=512), evaluate=replace(story.evaluate, max_new_tokens=9000)
+    )
+    assert export._context(tmp_path, both) == 9000 + 1024
+    imported = replace(story, label=None, evaluate=None, train=replace(story.train, max_seq_len=16384))
+    assert export._context(tmp_path, imported) == 16384
+    assert export._context(tmp_path, replace(story, train=None, label=None, evaluate=None)) == 4096
+
+
 def test_a_card_without_evaluation_or_labels_of_this_run_says_so(tmp_path: Path) -> None:
     ctx, settings = told(tmp_path)
     assert isinstance(ctx, Told)
@@ -446,6 +494,68 @@ def test_both_formats_come_out_beside_each_other(trained: Path) -> None:
     alone = replace(settings, formats=("gguf",))
     ctx = context(trained, "alone", "export", alone)
     assert export.run(ctx, alone)["path"] == "gguf" and not (ctx.out / "hf").exists()
+
+
+def test_transformers_4_reads_the_same_positions_and_a_tokenizer_that_it_knows(tmp_path: Path) -> None:
+    """It takes a base of 10,000 and no scaling where their old names are missing."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=300, max_position_embeddings=128, rope_parameters=rope,
+    )  # fmt: skip
+    tokenizer = models.tiny_tokenizer()
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
+    plain.add_special_tokens({"additional_special_tokens": ["<|mark|>"]})
+    models.save(tmp_path, LlamaForCausalLM(config), plain)
+    before = AutoConfig.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    export._for_older_readers(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert told["rope_theta"] == 5e5 and told["torch_dtype"] == told["dtype"]
+    assert told["rope_scaling"] == {name: value for name, value in rope.items() if name != "rope_theta"}
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in told
+    assert "<|mark|>" in told["additional_special_tokens"]
+    after = AutoConfig.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert before[0].rope_parameters == after[0].rope_parameters and before[0].dtype == after[0].dtype
+    text = "a 12+3<|mark|>\n"
+    assert before[1](text)["input_ids"] == after[1](text)["input_ids"]
+    assert before[1].all_special_tokens == after[1].all_special_tokens
+
+
+def test_a_student_ends_as_it_was_taught_and_has_no_sampling_of_its_base(tmp_path: Path) -> None:
+    tokenizer = models.tiny_tokenizer()
+    model = models.from_architecture(TINY, tokenizer, seed=1)
+    other = tokenizer.eos_token_id + 1
+    model.config.eos_token_id = other
+    model.generation_config = GenerationConfig(eos_token_id=[other, 2], repetition_penalty=1.1, max_new_tokens=9)
+    model.generation_config.temperature = 0.7  # without do_sample: transformers load it, but would not write it
+    models.save(tmp_path, model, tokenizer)
+    told = json.loads((tmp_path / "generation_config.json").read_text())
+    assert told["eos_token_id"] == [tokenizer.eos_token_id, other]  # and not an ordinary word, which stood there too
+    assert told["pad_token_id"] == tokenizer.pad_token_id
+    assert not told.keys() & {"repetition_penalty", "max_new_tokens", "temperature"}
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
+    export._say_how(tmp_path, export.Manner(True, 0.6, 0.95))
+    said = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (said["do_sample"], said["temperature"], said["top_p"], said["top_k"]) == (True, 0.6, 0.95, 0)
+    assert said["eos_token_id"] == told["eos_token_id"]
+
+
+def test_the_licence_of_its_model_goes_along_with_the_student(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "LICENSE.txt").write_text("terms")
+    (base / "NOTICE").write_text("Built with it")
+    settings = ExportSettings("train", formats=("hf", "gguf"))
+    ctx = context(trained, "export", "export", settings)
+    train = TrainSettings(ModelSource(path=str(base)), "label")
+    monkeypatch.setattr(ctx, "told", lambda stage: (Task("r", "train", "train", 1, 1, "file:x", train), {}))
+    export.run(ctx, settings)
+    for name in ("hf", "gguf"):
+        assert (ctx.out / name / "LICENSE.txt").read_text() == "terms" and (ctx.out / name / "NOTICE").is_file()
 
 
 def test_what_cannot_be_a_gguf_file_is_kept_as_hf_and_told(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,10 @@ def load(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
         "except TaskError as error: raise SystemExit(f'{error.message} -> {error.hint}')\n"
         "print(sum(p.numel() for p in loaded.model.parameters()), len(loaded.tokenizer))\n"
     )
+    return process(script, tmp_path, **env)
+
+
+def process(script: str, tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     own = {"HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
@@ -149,6 +153,23 @@ def test_a_model_comes_from_the_mirror_that_is_named_with_the_readers_token_and_
     fetched = {path.rpartition("/")[2] for path in place.asked if "/resolve/" in path}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= fetched
     assert not fetched & {"pytorch_model.bin", "modeling_tiny.py"}
+    place.asked.clear()
+    again = load(tmp_path, HF_HUB_OFFLINE="1")  # by its name, as what it was fetched as
+    assert again.stdout == done.stdout and not place.asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["huggingface", "modelscope"])
+def test_what_was_fetched_is_found_again_without_asking(place: Hub, tmp_path: Path, which: str) -> None:
+    script = (
+        "from tasks import hub; from tasks.contract import ModelSource\n"
+        f"source = ModelSource(path={NAME!r})\n"
+        "print(hub.fetched(source)); hub.local_path(source, weights=False); print(hub.fetched(source))\n"
+        "print(hub.local_path(source)); print(hub.fetched(source))\n"
+    )
+    done = process(script, tmp_path, HF_ENDPOINT=place.url, KDCLOUD_HUB=which, MODELSCOPE_DOMAIN=place.url)
+    before, without_weights, folder, after = done.stdout.split()
+    assert before == without_weights == "None" and folder == after
 
 
 @pytest.mark.slow
