@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.answering import Answer, Loaded
+from orchestrator.plain import printable
 from orchestrator.student import Role
 
 if TYPE_CHECKING:
@@ -194,8 +195,3 @@ def figures(one: Answer) -> str:
     speed = "" if one.tokens_per_s is None else f", {one.tokens_per_s:,.3g}/s"
     why = {"length": ", cut off", "stopped": ", stopped"}.get(one.finish, "")
     return f"{one.tokens:,} token{'' if one.tokens == 1 else 's'}{speed}{why}"
-
-
-def printable(text: str) -> str:
-    """What a terminal shows and never obeys."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)

@@ -6,7 +6,6 @@ Only here do errors become exit codes.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from orchestrator.errors import BudgetExceeded, DrillFailed, KdcloudError, Teard
 from orchestrator.labels_cli import labels
 from orchestrator.notify_cli import notify
 from orchestrator.offers_cli import offers
+from orchestrator.plain import json_text, printable
 from orchestrator.try_cli import try_
 
 if TYPE_CHECKING:
@@ -673,7 +673,7 @@ def estimate_command(files: tuple[str, ...], score: bool, as_json: bool) -> None
     found = [estimate.estimate(case) for case in cases]
     if as_json:
         for each in found:
-            click.echo(json.dumps(estimate.as_json(each), ensure_ascii=False))
+            click.echo(json_text(estimate.as_json(each)))
     else:
         estimate.render(found, _console())
 
@@ -1178,7 +1178,7 @@ def _reap_for_ever(wish: Wish, every_s: float, as_json: bool) -> None:
 
     def tell(result: Reaped) -> None:
         if as_json:
-            click.echo(json.dumps(document(result, clock.mark().wall), ensure_ascii=False))
+            click.echo(json_text(document(result, clock.mark().wall)))
             return
         for line in news.of(result):
             click.echo(line, err=line.startswith("no answer"))
@@ -1323,7 +1323,7 @@ def _talk(text: str) -> None:
 
 
 def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    click.echo(json_text(document, indent=1))
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -1371,9 +1371,9 @@ def _explain_edge(error: Exception) -> None:
 
 def _explain(message: str, hint: str) -> None:
     red, off = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    _talk(f"{red}error:{off} {message}")
+    _talk(f"{red}error:{off} {printable(message)}")
     if hint:
-        _talk(f"  -> {hint}")
+        _talk(f"  -> {printable(hint)}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import yaml
 
 from orchestrator.findings import TITLES, Answers, Change, Curve, Finding, Seen, Severity, StageSeen, findings
 from orchestrator.ledger import Ledger, MachineRow, Run
+from orchestrator.plain import json_text
 from orchestrator.plan import Plan, StagePlan
 from orchestrator.shares import visits
 from orchestrator.smoke import NOTE
@@ -39,7 +40,7 @@ def diagnose_command(ledger: Ledger, run_id: str | None, as_json: bool) -> None:
     run = ledger.run(newest(ledger, run_id))
     document = diagnosed(run, plan_of(run))
     if as_json:
-        print(json.dumps(document, indent=1, ensure_ascii=False))
+        print(json_text(document, indent=1))
         return
     from rich.console import Console
 

@@ -5,7 +5,6 @@ The token comes from HF_TOKEN or from `hf auth login`, and goes nowhere but to t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from orchestrator.artifacts import bytes_bar, human_bytes
 from orchestrator.config import Home
 from orchestrator.errors import KdcloudError, UsageError
 from orchestrator.ledger import Run
+from orchestrator.plain import json_text
 from orchestrator.scene import clean
 from orchestrator.student import EXPORTED, Role, bring, find
 from tasks.bucket import FileEntry, Manifest, open_bucket
@@ -80,7 +80,7 @@ def push_command(run: Run, home: Home, repo: str, stage: str | None, public: boo
         return
     url = upload(api, push)
     if as_json:
-        click.echo(json.dumps(to_json(push, url), indent=1, ensure_ascii=False))
+        click.echo(json_text(to_json(push, url), indent=1))
     else:
         click.echo(url)
 
@@ -165,7 +165,7 @@ def to_json(push: Push, url: str) -> dict[str, Any]:
 def _exported(run: Run, home: Home, stage: str | None) -> tuple[tuple[Item, ...], str]:
     """The files of the run's export stage, here and checked, and the model card. Raises UsageError."""
     bucket = open_bucket(run.bucket)
-    found = find(run, bucket, stage=stage, roles=(Role.STUDENT,))
+    found = find(run, bucket, stage=stage, roles=(Role.STUDENT,), exported=stage is None)
     (student,) = found.models
     if student.part != EXPORTED or student.stage is None:
         raise UsageError(

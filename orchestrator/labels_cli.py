@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import click
 
 from orchestrator import completion
 from orchestrator.errors import UsageError
+from orchestrator.plain import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +57,7 @@ def show(place: str | None, stage: str | None, first: int, limit: int, as_json: 
         samples = text.shown(folder, first=first, limit=limit)
         how = text.stored(folder)
         if as_json:
-            click.echo(json.dumps({"schema": 1, **how, "samples": list(samples)}, indent=1, ensure_ascii=False))
+            click.echo(json_text({"schema": 1, **how, "samples": list(samples)}, indent=1))
             return
         console = Console(highlight=False)
         console.print(stored_words(how))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import click
 
 from orchestrator import completion
 from orchestrator.errors import UsageError
+from orchestrator.plain import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +67,7 @@ def offers(refresh: bool, infra: str | None, gpu: str | None, spot: bool | None,
         for failure in shown.failures:
             click.echo(failure, err=True)
     if as_json:
-        click.echo(json.dumps(to_json(shown, config, now), indent=1, ensure_ascii=False))
+        click.echo(json_text(to_json(shown, config, now), indent=1))
     else:
         render(shown, config, now, Console(highlight=False))
     if not shown.was_asked:

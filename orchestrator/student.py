@@ -107,10 +107,13 @@ def student_folder(
     return Student(root / student.stage / student.part, student.stage, student.adapter)
 
 
-def find(run: Run, bucket: Bucket, *, stage: str | None = None, roles: Sequence[Role] = tuple(Role)) -> Found:
+def find(
+    run: Run, bucket: Bucket, *, stage: str | None = None, roles: Sequence[Role] = tuple(Role), exported: bool = False
+) -> Found:
     """The models of a run in these roles. Raises UsageError while there is no student.
 
-    `stage`: the export or train stage whose student is meant; by default the last one that is done.
+    `stage`: the export or train stage whose student is meant; by default the last one that is done. `exported`: an
+    export's, where there is one.
     """
     stages = plan_of(run).stages
     manifests: dict[str, Manifest] = {}
@@ -118,16 +121,19 @@ def find(run: Run, bucket: Bucket, *, stage: str | None = None, roles: Sequence[
         manifest = read_commit(bucket, one.name)
         if manifest is not None:
             manifests[one.name] = manifest
-    return choose(run.id, stages, manifests, state=state_of(run), done=set(run.done), stage=stage, roles=roles)
+    return choose(
+        run.id, stages, manifests, state=state_of(run), done=set(run.done), stage=stage, roles=roles, exported=exported
+    )
 
 
 def choose(
     run: str, stages: Sequence[StagePlan], manifests: Mapping[str, Manifest], *, state: str = "done",
     done: set[str] | frozenset[str] = frozenset(), stage: str | None = None, roles: Sequence[Role] = tuple(Role),
+    exported: bool = False,
 ) -> Found:  # fmt: skip
     """What `find` finds, from the plan and what is committed; pure. `done`: stages that the ledger calls done."""
     house = _House(run, {one.name: one for one in stages}, manifests)
-    taker = _pick(house, state, done, stage)
+    taker = _pick(house, state, done, stage, exported=exported)
     train = _trained_by(house, taker)
     found: list[Model] = []
     missing: dict[Role, str] = {}
@@ -195,7 +201,9 @@ class _House:
         return self.has(stage.name, EXPORTED if stage.kind == "export" else TRAINED)
 
 
-def _pick(house: _House, state: str, done: set[str] | frozenset[str], stage: str | None) -> StagePlan:
+def _pick(
+    house: _House, state: str, done: set[str] | frozenset[str], stage: str | None, *, exported: bool = False
+) -> StagePlan:
     """The stage whose student is taken. Raises UsageError."""
     makers = [one for one in house.plan.values() if one.kind in ("export", "train")]
     if not makers:
@@ -206,7 +214,8 @@ def _pick(house: _House, state: str, done: set[str] | frozenset[str], stage: str
             names = ", ".join(one.name for one in makers)
             raise UsageError(f"run {house.run} has no student of a stage {stage!r}", hint=f"there is one of: {names}")
         makers = chosen
-    for one in reversed(makers):
+    exports = [one for one in makers if one.kind == "export"] if exported else []
+    for one in [*reversed(exports), *reversed(makers)]:
         if house.gives_student(one):
             return one
     first = makers[0]

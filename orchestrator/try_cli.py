@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import sys
@@ -14,6 +13,7 @@ import click
 
 from orchestrator import completion
 from orchestrator.errors import UsageError
+from orchestrator.plain import json_text, printable
 from orchestrator.signals import heard_by
 
 if TYPE_CHECKING:
@@ -133,14 +133,12 @@ def _as_json(asking: Asking, found: Found, questions: Iterator[str], seed: int) 
         "missing": {str(role): why for role, why in found.missing.items()},
         "asked": asked,
     }
-    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    click.echo(json_text(document, indent=1))
 
 
 def _one_by_one(asking: Asking, questions: Iterator[str], seed: int, *, named: bool) -> None:
     """`named`: each question stands above its answers."""
     from rich.text import Text
-
-    from orchestrator.answers_view import printable
 
     console = _console()
     for question in questions:

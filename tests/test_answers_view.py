@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.answering import Answer, Loaded, loaded_words
-from orchestrator.answers_view import Pieces, answers_to_json, figures, fits_beside, panels, printable, show
+from orchestrator.answers_view import Pieces, answers_to_json, figures, fits_beside, panels, show
 from orchestrator.student import Role
 
 BOTH = [Role.STUDENT, Role.TEACHER]
@@ -106,10 +106,6 @@ def test_figures_say_why_an_answer_ended():
     assert of("length", 1200) == "1,200 tokens, 2/s, cut off"
     assert of("stopped", 0) == "0 tokens, stopped"
     assert "longer than this model reads" in of("too_long", 0)
-
-
-def test_control_characters_are_shown_not_obeyed():
-    assert printable("a\x1b[31m\x9b\r\u200eb\n\tc蒸") == "a?[31m???b\n\tc蒸"
 
 
 def test_the_document_has_what_was_said_and_unknown_is_null():

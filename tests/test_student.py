@@ -77,6 +77,15 @@ def test_one_stage_can_be_named():
     assert said(QUICK, ALL, stage="label") == "run r has no student of a stage 'label' | there is one of: train, export"
 
 
+def test_what_is_published_is_an_export_though_a_later_stage_trained_on():
+    plan = [*QUICK, *stages(more=TrainSettings(ModelSource(stage="train"), "label", method="full"))]
+    manifests = {**ALL, "more": TRAIN_FILES}
+    assert choose("r", plan, manifests).models[0].stage == "more"
+    assert choose("r", plan, manifests, exported=True).models[0].stage == "export"
+    del manifests["export"]
+    assert choose("r", plan, manifests, exported=True).models[0].stage == "more"  # which is refused
+
+
 def test_a_run_without_a_student_says_which_stage_is_missing():
     early = {"pretrain": committed("model/w")}
     assert said(QUICK, early, state="failed") == (

@@ -67,8 +67,9 @@ def test_ci_runs_the_same_check_as_everybody_on_pushes_and_pull_requests() -> No
     assert steps("ci.yml")[-1]["run"] == "bash .ci/run" and (ROOT / ".ci" / "run").is_file()
     (job,) = flow("ci.yml")["jobs"].values()
     assert job["container"].startswith("debian:")  # whose root the Slurm part of it needs
-    keyed = next(step["with"]["key"] for step in steps("ci.yml") if "cache" in step.get("uses", ""))
-    assert "requirements/*.txt" in keyed and "pyproject.toml" in keyed
+    kept = next(step["with"] for step in steps("ci.yml") if "cache" in step.get("uses", ""))
+    assert all(name in kept["key"] for name in ("requirements/*.txt", "pyproject.toml", "scripts/llama_cpp.py"))
+    assert "/root/.cache/kdcloud-wheels" in kept["path"].split()  # llama.cpp, built once
 
 
 def test_a_release_is_built_from_a_tag_that_is_the_version_with_the_locked_builder() -> None:
