@@ -789,6 +789,8 @@ def _dev(
     desk.check_here(made)
     for line in desk.words_of(made, inputs.words()):
         _talk(line)
+    for name in desk.still_open(runs, whole.name, chosen.name):
+        _talk(f"  {name} may still be open, a box of this stage: `kdcloud dev --resume {name}` goes there instead")
     _warn_of_the_month(made.cap_micros)
     if not yes:
         _ask("Open it?")

@@ -49,6 +49,7 @@ LEAST_S = 300.0  # of life: less is not worth its machine
 ARCHIVE = "work.zip"  # tasks/box.py
 CLOSING_S = 45.0  # beside the last upload: until the box has heard that it is closed
 WARN_S = (600.0, 120.0)  # before the end
+UNSAVED, IDLE = -2.0, -1.0  # warnings of no time
 GONE_QUIET = (Exit.STALLED, Exit.TERMINATED, Exit.DEADLINE)  # of a box that could not even save: no other is rented
 
 
@@ -170,6 +171,11 @@ def find_inputs(runs: Iterable[Run], recipe: str, stage: str, needed: Sequence[s
     return Inputs(tuple(pieces), () if source is not None else tuple(names))
 
 
+def still_open(runs: Iterable[Run], recipe: str, stage: str) -> list[str]:
+    """Boxes of the same stage whose machines may still be there."""
+    return [run.id for run in runs if run.name == box_name(recipe) and run.live and _is_box_of(run, stage)]
+
+
 def _is_box_of(run: Run, stage: str) -> bool:
     return any(one["name"] == stage and one["kind"] == BOX for one in run.data.get("plan", {}).get("stages", ()))
 
@@ -280,11 +286,10 @@ class Desk:
         """Ctrl-C: the box saves and ends; a second one does not wait for that."""
         self._asked += 1
         self._asked_at = self._asked_at or time.monotonic()
-        what = (
-            "closing the box: it saves your files, then its machine ends"
-            if self._asked == 1
-            else "ending the machine now"
-        )
+        what = "ending the machine now"
+        if self._asked == 1:
+            saves = "closing the box: it saves your files, then its machine ends"
+            what = saves if self._last is not None else "ending the machine: the box was not open yet"
         self._say("stop", self._stage.name, what)
 
     def stops(self) -> bool:
@@ -358,11 +363,16 @@ def warnings(numbers: Mapping[str, float], idle_s: float, told: set[float]) -> l
     if left_s is not None and due and min(due) not in told:
         told.update(due)
         found.append(f"its machine ends in {human_seconds(left_s)}; files below work/ are saved")
+    if not numbers.get("unsaved"):
+        told.discard(UNSAVED)
+    elif UNSAVED not in told:
+        told.add(UNSAVED)
+        found.append("the files below work/ are NOT saved just now: NOTICE.txt there says why")
     before_s = min(300.0, idle_s / 2)
     if quiet_s < idle_s - before_s:
-        told.discard(-1.0)
-    elif -1.0 not in told:
-        told.add(-1.0)
+        told.discard(IDLE)
+    elif IDLE not in told:
+        told.add(IDLE)
         found.append(f"nothing has computed on it for {human_seconds(quiet_s)}: it ends in {human_seconds(before_s)}")
     return found
 
@@ -403,10 +413,16 @@ def check_resumable(run: Run, plan: Plan) -> None:
 
 
 def check_here(plan: Plan) -> None:
-    """Raises UsageError where the box would be this machine and JupyterLab is not installed."""
+    """Raises UsageError where this machine lacks what the box needs of it: ssh, or JupyterLab where it is the box."""
     import importlib.util
+    import shutil
 
-    if not any(offer.infra == "local" for offer in plan.stages[0].candidates):
+    infras = {offer.infra for offer in plan.stages[0].candidates}
+    if infras != {"local"} and shutil.which("ssh") is None:
+        raise UsageError(
+            "a rented box is reached by ssh, and there is none here", hint="Debian: apt install openssh-client"
+        )
+    if "local" not in infras:
         return
     lacking = [name for name in ("jupyterlab", "tensorboard") if importlib.util.find_spec(name) is None]
     if lacking:

@@ -217,7 +217,11 @@ class Doorman(threading.Thread):
         if reach.ssh:
             for door in doors:
                 self._here.setdefault(door.name, free_port(USUAL_PORTS[door.name]))
-            way.forward({self._here[door.name]: door.port for door in doors})
+            try:
+                way.forward({self._here[door.name]: door.port for door in doors})
+            except ProvisionError:  # somebody else may have taken a port meanwhile: the next try gets another
+                self._here = {name: port for name, port in self._here.items() if free_port(port) == port}
+                raise
         else:
             self._here = {door.name: door.port for door in doors}
         lines = lines_of(doors, self._here)

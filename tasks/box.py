@@ -148,11 +148,17 @@ class Saver:
         self._saved = stamp_of(work)
         self._tried_s = time.monotonic()
         self._step = (found[0] if (found := ctx.latest_checkpoint()) is not None else 0) + 1
+        self.fails = False
 
     def look(self, every_s: float) -> str:
-        """Saves what is due. Returns what a person must know, or nothing."""
+        """Saves what is due. Returns what a person must know, or nothing; `fails` until it goes well again."""
         if time.monotonic() - self._tried_s < every_s:
             return ""
+        trouble = self._save()
+        self.fails = bool(trouble)
+        return trouble
+
+    def _save(self) -> str:
         self._tried_s, stamp = time.monotonic(), stamp_of(self._work)
         if stamp == self._saved:
             return ""
@@ -240,7 +246,10 @@ def keep_open(ctx: Context, settings: BoxSettings, box: Box, running: Running, s
         if notice:
             print(notice, flush=True)
             write_text(box.home / NOTICE, f"{time.strftime('%H:%M:%S %Z')}  {notice}\n")
-        ctx.progress(BOX_READY, gauge.signs, None, "signs of work", quiet_s=gauge.quiet_s, left_s=max(0.0, left_s))
+        ctx.progress(
+            BOX_READY, gauge.signs, None, "signs of work",
+            quiet_s=gauge.quiet_s, left_s=max(0.0, left_s), unsaved=float(saver.fails),
+        )  # fmt: skip
         ended = why_ended(ctx, running, quiet_s=gauge.quiet_s, left_s=left_s)
         if ended:
             return ended, gauge.signs

@@ -12,6 +12,7 @@ from tasks.gpu import Watcher
 from tasks.watch import Activity, Sight, Usage, advance
 
 BUSY_GPU_SHARE = 0.05
+BUSY_BYTES_PER_S = 256.0 * 1024  # `top` in a forgotten terminal reads 7 kB a second, a download is above this
 DEADLINE_NOTICES_S = (600.0, 120.0)
 IDLE_NOTICE_S = 300.0  # before the idle rule, at most half of it
 
@@ -41,7 +42,9 @@ class Gauge:
 
     def look(self, processes: Iterable[psutil.Process]) -> None:
         before, usage = self._activity, self._meter.read(processes)
-        self._activity = advance(before, Sight(self._now(), usage=usage), self._watch)
+        self._activity = advance(
+            before, Sight(self._now(), usage=usage), self._watch, busy_bytes_per_s=BUSY_BYTES_PER_S
+        )
         if is_sign(before, self._activity, self._gpu_use()):
             self.signs += 1
             self._worked_s = self._activity.awake_s

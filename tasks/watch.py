@@ -53,7 +53,9 @@ class Activity:
     window: Usage = Usage()
 
 
-def advance(before: Activity, sight: Sight, watch: Watch) -> Activity:
+def advance(
+    before: Activity, sight: Sight, watch: Watch, *, busy_bytes_per_s: float = BUSY_BYTES_PER_S
+) -> Activity:
     """The activity after one more tick."""
     gap_s = max(0.0, sight.now_s - before.sight.now_s)
     awake_s = before.awake_s + min(gap_s, max(MAX_GAP_S, 2 * watch.tick_s))
@@ -65,7 +67,7 @@ def advance(before: Activity, sight: Sight, watch: Watch) -> Activity:
     span_s = awake_s - before.window_s
     if span_s < BUSY_WINDOW_TICKS * watch.tick_s:
         return after
-    moves_bytes = sight.usage.io_bytes - before.window.io_bytes >= BUSY_BYTES_PER_S * span_s
+    moves_bytes = sight.usage.io_bytes - before.window.io_bytes >= busy_bytes_per_s * span_s
     computes = sight.usage.cpu_s - before.window.cpu_s >= BUSY_CPU_SHARE * span_s
     return replace(
         after,

@@ -212,7 +212,7 @@ def test_what_is_too_large_to_save_is_told_and_not_saved(tmp_path: Path, monkeyp
     saver = Saver(ctx, work)
     with (work / "large").open("wb") as file:
         file.truncate((1 << 30) + 1)  # takes no disk
-    assert "NOT saved" in saver.look(0.0) and checkpoints(tmp_path) == []
+    assert "NOT saved" in saver.look(0.0) and checkpoints(tmp_path) == [] and saver.fails
     assert saver.finish(tmp_path / ARCHIVE) == 0
 
 
@@ -233,7 +233,8 @@ def test_a_save_that_fails_is_told_tried_again_and_ends_nothing(
         assert "could not be saved" in saver.look(0.0) and checkpoints(tmp_path) == []
         if isinstance(error, OSError):
             assert saver.finish(tmp_path / ARCHIVE) == 0
-    assert saver.look(0.0) == "" and checkpoints(tmp_path) == ["step-1"]
+        assert saver.look(3600.0) == "" and saver.fails  # until it is tried again
+    assert saver.look(0.0) == "" and checkpoints(tmp_path) == ["step-1"] and not saver.fails
 
 
 def test_the_result_holds_the_files_as_they_are_at_the_end(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -261,6 +262,32 @@ def test_a_box_that_never_had_a_machine_is_not_gone_on_with() -> None:
         dev.check_resumable(known, plan)
 
 
+def test_a_box_of_the_same_stage_that_may_still_be_open_is_named_before_a_second_one_is_rented() -> None:
+    runs = [run("dev-test", (), box_of="train", run_id=name) for name in ("open", "closed", "label")]
+    runs[0].live = runs[2].live = runs[0].machines
+    runs[2].data["plan"]["stages"][0]["name"] = "label"
+    assert dev.still_open([*runs, run("test", ())], "test", "train") == ["open"]
+
+
+@pytest.mark.parametrize(
+    ("infra", "ssh", "refused"), [("slurm/lab", False, True), ("slurm/lab", True, False), ("local", False, False)]
+)
+def test_a_box_that_could_not_be_reached_is_not_rented(
+    monkeypatch: pytest.MonkeyPatch, infra: str, ssh: bool, refused: bool
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/ssh" if ssh else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    plan = planned(plan_of_train(offers=(replace(fake_offer(), infra=infra),), cap_micros=10_000_000))
+    with pytest.raises(UsageError, match="reached by ssh") if refused else nullcontext():
+        dev.check_here(plan)
+
+
+def test_files_that_are_not_saved_are_told_while_the_box_is_open_once_until_it_goes_well() -> None:
+    told: set[float] = set()
+    said = [bool(dev.warnings({"left_s": 3000.0, "unsaved": float(bad)}, 900.0, told)) for bad in (0, 1, 1, 0, 1)]
+    assert said == [False, True, False, False, True]
+
+
 def test_what_is_laid_in_is_committed_file_by_file_and_only_what_is_wanted(tmp_path) -> None:
     source, own = (open_bucket(f"file:{tmp_path}/b").at(name) for name in ("old", "new"))
     (tmp_path / "out").mkdir()
@@ -334,6 +361,12 @@ def seen(infra: str = "slurm/lab", state: State = State.LIVE, rc: int | None = N
     progress = Progress(BOX_READY, attempt=1, numbers=numbers)
     live = None if state is State.GONE else row
     return Snapshot(SimpleNamespace(machines=(row,)), "train", live, 60.0, progress, 0)  # type: ignore[arg-type]
+
+
+def test_ctrl_c_before_a_box_is_open_promises_no_files(tmp_path) -> None:
+    box, _, said = desk(tmp_path)
+    box.close()
+    assert box.stops() and said == ["ending the machine: the box was not open yet"]
 
 
 def test_ctrl_c_tells_a_rented_box_to_close_and_waits_for_its_files(tmp_path) -> None:

@@ -155,6 +155,8 @@ STAND_IN = """
         ends = [words[n + 1] for n, word in enumerate(words) if word == "-L"]
         control.with_name("ends").write_text(json.dumps(ends))
         while not control.with_name("done").exists():
+            if control.with_name("refused").exists():
+                sys.exit("port taken")
             time.sleep(0.02)
     elif "-M" not in words:
         print("" if "check" in words else (here / "connect.json").read_text())
@@ -170,7 +172,11 @@ STAND_IN = """
                     host, port = end.split(":")[:2]
                     one = socket.socket()
                     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    one.bind((host, int(port)))
+                    try:
+                        one.bind((host, int(port)))
+                    except OSError:
+                        control.with_name("refused").touch()
+                        sys.exit("port taken")
                     one.listen()
                     sockets.append(one)
                 control.with_name("done").touch()
@@ -245,6 +251,34 @@ def test_the_way_is_tried_again_whatever_went_wrong_and_the_same_is_said_once(tm
         assert said == ["the way to the box: KeyError('a bug'); it is tried again"]
     finally:
         doorman.close()
+
+
+def test_a_port_that_somebody_took_meanwhile_is_left_to_them(tmp_path: Path) -> None:
+    """The machine costs money while the same port would be tried again and again."""
+    import socket
+
+    ssh = tmp_path / "ssh.py"
+    ssh.write_text(textwrap.dedent(STAND_IN))
+    (tmp_path / "connect.json").write_text(json.dumps(TOLD))
+    told: list[list[str]] = []
+    doorman = Doorman(Provider(ssh), told.append, lambda text: None)
+    doorman.start()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            doorman.look(TARGET)
+            until(lambda: told)
+            ports = [int(line.split(":")[2].partition("/")[0]) for line in told[0]]
+            (tmp_path / "break").touch()
+            until(lambda: not listens(ports[0]))
+            other.bind(("127.0.0.1", ports[0]))
+            other.listen()
+            (tmp_path / "break").unlink()
+            until(lambda: len(told) == 2)
+            now = [int(line.split(":")[2].partition("/")[0]) for line in told[1]]
+            assert now[0] != ports[0] and now[1] == ports[1] and all(listens(port) for port in now)
+        finally:
+            doorman.close()
 
 
 def test_without_ssh_it_says_so(tmp_path: Path) -> None:
