@@ -157,7 +157,8 @@ def share_done(stage: StagePlan, offer: Offer, result: Mapping[str, Any]) -> flo
         steps, row = result.get("steps_done"), result.get("row_tokens")
         if not steps or not row or not uses.get("steps_in_all") or not uses.get("row_tokens"):
             return 0.0
-        return float(steps / uses["steps_in_all"] * row / uses["row_tokens"])
+        shorter = 1 - row / uses["row_tokens"]  # a step of rows of half the length may take as long
+        return float(steps / uses["steps_in_all"] * (1 - uses.get("row_share", 1.0) * shorter))
     if stage.kind in ("label", "evaluate") and result.get("engine") != engine_of(settings, offer):
         return 0.0
     if stage.kind == "label":
@@ -179,14 +180,14 @@ def ratios_of(told: Iterable[Mapping[str, Any]], *, last: int = LAST) -> dict[st
 
 
 def said(parts: Mapping[str, Part]) -> str:
-    """`measured on 3 earlier runs, 1.4 times as long as estimated`; empty without earlier runs of the work."""
+    """`work measured on 3 earlier runs: 1.4 times the estimate`; empty without earlier runs of the work."""
     work = parts.get("work")
     if work is None or not work.ratios:
         return ""
     count, factor = len(work.ratios), statistics.median(work.ratios)
     runs = f"{count} earlier run{'' if count == 1 else 's'}"
     times = f"{factor:.2g}" if factor < 99.5 else f"{factor:.0f}"  # not 1.1e+02
-    return f"measured on {runs}: {times} times the estimate"
+    return f"work measured on {runs}: {times} times the estimate"
 
 
 def to_json(parts: Mapping[str, Part]) -> dict[str, Any] | None:

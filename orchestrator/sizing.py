@@ -627,6 +627,7 @@ def _measure_train(stage: TrainStage, settings: TrainSettings, world: World, mac
             "steps": steps,
             "steps_in_all": _steps_in_all(settings, steps),
             "row_tokens": min(lengths.prompt + lengths.answer, settings.max_seq_len),
+            "row_share": _row_share(stage, settings, world, machine),
             "samples": taught.samples,
             "accumulation": _accumulation(settings, machine.gpus),
         },
@@ -673,8 +674,16 @@ def _steps(stage: TrainStage, settings: TrainSettings, world: World) -> int:
     return settings.steps or max(1, math.ceil(kept * (settings.epochs or 1.0) / settings.batch_size))
 
 
-def _training_s(stage: TrainStage, settings: TrainSettings, world: World, machine: Machine) -> Range:
-    """Seconds of all steps."""
+def _row_share(stage: TrainStage, settings: TrainSettings, world: World, machine: Machine) -> float:
+    """How much of the steps' time goes with the length of rows, 0 to 1: the rest is the same for any."""
+    whole = _training_s(stage, settings, world, machine).expected
+    return min(1.0, max(0.0, 2 * (1 - _training_s(stage, settings, world, machine, rows=0.5).expected / whole)))
+
+
+def _training_s(
+    stage: TrainStage, settings: TrainSettings, world: World, machine: Machine, *, rows: float = 1.0
+) -> Range:
+    """Seconds of all steps; `rows`: their length, as a share of what is expected."""
     lengths, speed = world.taught(stage).lengths, machine.speed
     work = duration.training_s(
         speed,
@@ -682,7 +691,7 @@ def _training_s(stage: TrainStage, settings: TrainSettings, world: World, machin
         steps=_steps_in_all(settings, _steps(stage, settings, world)),
         batch_size=settings.batch_size,
         micro_batch=settings.micro_batch,
-        mean_len=min(lengths.prompt + lengths.answer, settings.max_seq_len),
+        mean_len=rows * min(lengths.prompt + lengths.answer, settings.max_seq_len),
         full=settings.method == "full",
         checkpointing=settings.checkpointing,
         lora_r=settings.lora.r,

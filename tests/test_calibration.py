@@ -162,6 +162,17 @@ def test_more_steps_or_longer_rows_than_expected_are_no_slower_card(made: Plan) 
     assert by_part(took_of(label, [done(label)], result))["work"].actual_s == pytest.approx(1800 * 4)
 
 
+def test_shorter_rows_save_only_the_time_that_goes_with_them(made: Plan) -> None:
+    """Small models on a CPU take about as long for a step of any length."""
+    train = made.stages[1]
+    assert train.uses["row_share"] > 0.9
+    small = replace(train, uses={**train.uses, "row_share": 0.2})
+    half = trained(train, row_tokens=0.5 * train.uses["row_tokens"])
+    assert by_part(took_of(small, [done(train)], half))["work"].actual_s == pytest.approx(1800 / 0.9)
+    tiny = plan().stages[2]
+    assert tiny.kind == "train" and 0 < tiny.uses["row_share"] < 0.6
+
+
 def test_what_was_not_done_in_one_piece_as_planned_says_nothing(made: Plan) -> None:
     label, train = made.stages[:2]
     lost = {**done(train), "ended": None}
@@ -224,4 +235,4 @@ def test_a_plan_comes_back_from_the_ledger_with_it_and_an_older_one_without(made
 @pytest.mark.parametrize(("factor", "told"), [(0.5, "0.5"), (12.3, "12"), (110.0, "110")])
 def test_a_large_factor_is_a_number_that_people_read(factor: float, told: str) -> None:
     part = Part("key", Range(1.0, 1.0, 1.0), (factor,))
-    assert said({"work": part}) == f"measured on 1 earlier run: {told} times the estimate"
+    assert said({"work": part}) == f"work measured on 1 earlier run: {told} times the estimate"
