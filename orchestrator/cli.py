@@ -1198,6 +1198,8 @@ def _reaped(result: Reaped, do_end: bool, config: Config) -> str:
 
     forgotten = [f for f in result.findings if f.action == "end"]
     if not result.findings:
+        if result.asked == ("local",) and not result.unanswered:
+            return "no machine of kdcloud on this computer; nothing was rented from here: no cloud was asked"
         return "no machine of kdcloud was found" if result.unanswered else "no machine of kdcloud anywhere"
     if not do_end:
         return f"{len(forgotten)} forgotten; `kdcloud reap --yes` ends them" if forgotten else "nothing is forgotten"

@@ -38,6 +38,7 @@ class Reaped:
     unanswered: tuple[str, ...]  # providers that did not answer: what they hold is not known
     where: Mapping[str, tuple[str, ...]]  # machine -> providers that list it
     runs: Mapping[str, str]  # machine -> its run, of those that a run here knows
+    asked: tuple[str, ...] = ()  # providers: where nothing was rented from here, and nothing was named, nobody is asked
 
     @property
     def saved_micros_per_hour(self) -> int:
@@ -95,6 +96,7 @@ def reap(
         unanswered=unanswered,
         where=where,
         runs={name: one.row.run for name, one in known.items()},
+        asked=tuple(providers),
     )
 
 

@@ -115,6 +115,7 @@ def document(result: Reaped, at: datetime) -> dict[str, Any]:
         "machines": rows,
         "ended": list(result.ended),
         "left": list(result.left),
+        "asked": list(result.asked),
         "unanswered": list(result.unanswered),
         "saved_micros_per_hour": result.saved_micros_per_hour,
         "ended_without_price": list(result.unpriced),

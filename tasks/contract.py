@@ -553,13 +553,26 @@ def install_hint(extra: str, *more: str, how: Installation | None = None) -> str
     how = how or installation()
     if how.requires is None and extra:
         return f"install what kdcloud's extra [{extra}] names into the environment of {how.python}"
-    packages = [*_of_extra(how.requires or (), extra), *more]
+    packages = _merged([*_of_extra(how.requires or (), extra), *more])
     if how.pipx:  # --force: else it leaves a package of another version, or with fewer extras, as it is
-        return shlex.join(["pipx", "inject", "--force", how.pipx, *packages])
+        apps = ["--include-apps"] if any(name.startswith("skypilot") for name in packages) else []  # `sky`
+        return shlex.join(["pipx", "inject", "--force", *apps, how.pipx, *packages])
     pip = [how.python, "-m", "pip", "install"] if how.has_pip else ["uv", "pip", "install", "--python", how.python]
     if how.clone and extra:
         return shlex.join([*pip, "-e", f"{how.clone}[{extra}]", *more])
     return shlex.join([*pip, *packages])
+
+
+def _merged(packages: Sequence[str]) -> list[str]:
+    """Two extras of one package in the same versions as one requirement."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for package in packages:
+        name, extras, versions = re.fullmatch(r"([^\[=<>~! ]+)(?:\[([^]]*)\])?(.*)", package).groups()  # type: ignore[union-attr]
+        found.setdefault((name, versions), []).extend((extras or "").split(",") if extras else [])
+    return [
+        f"{name}[{','.join(dict.fromkeys(extras))}]{versions}" if extras else f"{name}{versions}"
+        for (name, versions), extras in found.items()
+    ]
 
 
 def _of_extra(requires: Sequence[str], extra: str) -> list[str]:

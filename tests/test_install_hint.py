@@ -35,7 +35,7 @@ VENV = Installation("/v/bin/python", requires=REQUIRES)
         ),
         (
             Installation("/p/kd-new/bin/python", has_pip=False, pipx="kd-new", requires=REQUIRES),
-            "pipx inject --force kd-new 'skypilot[slurm]==0.14.*' 'boto3>=1.36'",
+            "pipx inject --force --include-apps kd-new 'skypilot[slurm]==0.14.*' 'boto3>=1.36'",
         ),
         (
             Installation("/c d/.venv/bin/python", clone="/c d", requires=REQUIRES),
@@ -47,7 +47,7 @@ VENV = Installation("/v/bin/python", requires=REQUIRES)
         ),
         (
             Installation("/p/kd/bin/python", pipx="kd", clone="/c", requires=REQUIRES),  # pipx install -e
-            "pipx inject --force kd 'skypilot[slurm]==0.14.*' 'boto3>=1.36'",
+            "pipx inject --force --include-apps kd 'skypilot[slurm]==0.14.*' 'boto3>=1.36'",
         ),
         (
             Installation("/v/bin/python", requires=None),  # a rented machine: code without metadata
@@ -62,6 +62,9 @@ def test_an_extra_is_named_as_this_installation_takes_it(how: Installation, word
 def test_further_packages_go_into_the_same_environment() -> None:
     assert install_hint("s3", "skypilot[aws]==0.14.*", how=VENV).endswith(
         "install 'boto3>=1.36' 'skypilot[aws]==0.14.*'"
+    )
+    assert install_hint("sky", "skypilot[aws,slurm]==0.14.*", how=VENV).endswith(
+        "install 'skypilot[slurm,aws]==0.14.*' 'boto3>=1.36'"
     )
     clone = Installation("/c/bin/python", clone="/c", requires=REQUIRES)
     assert install_hint("s3", "x>=1", how=clone) == "/c/bin/python -m pip install -e '/c[s3]' 'x>=1'"
