@@ -1,4 +1,4 @@
-"""What does the quickstart come to on this kind of CPU? Runs it, and keeps what came out beside earlier ones.
+"""What does the quickstart come to on this machine? Runs it, and keeps what came out beside earlier ones.
 
     python -m benchmarks.quickstart                    # as PyTorch computes here
     python -m benchmarks.quickstart --capability avx2  # with the instructions of older CPUs, which round otherwise
@@ -43,6 +43,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cpu": cpu(),
         "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "capability": given or torch.backends.cpu.get_cpu_capability().lower(),
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "seconds": round(seconds, 1),

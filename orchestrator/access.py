@@ -255,6 +255,11 @@ def api_key_env(settings: object) -> str | None:
     return api.key_env if isinstance(api, ApiTeacher) else None
 
 
+def account_infras(plan: Plan, env: Mapping[str, str] | None = None) -> list[str]:
+    """Where a machine ends itself by a right over the account, which the recipe must allow."""
+    return [infra for infra in infras_of(plan) if ending_of(infra, env).account]
+
+
 def notes(plan: Plan, allowed: bool, env: Mapping[str, str] | None = None) -> Iterator[str]:
     """What the plan says about rights on rented machines; asks nobody. `allowed`: the recipe's allow_account_key."""
     env = os.environ if env is None else env

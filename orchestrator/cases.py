@@ -95,7 +95,8 @@ def read_cases(path: str | Path) -> list[Case]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CaseError(f"cannot read {path}: {error}", hint="name a file of JSON lines, one case a line") from error
+        why = getattr(error, "strerror", None) or error
+        raise CaseError(f"cannot read {path}: {why}", hint="name a file of JSON lines, one case a line") from error
     return parse_cases(text.splitlines(), str(path))
 
 

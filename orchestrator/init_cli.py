@@ -172,6 +172,8 @@ def summary(made: Plan) -> str:
 
 def next_steps(made: Plan, path: Path) -> str:
     """What to type now."""
+    from orchestrator.access import account_infras
+
     word = shlex.quote(str(path))
     rented = any(offer.infra != "local" for stage in made.stages for offer in stage.candidates)
     if not rented:
@@ -179,6 +181,8 @@ def next_steps(made: Plan, path: Path) -> str:
     lines = [f"  kdcloud doctor --recipe {word}    what is missing before it can run", f"  kdcloud run {word}"]
     if made.bucket.startswith("file:"):
         lines.insert(0, f"  set `bucket:` in {path} to a store that rented machines reach")
+    if account_infras(made):
+        lines.insert(-2, "  set `allow_account_key: true` there, if you accept what the plan says of keys on machines")
     return "\n".join(lines)
 
 

@@ -893,7 +893,7 @@ class SkyApi:
         except ImportError as error:
             raise ProvisionError(
                 "SkyPilot is not installed",
-                hint=f"{install_hint('sky')}, or set `infra: local` in the recipe",
+                hint=f"{install_hint('sky')}; `kdcloud doctor` tells what else is missing; here: `infra: local`",
             ) from error
         from sky import sky_logging
 

@@ -81,9 +81,13 @@ def questions_of(question: str | None) -> Iterator[str]:
     if question is not None:
         yield question
         return
+    came = False
     for line in sys.stdin:
         if line.strip():
+            came = True
             yield line.strip()
+    if not came:
+        raise UsageError("no question came on stdin", hint='kdcloud try last "12+30"')
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # of this checkout, wherever it is called from
 
-from orchestrator.gpus import GPUS  # noqa: E402
+from orchestrator.gpus import GPUS, gpu_named  # noqa: E402
 from orchestrator.offers import TABLE  # noqa: E402
 
 COLUMNS = 106
@@ -80,8 +80,9 @@ def gpus() -> Iterator[str]:
     """Every card that plans know, by memory, and what it costs an hour in the dated table of prices."""
     prices: dict[str, list[float]] = {}
     for row in TABLE:
-        if row.usd is not None:
-            prices.setdefault(row.gpu, []).append(float(row.usd) / row.gpus)
+        card = gpu_named(row.gpu, row.instance)
+        if row.usd is not None and card is not None:
+            prices.setdefault(card.name, []).append(float(row.usd) / row.gpus)
     yield "| card | memory, GiB | products, TFLOP/s | memory, GB/s | bf16 | USD an hour and card |"
     yield "|---|---:|---:|---:|---|---|"
     for card in sorted(GPUS.values(), key=lambda card: (card.vram_gib.value, card.reached_tflops.value)):

@@ -272,6 +272,8 @@ def bits_and_bytes(what: str) -> Any:
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or folder. Raises TaskError."""
     assert source.path is not None
+    if source.path.startswith(("/", ".", "~")) and not Path(source.path).expanduser().is_dir():
+        raise TaskError(f"there is no folder {source.path}", hint="name a tokenizer's folder, or a model on the hub")
     place = hub.local_path(source, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

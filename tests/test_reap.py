@@ -468,6 +468,11 @@ def test_the_command_line_ends_a_real_orphan_and_leaves_what_is_somebody_elses(t
                     time.sleep(0.2)
 
 
+def test_where_nothing_was_rented_reap_does_not_speak_for_clouds_that_it_did_not_ask(tmp_path: Path):
+    done = make_home(tmp_path, "").call("reap")
+    assert done.returncode == 0 and "no cloud was asked" in done.stdout and "anywhere" not in done.stdout
+
+
 def test_a_place_that_reap_does_not_know_is_refused(tmp_path: Path):
     done = make_home(tmp_path, "").call("reap", "--infra", "asw")
     assert done.returncode == 2
