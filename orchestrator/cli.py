@@ -886,8 +886,9 @@ def _finish(ledger: Ledger, name: str, outcome: Outcome) -> None:
     """Prints the report, says what may be next, and leaves with the outcome's exit code."""
     _report(ledger, name, as_json=False)
     if outcome.state == "done":
-        _talk(f"\n  kdcloud report {name} --html report.html --open    as a page to show around")
-        _talk(f"  kdcloud artifacts {name} --fetch {name}    every file of it, checked")
+        short = name[-6:]
+        _talk(f"\n  kdcloud report {short} --html report.html --open    one page to show around")
+        _talk(f"  kdcloud artifacts {short} --fetch {name}    its files, checked")
     elif outcome.state == "failed":
         _talk(f"  kdcloud doctor {name}    what went wrong, and the lines of the recipe that mend it")
     sys.exit(EXIT_CODES[outcome.state])

@@ -207,7 +207,7 @@ def _pick(
     """The stage whose student is taken. Raises UsageError."""
     makers = [one for one in house.plan.values() if one.kind in ("export", "train")]
     if not makers:
-        raise UsageError(f"run {house.run} trains no student", hint="look at `kdcloud status` for another run")
+        raise UsageError(f"run {house.run} trains no student", hint="name another run: `kdcloud status` lists them")
     if stage is not None:
         chosen = [one for one in makers if one.name == stage]
         if not chosen:

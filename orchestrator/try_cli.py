@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from orchestrator.answering import Asking
+    from orchestrator.ledger import Ledger
     from orchestrator.student import Found, Role
 
 SCHEMA = 1
@@ -90,6 +91,20 @@ def questions_of(question: str | None) -> Iterator[str]:
         raise UsageError("no question came on stdin", hint='kdcloud try last "12+30"')
 
 
+def _last_with_student(ledger: Ledger) -> str:
+    """The newest run that trains a student, told when a newer one does not; the newest where none does."""
+    from orchestrator.session import newest
+
+    last = newest(ledger, None)
+    for name in ledger.runs():
+        kinds = {stage["kind"] for stage in ledger.run(name).data.get("plan", {}).get("stages", ())}
+        if kinds & {"train", "export"}:
+            if name != last:
+                _talk(f"{last} trains no student: asking that of {name}")
+            return name
+    return last
+
+
 @contextmanager
 def _asking(
     run_id: str | None, stage: str | None, only: tuple[str, ...], max_new_tokens: int | None, temperature: float
@@ -103,7 +118,7 @@ def _asking(
 
     home = Home.from_env()
     with opened_ledger(home, say=_talk) as ledger:
-        run = ledger.run(newest(ledger, run_id))
+        run = ledger.run(newest(ledger, run_id) if run_id not in (None, "last") else _last_with_student(ledger))
     bucket = open_bucket(run.bucket)
     found = find(run, bucket, stage=stage, roles=[Role(name) for name in only] or list(Role))
     for role, why in found.missing.items():

@@ -18,9 +18,10 @@ from orchestrator.answering import Answer, Loaded, usual_tokens
 from orchestrator.cli import kdcloud
 from orchestrator.config import Home
 from orchestrator.errors import UsageError
+from orchestrator.session import opened_ledger
 from orchestrator.student import Role
 from orchestrator.try_cli import told_apart
-from tasks.contract import DataSource, EvaluateSettings, LabelSettings, ModelSource
+from tasks.contract import DataSource, EvaluateSettings, LabelSettings, ModelSource, TrainSettings
 from tests.recorded_runs import recorded, stages
 
 
@@ -125,6 +126,19 @@ def test_a_run_without_a_student_is_no_reason_to_load_anything(nothing_of_the_us
     for words, message in ((["try", "last", "1"], "trains no student"), (["try", "other", "1"], "no run 'other'")):
         done = CliRunner().invoke(kdcloud, words)
         assert isinstance(done.exception, UsageError) and message in done.exception.message
+
+
+def test_the_last_run_is_the_last_that_has_a_student(
+    nothing_of_the_user: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    home = Home(nothing_of_the_user)
+    label = LabelSettings(teacher=ModelSource(path="some/teacher"), prompts=DataSource("p"), verify="exact", samples=1)
+    train = TrainSettings(ModelSource(path="some/base"), "label")
+    recorded(home, "old-abc123", f"file:{tmp_path}/bucket/old-abc123", stages(label=label, train=train))
+    recorded(home, "new-abc124", f"file:{tmp_path}/bucket/new-abc124", stages(label=label))
+    with opened_ledger(home, say=print) as ledger:
+        assert try_cli._last_with_student(ledger) == "old-abc123"
+        assert "new-abc124 trains no student" in capsys.readouterr().err
 
 
 def test_answers_are_as_long_as_the_evaluation_allows():
