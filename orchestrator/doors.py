@@ -220,6 +220,7 @@ class Doorman(threading.Thread):
             try:
                 way.forward({self._here[door.name]: door.port for door in doors})
             except ProvisionError:  # somebody else may have taken a port meanwhile: the next try gets another
+                way.close()  # which may hold some of them
                 self._here = {name: port for name, port in self._here.items() if free_port(port) == port}
                 raise
         else:

@@ -182,7 +182,7 @@ def next_steps(made: Plan, path: Path) -> str:
     if made.bucket.startswith("file:"):
         lines.insert(0, f"  set `bucket:` in {path} to a store that rented machines reach")
     if account_infras(made):
-        lines.insert(-2, "  set `allow_account_key: true` there, if you accept what the plan says of keys on machines")
+        lines.insert(-2, f"  set `allow_account_key: true` in {path}, if you accept what the plan says of keys")
     return "\n".join(lines)
 
 

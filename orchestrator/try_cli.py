@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -59,13 +60,14 @@ def try_(
     if question is None and as_json and sys.stdin.isatty():
         raise UsageError("--json needs a question", hint='kdcloud try last "12+30" --json, or one a line on stdin')
     check_installed()
+    questions = None if question is None and sys.stdin.isatty() else questions_of(question)  # before models are loaded
     with _asking(run_id, stage, only, max_new_tokens, temperature) as (asking, found):
-        if as_json:
-            _as_json(asking, found, questions_of(question), seed)
-        elif question is None and sys.stdin.isatty():
+        if questions is None:
             _prompt(asking, seed)
+        elif as_json:
+            _as_json(asking, found, questions, seed)
         else:
-            _one_by_one(asking, questions_of(question), seed, named=question is None)
+            _one_by_one(asking, questions, seed, named=question is None)
 
 
 def told_apart(run_id: str | None, question: str | None) -> tuple[str | None, str | None]:
@@ -78,17 +80,14 @@ def told_apart(run_id: str | None, question: str | None) -> tuple[str | None, st
 
 
 def questions_of(question: str | None) -> Iterator[str]:
-    """The one that was given, else the lines of stdin that are not blank."""
+    """The one that was given, else the lines of stdin that are not blank. Raises UsageError where there is none."""
     if question is not None:
-        yield question
-        return
-    came = False
-    for line in sys.stdin:
-        if line.strip():
-            came = True
-            yield line.strip()
-    if not came:
+        return iter([question])
+    lines = (line.strip() for line in sys.stdin if line.strip())
+    first = next(lines, None)
+    if first is None:
         raise UsageError("no question came on stdin", hint='kdcloud try last "12+30"')
+    return chain([first], lines)
 
 
 def _last_with_student(ledger: Ledger) -> str:

@@ -121,8 +121,10 @@ def machine_lock(path: Path, extras: tuple[str, ...], like: Path | None, *, upgr
         block, size = locked(package)
         blocks.append(block)
         smallest += size
+    newest = max(python for python in PYTHONS if 2 * sum(wanted(one, python) for one in packages) > len(packages))
     head = (
-        f"# Environment {path.stem} of a rented machine, whole: Linux on x86-64, CPython 3.11 to 3.13, wheels only.\n"
+        f"# Environment {path.stem} of a rented machine, whole: Linux on x86-64, CPython 3.11 to 3.{newest}, "
+        "wheels only.\n"
         f"# {len(packages)} packages, {smallest} bytes to fetch.\n"
         f"# From the extras {', '.join(extras)}; written by `make lock`, read by tasks/bootstrap.py:\n"
         f"#   uv pip sync --require-hashes --no-build requirements/{path.name}\n"

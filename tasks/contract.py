@@ -555,8 +555,11 @@ def install_hint(extra: str, *more: str, how: Installation | None = None) -> str
         return f"install what kdcloud's extra [{extra}] names into the environment of {how.python}"
     packages = _merged([*_of_extra(how.requires or (), extra), *more])
     if how.pipx:  # --force: else it leaves a package of another version, or with fewer extras, as it is
-        apps = ["--include-apps"] if any(name.startswith("skypilot") for name in packages) else []  # `sky`
-        return shlex.join(["pipx", "inject", "--force", *apps, how.pipx, *packages])
+        inject = ["pipx", "inject", "--force"]
+        sky = [name for name in packages if name.startswith("skypilot")]  # whose command is next
+        rest = [name for name in packages if name not in sky]
+        each = [[*inject, "--include-apps", how.pipx, *sky]] * bool(sky) + [[*inject, how.pipx, *rest]] * bool(rest)
+        return " && ".join(map(shlex.join, each))
     pip = [how.python, "-m", "pip", "install"] if how.has_pip else ["uv", "pip", "install", "--python", how.python]
     if how.clone and extra:
         return shlex.join([*pip, "-e", f"{how.clone}[{extra}]", *more])

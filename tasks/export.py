@@ -137,9 +137,13 @@ def _manner(told: card.Story, tokenizer: Any) -> Manner:
 
 
 def _say_how(folder: Path, manner: Manner) -> None:
-    """In generation_config.json, which transformers' `generate` and vLLM's server follow, as in the Modelfile."""
+    """In generation_config.json, which transformers' `generate` and vLLM's server follow, as in the Modelfile.
+
+    It cannot say "greedily" to vLLM: transformers do not write a temperature of 0.
+    """
     if manner.temperature:
-        config = GenerationConfig.from_pretrained(str(folder))
+        there = (folder / "generation_config.json").is_file()  # not of a class that cannot generate by itself
+        config = GenerationConfig.from_pretrained(str(folder)) if there else GenerationConfig()
         config.update(do_sample=True, temperature=manner.temperature, top_p=manner.top_p or 1.0, top_k=0)
         config.save_pretrained(str(folder))
 
@@ -154,9 +158,13 @@ def _for_older_readers(folder: Path) -> None:
     config = json.loads(path.read_text())
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
+        for name in {"rope_theta", "partial_rotary_factor"} & rope.keys():
+            config.setdefault(name, rope[name])
+        scaling = {name: value for name, value in rope.items() if name not in config}
+        if rope.get("rope_type") == "longrope":  # three keys and no more
+            scaling = {"type": "longrope", "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
         if rope.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", {name: value for name, value in rope.items() if name != "rope_theta"})
+            config.setdefault("rope_scaling", scaling)
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
     path.write_text(json.dumps(config, indent=2) + "\n")

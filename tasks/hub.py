@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -106,8 +107,10 @@ def _from_hugging_face(name: str, revision: str | None, weights: bool, code: boo
 
 def _remember(folder: Path, revision: str) -> None:
     """Notes in the hub's cache which commit a name stood for, as its own tools do: offline they look there."""
-    if folder.name != revision:  # no commit itself
-        ref = folder.parent.parent / "refs" / check_name(revision)
+    ref = folder.parent.parent / "refs" / check_name(revision)
+    with suppress(OSError):  # a cache that others keep may be read only
+        if folder.name == revision or (ref.is_file() and ref.read_text() == folder.name):  # a commit itself; known
+            return
         ref.parent.mkdir(parents=True, exist_ok=True)
         part = ref.with_name(f".{ref.name}.{os.getpid()}")
         part.write_text(folder.name)
@@ -118,7 +121,10 @@ def fetched(source: ModelSource) -> Path | None:
     """Where the hub in use keeps a model on this machine; None where it was not fetched whole. Asks nobody."""
     assert source.path is not None
     if os.environ.get("KDCLOUD_HUB") == "modelscope":
-        folder = _modelscope_folder(source.path, source.revision)
+        try:
+            folder = _modelscope_folder(source.path, source.revision)
+        except TaskError:
+            return None
     else:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -127,8 +133,17 @@ def fetched(source: ModelSource) -> Path | None:
             folder = Path(snapshot_download(source.path, revision=source.revision, local_files_only=True))
         except (HfHubHTTPError, HFValidationError, OSError, ValueError):
             return None
-    whole = (folder / "config.json").is_file() and any(folder.glob(WEIGHTS))
-    return folder if whole else None
+    return folder if (folder / "config.json").is_file() and _has_weights(folder) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether all files of the weights are there: where they are several, an index names them."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return all((folder / name).is_file() for name in names) and any(folder.glob(WEIGHTS))
 
 
 def unreachable() -> type[Exception]:

@@ -368,7 +368,8 @@ def as_taught(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     told = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(eos_token_id=ends[0] if len(ends) == 1 else ends or None, **told)
     for name, value in {"eos_token_id": tokenizer.eos_token_id, **told}.items():
-        setattr(model.config, name, value)
+        if value is not None:  # some configurations take none
+            setattr(model.config, name, value)
 
 
 def with_lora(model: PreTrainedModel, settings: LoraSettings, *, special_ids: list[int], seed: int) -> nn.Module:

@@ -375,6 +375,7 @@ def test_answers_become_hard_labels_of_the_tokenizer_beside_it_without_any_model
     server.reply = right
     result = run_stage(root, "label", "label", settings(server))
     assert result is not None and (result["generated"], result["kept"]) == (12, 12)
+    assert result["thoughts"] == 12  # between the marks of the template, though they are empty
     assert result["api"] == {
         "calls": 12, "input_tokens": 120, "output_tokens": 60, "cost_micros": 240, "limit_micros": 1_000_000, "soft": 0,
     }  # fmt: skip

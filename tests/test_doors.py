@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.doors import (
+    USUAL_PORTS,
     Door,
     Doorman,
     Target,
@@ -199,6 +200,13 @@ def until(happens, limit_s: float = 90.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture
+def any_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that run side by side must not take each other's."""
+    monkeypatch.setattr("orchestrator.doors.USUAL_PORTS", dict.fromkeys(USUAL_PORTS, 0))
+
+
+@pytest.mark.usefixtures("any_ports")
 def test_the_way_is_opened_told_made_anew_when_it_breaks_and_closed(tmp_path: Path) -> None:
     ssh = tmp_path / "ssh.py"
     ssh.write_text(textwrap.dedent(STAND_IN))
@@ -253,6 +261,7 @@ def test_the_way_is_tried_again_whatever_went_wrong_and_the_same_is_said_once(tm
         doorman.close()
 
 
+@pytest.mark.usefixtures("any_ports")
 def test_a_port_that_somebody_took_meanwhile_is_left_to_them(tmp_path: Path) -> None:
     """The machine costs money while the same port would be tried again and again."""
     import socket

@@ -184,6 +184,26 @@ def test_bytes_that_are_not_what_the_hub_promised_are_never_loaded(
     assert f"{name} is not what the hub promises" in done.stderr
 
 
+def test_a_cache_that_cannot_be_written_or_was_half_filled_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models--some--tiny" / "snapshots" / SHA
+    folder.mkdir(parents=True)
+    (tmp_path / "models--some--tiny" / "refs").write_text("a file where a folder is wanted")
+    hub._remember(folder, "main")  # as where others keep it
+    monkeypatch.setenv("KDCLOUD_HUB", "modelscope")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    half = tmp_path / "kdcloud" / "modelscope" / "some" / "tiny" / "master"
+    half.mkdir(parents=True)
+    (half / "config.json").write_text("{}")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (half / "model.safetensors.index.json").write_text(json.dumps(index))
+    (half / "model-1.safetensors").touch()
+    assert hub.fetched(ModelSource(path=NAME)) is None and hub.fetched(ModelSource(path="../x")) is None
+    (half / "model-2.safetensors").touch()
+    assert hub.fetched(ModelSource(path=NAME)) == half
+
+
 @pytest.mark.slow
 def test_modelscope_gives_the_same_model_and_hears_no_token(place: Hub, tmp_path: Path) -> None:
     env = {"KDCLOUD_HUB": "modelscope", "MODELSCOPE_DOMAIN": place.url, "HF_TOKEN": "hf_hush"}

@@ -35,7 +35,8 @@ VENV = Installation("/v/bin/python", requires=REQUIRES)
         ),
         (
             Installation("/p/kd-new/bin/python", has_pip=False, pipx="kd-new", requires=REQUIRES),
-            "pipx inject --force --include-apps kd-new 'skypilot[slurm]==0.14.*' 'boto3>=1.36'",
+            "pipx inject --force --include-apps kd-new 'skypilot[slurm]==0.14.*' && "
+            "pipx inject --force kd-new 'boto3>=1.36'",
         ),
         (
             Installation("/c d/.venv/bin/python", clone="/c d", requires=REQUIRES),
@@ -47,7 +48,8 @@ VENV = Installation("/v/bin/python", requires=REQUIRES)
         ),
         (
             Installation("/p/kd/bin/python", pipx="kd", clone="/c", requires=REQUIRES),  # pipx install -e
-            "pipx inject --force --include-apps kd 'skypilot[slurm]==0.14.*' 'boto3>=1.36'",
+            "pipx inject --force --include-apps kd 'skypilot[slurm]==0.14.*' && "
+            "pipx inject --force kd 'boto3>=1.36'",
         ),
         (
             Installation("/v/bin/python", requires=None),  # a rented machine: code without metadata

@@ -498,7 +498,7 @@ def test_wrong_and_cut_answers_are_dropped_and_counted_by_reason(pretrained: Pat
     scripted("w\n</think>SUM", "w\n</think>0", "SUM", "w...")
     result = run_stage(pretrained, "judged", "label", replace(LABEL, keep="correct", samples=20))
     assert result is not None
-    assert (result["prompts"], result["generated"], result["kept"]) == (20, 20, 5)
+    assert (result["prompts"], result["generated"], result["kept"], result["thoughts"]) == (20, 20, 5, 5)
     assert result["dropped"] == {"wrong": 5, "no_answer": 5, "cut": 5}
     assert result["cut_share"] == 0.25
     assert all(s["reason"] == "ok" and "</think>" in s["text"] for s in result["samples"][:5])

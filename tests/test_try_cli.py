@@ -85,6 +85,12 @@ def test_each_line_of_stdin_is_a_question(parrot: Parrot):
     assert [line for line in done.stdout.splitlines() if line.startswith("> ")] == ["> 1+1", "> 2+2"]
 
 
+def test_without_a_question_no_model_is_loaded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(try_cli, "_asking", lambda *_: pytest.fail("models were loaded"))
+    done = CliRunner().invoke(kdcloud, ["try"], input="\n \n")
+    assert isinstance(done.exception, UsageError) and "no question came" in done.exception.message
+
+
 def test_json_is_one_document_whatever_was_asked(parrot: Parrot):
     done = CliRunner().invoke(kdcloud, ["try", "--json"], input="1+1\n2+2\n")
     document = json.loads(done.stdout)
