@@ -238,3 +238,22 @@ def test_what_is_written_here_is_seen_by_others_however_many_ledgers_this_proces
         assert seen.stdout.strip() == str(count)
     for one in mine:
         one.close()
+
+
+def test_the_file_system_is_that_of_the_longest_mount_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = f"{tmp_path}/my\\040home"
+    table = f"/dev/a / ext4 rw 0 0\nserver:/home {here} nfs4 rw 0 0\nx {here}/scratch xfs rw\n\n"
+    mounts = ledger_module.mounts_in(table)
+    assert mounts == [("/", "ext4"), (f"{tmp_path}/my home", "nfs4"), (f"{tmp_path}/my home/scratch", "xfs")]
+    monkeypatch.setattr(ledger_module, "_mounts", lambda: mounts)
+    there = [tmp_path, tmp_path / "my home" / "x", tmp_path / "my home" / "scratch" / "x", tmp_path / "my home2"]
+    assert [ledger_module.file_system(path) for path in there] == ["ext4", "nfs4", "xfs", "ext4"]
+    assert [ledger_module.on_network(path) for path in there] == [False, True, False, False]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's table")
+def test_the_kernels_table_says_what_psutil_says(tmp_path: Path) -> None:
+    import psutil
+
+    theirs = [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]
+    assert ledger_module._mounts() and {*theirs} <= {*ledger_module._mounts()}
