@@ -8,8 +8,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections import UserDict
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from importlib import import_module
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -17,11 +19,7 @@ import click
 
 from orchestrator import __version__, completion
 from orchestrator.errors import BudgetExceeded, DrillFailed, KdcloudError, TeardownUnconfirmed, UsageError
-from orchestrator.labels_cli import labels
-from orchestrator.notify_cli import notify
-from orchestrator.offers_cli import offers
 from orchestrator.plain import json_text, printable
-from orchestrator.try_cli import try_
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,13 +50,46 @@ SECTIONS = {
 }
 
 
+LATER = {  # commands of modules of their own, which other commands do not wait for
+    "labels": "orchestrator.labels_cli:labels",
+    "notify": "orchestrator.notify_cli:notify",
+    "offers": "orchestrator.offers_cli:offers",
+    "try": "orchestrator.try_cli:try_",
+}
+
+
+class Commands(UserDict[str, click.Command]):
+    """Commands by name; one of LATER is loaded when it is looked at."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.data or name in LATER
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.data, *(name for name in LATER if name not in self.data)])
+
+    def __len__(self) -> int:
+        return len(self.data.keys() | LATER.keys())
+
+    def __missing__(self, name: str) -> click.Command:
+        if name not in LATER:
+            raise KeyError(name)
+        module, _, attribute = LATER[name].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        _examples_last(command)
+        self.data[name] = command
+        return command
+
+
 class Sections(click.Group):
     """Commands in the order a person needs them, in groups; the examples of each stand at the end of its help."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.commands = Commands(self.commands)
+
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         super().add_command(cmd, name)
-        for one in (cmd, *(cmd.commands.values() if isinstance(cmd, click.Group) else ())):
-            _examples_last(one)
+        _examples_last(cmd)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in SECTIONS.items():
@@ -67,7 +98,9 @@ class Sections(click.Group):
 
 
 def _examples_last(command: click.Command) -> None:
-    """Moves the paragraphs of a help text that are examples below its options."""
+    """Moves the paragraphs of a help text that are examples below its options; of a group's commands, too."""
+    for one in command.commands.values() if isinstance(command, click.Group) else ():
+        _examples_last(one)
     paragraphs = cleandoc(command.help or "").split("\n\n")
     examples = [text for text in paragraphs if text.startswith("\b\n") and "kdcloud " in text.splitlines()[1]]
     if examples:
@@ -94,10 +127,6 @@ def kdcloud() -> None:
     """
 
 
-kdcloud.add_command(labels)
-kdcloud.add_command(offers)
-kdcloud.add_command(notify)
-kdcloud.add_command(try_)
 kdcloud.add_command(completion.completion)
 
 
@@ -115,7 +144,7 @@ def money_options(function: F) -> F:
     )
 
 
-@kdcloud.command(short_help="Five questions, then a recipe in which every key is explained.")
+@kdcloud.command(short_help="A few questions, then a recipe in which every key is explained.")
 @click.argument("file", type=click.Path(dir_okay=False), default="recipe.yaml", metavar="[FILE]")
 @click.option(
     "--template",
