@@ -8,10 +8,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from importlib import import_module
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -19,7 +17,11 @@ import click
 
 from orchestrator import __version__, completion
 from orchestrator.errors import BudgetExceeded, DrillFailed, KdcloudError, TeardownUnconfirmed, UsageError
+from orchestrator.labels_cli import labels
+from orchestrator.notify_cli import notify
+from orchestrator.offers_cli import offers
 from orchestrator.plain import json_text, printable
+from orchestrator.try_cli import try_
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,46 +52,13 @@ SECTIONS = {
 }
 
 
-LATER = {  # commands of modules of their own, which other commands do not wait for
-    "labels": "orchestrator.labels_cli:labels",
-    "notify": "orchestrator.notify_cli:notify",
-    "offers": "orchestrator.offers_cli:offers",
-    "try": "orchestrator.try_cli:try_",
-}
-
-
-class Commands(UserDict[str, click.Command]):
-    """Commands by name; one of LATER is loaded when it is looked at."""
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.data or name in LATER
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self.data, *(name for name in LATER if name not in self.data)])
-
-    def __len__(self) -> int:
-        return len(self.data.keys() | LATER.keys())
-
-    def __missing__(self, name: str) -> click.Command:
-        if name not in LATER:
-            raise KeyError(name)
-        module, _, attribute = LATER[name].partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
-        _examples_last(command)
-        self.data[name] = command
-        return command
-
-
 class Sections(click.Group):
     """Commands in the order a person needs them, in groups; the examples of each stand at the end of its help."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.commands = Commands(self.commands)
-
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         super().add_command(cmd, name)
-        _examples_last(cmd)
+        for one in (cmd, *(cmd.commands.values() if isinstance(cmd, click.Group) else ())):
+            _examples_last(one)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in SECTIONS.items():
@@ -98,9 +67,7 @@ class Sections(click.Group):
 
 
 def _examples_last(command: click.Command) -> None:
-    """Moves the paragraphs of a help text that are examples below its options; of a group's commands, too."""
-    for one in command.commands.values() if isinstance(command, click.Group) else ():
-        _examples_last(one)
+    """Moves the paragraphs of a help text that are examples below its options."""
     paragraphs = cleandoc(command.help or "").split("\n\n")
     examples = [text for text in paragraphs if text.startswith("\b\n") and "kdcloud " in text.splitlines()[1]]
     if examples:
@@ -127,6 +94,10 @@ def kdcloud() -> None:
     """
 
 
+kdcloud.add_command(labels)
+kdcloud.add_command(offers)
+kdcloud.add_command(notify)
+kdcloud.add_command(try_)
 kdcloud.add_command(completion.completion)
 
 

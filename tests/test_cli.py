@@ -342,17 +342,3 @@ def test_a_plan_with_other_looks_is_the_same_plan_with_more_keys(home):
 def test_looks_at_what_is_not_there_are_refused(home):
     assert "no stage 'train'" in refused(home, 2, "plan", "recipe.yaml", "--explain", "train")
     assert "is not a change" in refused(home, 2, "plan", "recipe.yaml", "--what-if", "RTX3090")
-
-
-def test_a_command_of_a_module_of_its_own_is_loaded_when_it_is_looked_at() -> None:
-    script = (
-        "import sys; from orchestrator.cli import LATER, kdcloud\n"
-        "modules = [place.partition(':')[0] for place in LATER.values()]\n"
-        "assert not set(modules) & set(sys.modules) and set(LATER) <= set(kdcloud.commands)\n"
-        "assert len(kdcloud.commands) == len([*kdcloud.commands]) and 'nosuch' not in kdcloud.commands\n"
-        "assert [kdcloud.commands[name].name for name in LATER] == [*LATER] and set(modules) <= set(sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    typo = CliRunner().invoke(kdcloud, ["tri"])
-    assert typo.exit_code == 2 and "Did you mean" in typo.output
