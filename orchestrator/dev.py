@@ -367,7 +367,7 @@ def warnings(numbers: Mapping[str, float], idle_s: float, told: set[float]) -> l
         told.discard(UNSAVED)
     elif UNSAVED not in told:
         told.add(UNSAVED)
-        found.append("the files below work/ are NOT saved just now: NOTICE.txt there says why")
+        found.append("the files below work/ are NOT saved just now: NOTICE.txt beside it says why")
     before_s = min(300.0, idle_s / 2)
     if quiet_s < idle_s - before_s:
         told.discard(IDLE)

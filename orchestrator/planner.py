@@ -282,7 +282,7 @@ class Planner:
         more = sum(one.needed_micros for one in others) - sum(one.needed_micros for one in self._taken)
         dearer = f"{money.shown(more, rate, currency)} dearer" if more else "costs the same"
         if len(stay.ways) < len(taken.ways):
-            return f"{dearer} in all: fewer share a machine"
+            return f"{dearer} in all: fewer stages share one"
         if len(stay.ways) == len(taken.ways) and stay.needed_micros < taken.needed_micros:
             return f"{dearer} together, since another stage would have to be faster"
         changed = stay.ways[index - stay.first].hours.expected - taken.ways[index - taken.first].hours.expected

@@ -878,8 +878,6 @@ class _Student:
                 self.tokenizer, loaded.tokenizer, teacher_hash=self._teacher_hash, head_rows=rows
             )
             model = loaded.model
-            loaded.model.config.eos_token_id = self.tokenizer.eos_token_id
-            loaded.model.config.pad_token_id = self.tokenizer.pad_token_id
             if adapters:
                 model = models.with_lora(loaded.model, settings.lora, special_ids=special, seed=seed)
         if settings.method != "qlora":  # bitsandbytes put it there

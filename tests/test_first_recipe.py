@@ -21,7 +21,7 @@ from orchestrator.cli import kdcloud
 from orchestrator.config import Home
 from orchestrator.errors import BudgetExceeded, UsageError
 from orchestrator.first_recipe import Answers, Draft, Question, composed, from_template, interview, templates
-from orchestrator.init_cli import found_infras, write
+from orchestrator.init_cli import found_infras, next_steps, write
 from orchestrator.recipe import RecipeSpec, parse_recipe
 from orchestrator.recipe_words import OFFERED, PARTS, WIDTH, WORDS, written
 from orchestrator.shipped import builtin_recipes
@@ -29,6 +29,7 @@ from orchestrator.sky_ask import SkyAnswer
 from orchestrator.testing import START, fake_offer
 from tasks.contract import TaskError
 from tasks.data import read_rows
+from tests.plans import make_plan
 
 ROOT = Path(__file__).parents[1]
 LLAMA = "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
@@ -388,3 +389,15 @@ def test_on_a_terminal_a_wrong_answer_is_asked_again_and_enter_takes_the_default
     text = said.decode()
     assert text.count("Who writes the answers?") == 2 and text.count("Who learns?") == 1
     assert spec((beside / "recipe.yaml").read_text()).budget.value == 40
+
+
+@pytest.mark.parametrize(
+    ("infra", "bucket", "asked"), [("vast", "file:/b", 2), ("vast", "s3://b/kd", 1), ("slurm/lab", "s3://b/kd", 0)]
+)
+def test_what_must_be_set_by_hand_is_said_with_the_file(infra: str, bucket: str, asked: int) -> None:
+    """On most clouds a machine ends itself only with a right over the account."""
+    made = make_plan({"train": 60.0}, offers=(fake_offer(infra=infra),), bucket=bucket)
+    *by_hand, doctor, run = next_steps(made, Path("my recipe.yaml")).splitlines()
+    assert len(by_hand) == asked and all("in my recipe.yaml" in line for line in by_hand)
+    assert ("allow_account_key" in "".join(by_hand)) == (infra == "vast")
+    assert "doctor --recipe 'my recipe.yaml'" in doctor and run.strip() == "kdcloud run 'my recipe.yaml'"

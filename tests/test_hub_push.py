@@ -21,6 +21,7 @@ from orchestrator.config import Home
 from orchestrator.errors import UsageError
 from orchestrator.hub_push import Item, Push, Target, check, licence_of, lines_of, path_in_repo
 from orchestrator.ledger import Ledger
+from orchestrator.session import opened_ledger
 from tasks.bucket import commit_folder, open_bucket
 from tasks.contract import ExportSettings, ModelSource, TrainSettings
 from tests.hub_stand_in import TOKEN, Hub, Repo, hub_on_loopback
@@ -62,6 +63,24 @@ def test_only_what_others_can_load_goes_there(rel: str, path: str | None):
 )
 def test_the_licence_is_what_the_card_states(card: str, licence: str | None):
     assert licence_of(card) == licence
+
+
+@pytest.mark.parametrize(("stage", "exported"), [(None, True), ("train", False)])
+def test_an_export_goes_up_though_a_later_stage_trained_on_unless_a_stage_is_named(
+    nothing_of_the_user: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str | None, exported: bool
+):
+    asked: list[bool] = []
+
+    def find(*_: object, **how: bool) -> None:
+        asked.append(how["exported"])
+        raise UsageError("enough")
+
+    home = Home(nothing_of_the_user)
+    recorded(home, RUN, f"file:{tmp_path}/bucket/{RUN}", PLAN)
+    monkeypatch.setattr(hub_push, "find", find)
+    with opened_ledger(home, say=print) as ledger, pytest.raises(UsageError, match="enough"):
+        hub_push._exported(ledger.run(RUN), home, stage)
+    assert asked == [exported]
 
 
 def test_an_upload_never_changes_who_may_see_it():

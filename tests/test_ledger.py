@@ -242,9 +242,9 @@ def test_what_is_written_here_is_seen_by_others_however_many_ledgers_this_proces
 
 def test_the_file_system_is_that_of_the_longest_mount_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = f"{tmp_path}/my\\040home"
-    table = f"/dev/a / ext4 rw 0 0\nserver:/home {here} nfs4 rw 0 0\nx {here}/scratch xfs rw\n\n"
+    table = f"x {here}/scratch xfs rw\nserver:/home {here} nfs4 rw 0 0\n/dev/a / ext4 rw 0 0\n\n"
     mounts = ledger_module.mounts_in(table)
-    assert mounts == [("/", "ext4"), (f"{tmp_path}/my home", "nfs4"), (f"{tmp_path}/my home/scratch", "xfs")]
+    assert mounts == [(f"{tmp_path}/my home/scratch", "xfs"), (f"{tmp_path}/my home", "nfs4"), ("/", "ext4")]
     monkeypatch.setattr(ledger_module, "_mounts", lambda: mounts)
     there = [tmp_path, tmp_path / "my home" / "x", tmp_path / "my home" / "scratch" / "x", tmp_path / "my home2"]
     assert [ledger_module.file_system(path) for path in there] == ["ext4", "nfs4", "xfs", "ext4"]

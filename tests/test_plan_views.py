@@ -87,7 +87,7 @@ def test_a_card_that_would_part_stages_from_a_machine_says_so() -> None:
     planner = planner_of(RENTED, *CARDS)
     looked = planner.explain("train")
     assert looked[0].taken and looked[0].joins and looked[0].gpu == "RTX3090"
-    assert all("dearer in all: fewer share a machine" in one.why for one in looked[1:])
+    assert all("dearer in all: fewer stages share one" in one.why for one in looked[1:])
     only = RENTED.replace("kind: train,", "kind: train, gpus: [A100-80GB],")
     made, other = planner.plan(), plan(only, *CARDS)  # the whole with that card for this stage
     more = money.shown(other.needed_micros - made.needed_micros, made.rate, made.currency)
