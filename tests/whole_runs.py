@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parent.parent
+BEFORE_A_RUN = {"code", "lease.json", ".kd~lock"}
 
 
 @dataclass
@@ -63,8 +64,10 @@ class Home:
 
     @property
     def bucket(self) -> Path:
-        """The folder of the only run."""
-        (found,) = [f for f in (self.folder / "home" / "bucket").iterdir() if f.is_dir()]
+        """The folder of the only run; a client killed before its run stood in the ledger leaves code and lease."""
+        folders = [f for f in (self.folder / "home" / "bucket").iterdir() if f.is_dir()]
+        begun = [f for f in folders if not {path.name for path in f.iterdir()} <= BEFORE_A_RUN]
+        (found,) = begun or folders
         return found
 
     def processes(self) -> list[psutil.Process]:
